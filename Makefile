@@ -1,0 +1,38 @@
+# Targets of daily work; `make` alone lists them. Everything installed lands in .venv and .models.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+# Progress must show live, also through a pipe.
+export PYTHONUNBUFFERED := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv model demo test lint bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 10
+
+venv:  ## build .venv: vLLM for CPUs and this project, editable
+	@$(PYTHON) scripts/install.py
+
+model: venv  ## unpack and convert SmolLM2-135M-Instruct into .models
+	@$(BIN)/python scripts/fetch_model.py
+
+demo: model  ## serve SmolLM2 with compression, chat with it, show the books
+	@$(BIN)/python examples/demo.py
+
+test: model  ## run the tests; PYTEST_ARGS="-k name -x" narrows them down
+	@$(BIN)/python -m pytest -v $(PYTEST_ARGS)
+
+lint: venv  ## check format and style
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+
+bench: model  ## stock against compression, same prompts, same pool
+	@$(BIN)/python benchmarks/bench_serving.py
+
+clean:  ## remove build leftovers and caches; .venv and .models stay
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf packaging/vllm-cpu-dist/build packaging/vllm-cpu-dist/*.egg-info
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
