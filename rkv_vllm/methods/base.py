@@ -1,0 +1,57 @@
+"""The interface between a compression method and the worker that applies it.
+
+A method sees tensors of flattened heads and answers which tokens stay. It knows neither vLLM nor
+requests nor blocks: gathering its input and moving the survivors is the worker's task. Read
+``rkv.py`` next for the first method.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from rkv_vllm.config import KVCompressionConfig
+
+
+class CompressionMethod(ABC):
+    """Decides for every KV head on its own which tokens of a cache to keep.
+
+    An object holds parameters only, never state of a request: the same object serves all requests
+    and layers, in any order.
+    """
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: KVCompressionConfig) -> CompressionMethod:
+        """Make a method object from the validated options of the engine."""
+
+    @abstractmethod
+    def keep_indices(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        queries: torch.Tensor,
+        budget: int,
+    ) -> torch.LongTensor:
+        """Choose the ``budget`` tokens that each head keeps.
+
+        The heads of several layers (of one request) may be flattened into the first dimension; a
+        method must not let them see each other.
+
+        Args:
+            keys: [heads, n, head_size], cache dtype, cache order, after RoPE.
+            values: [heads, n, head_size], cache dtype, cache order.
+            queries: [heads * group, window, head_size], after RoPE, of the last ``window`` of the
+                n tokens in temporal order. Query head ``h * group + g`` reads KV head ``h``.
+            budget: Tokens to keep per head, with ``window < budget <= n``.
+
+        Returns:
+            int64 [heads, budget], ascending in every row and without repetition. The last
+            ``window`` tokens are always among them.
+
+        Raises:
+            ValueError: The shapes do not fit each other, or a score is NaN or infinite.
+        """

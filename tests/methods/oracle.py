@@ -1,0 +1,102 @@
+"""R-KV in float64, one head and one token at a time: what the fast code has to agree with.
+
+Deliberately slow and free of torch arithmetic. `gap` tells how far the nearest cosine that decided
+something stayed away from the threshold: below float32 rounding the two may rightly differ.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+CUT_TOLERANCE = 1e-5  # relative; scores closer to the cut than this may swap
+
+
+@dataclass
+class Expected:
+    scores: np.ndarray  # [heads, n - window]
+    gap: float
+
+
+def expected_scores(keys, queries, *, window=8, lam=0.1, pool=7, threshold=0.5) -> Expected:
+    keys = keys.detach().double().numpy()
+    queries = queries.detach().double().numpy()
+    group = queries.shape[0] // keys.shape[0]
+    rows, gap = [], math.inf
+    for head in range(keys.shape[0]):
+        own_queries = queries[head * group : (head + 1) * group]
+        importance = _importance(keys[head], own_queries, window, pool)
+        redundancy, head_gap = _redundancy(keys[head], threshold)
+        gap = min(gap, head_gap)
+        m = keys.shape[1] - window
+        rows.append([lam * importance[i] - (1 - lam) * redundancy[i] for i in range(m)])
+    return Expected(np.array(rows), gap)
+
+
+def _importance(keys, queries, window, pool):
+    group, (n, d) = queries.shape[0], keys.shape
+    m = n - window
+    mean = [0.0] * m
+    for a in range(window):
+        logits = []
+        for i in range(m):
+            logits.append(max(np.dot(queries[g, a], keys[i]) for g in range(group)) / math.sqrt(d))
+        for i, weight in enumerate(_softmax(logits)):
+            mean[i] += weight / window
+    reach = pool // 2
+    return [max(mean[max(0, i - reach) : min(m, i + reach + 1)]) for i in range(m)]
+
+
+def _redundancy(keys, threshold):
+    n = len(keys)
+    unit = [key / (math.sqrt(np.dot(key, key)) + 1e-8) for key in keys]
+    cosine = [[np.dot(unit[i], unit[j]) for j in range(n)] for i in range(n)]
+    sums = [sum(cosine[i][j] for i in range(n) if i != j) for j in range(n)]
+    gap = math.inf
+    for i in range(n):
+        newest = 0
+        for j in range(n - 1, -1, -1):
+            if j == i:
+                continue
+            gap = min(gap, abs(cosine[i][j] - threshold))
+            if cosine[i][j] > threshold:
+                newest = j
+                break
+        if newest != i:
+            sums[newest] -= cosine[i][newest]
+    return _softmax([value / n for value in sums]), gap
+
+
+def _softmax(values):
+    top = max(values)
+    powers = [math.exp(value - top) for value in values]
+    total = sum(powers)
+    return [power / total for power in powers]
+
+
+def expected_kept(head_scores, budget: int, window: int) -> list[int]:
+    """Indices kept in one head; sorting by (-score, index) gives ties to the lower index."""
+    m = len(head_scores)
+    order = sorted(range(m), key=lambda i: (-head_scores[i], i))
+    return sorted(order[: budget - window]) + list(range(m, m + window))
+
+
+def assert_same_kept(kept: torch.Tensor, scores, budget: int, window: int) -> int:
+    """Compare `kept` [heads, budget] with float64 scores [heads, m].
+
+    Tokens whose score lies within `CUT_TOLERANCE` of the cut may differ; returns their number, so
+    that a test can demand that there are few.
+    """
+    assert kept.dtype == torch.int64
+    assert kept.shape == (len(scores), budget)
+    excused = 0
+    for row, head_scores in zip(kept.tolist(), scores, strict=True):
+        assert row == sorted(set(row)), "ascending, without repetition"
+        want = expected_kept(head_scores, budget, window)
+        assert row[-window:] == want[-window:], "the window is always kept"
+        cut = min(head_scores[i] for i in want[:-window])
+        for i in set(row) ^ set(want):
+            assert abs(head_scores[i] - cut) <= CUT_TOLERANCE * abs(cut), (i, head_scores[i], cut)
+            excused += 1
+    return excused
