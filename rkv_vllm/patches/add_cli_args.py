@@ -1,0 +1,21 @@
+"""Replaces `EngineArgs.add_cli_args`: vLLM's flags, then ours (`rkv_vllm/flags.py`)."""
+
+import functools
+
+
+def apply() -> None:
+    """Puts the replacement in place; every parser with engine options is made by it."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from rkv_vllm.flags import add_flags
+
+    original = EngineArgs.add_cli_args
+
+    @functools.wraps(original)
+    def add_cli_args(parser: FlexibleArgumentParser) -> FlexibleArgumentParser:
+        parser = original(parser)
+        add_flags(parser)
+        return parser
+
+    EngineArgs.add_cli_args = staticmethod(add_cli_args)

@@ -1,0 +1,89 @@
+"""Replaces `EngineArgs.create_engine_config`: the one place where compression is switched on.
+
+All routes end here: flags, `--additional-config`, a YAML file, `LLM(...)`, in every process that
+makes an engine config. Without "kv_compression" in `additional_config` the original is called and
+nothing else. With it the options are checked first, scheduler and worker are filled in, and the
+finished config is searched for what is not supported (`rkv_vllm/support.py`).
+"""
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from rkv_vllm import support
+from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+
+def apply() -> None:
+    """Puts the replacement in place; `AsyncEngineArgs` inherits it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.create_engine_config
+
+    @functools.wraps(original)
+    def create_engine_config(self: "EngineArgs", *args: Any, **kwargs: Any) -> "VllmConfig":
+        if not is_switched_on(self):
+            return original(self, *args, **kwargs)
+        switch_on(self)
+        vllm_config = original(self, *args, **kwargs)
+        support.check(vllm_config)
+        return vllm_config
+
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def is_switched_on(engine_args: "EngineArgs") -> bool:
+    """Tells whether the arguments ask for compression.
+
+    Raises:
+        ValueError: our scheduler or worker without the options that they need.
+    """
+    additional = engine_args.additional_config
+    # vLLM also takes an object that only hashes itself; such a one cannot carry our options.
+    if isinstance(additional, dict) and CONFIG_KEY in additional:
+        return True
+    for flag, got, ours in (
+        ("--scheduler-cls", engine_args.scheduler_cls, {support.SCHEDULER_CLS}),
+        ("worker_cls", engine_args.worker_cls, set(support.WORKER_CLS.values())),
+    ):
+        if got in ours:
+            raise ValueError(
+                f"{flag}: got {got!r} without options, wanted both or neither; add "
+                f"--kv-compression rkv or pass LLM(**rkv_vllm.engine_args())"
+            )
+    return False
+
+
+def switch_on(engine_args: "EngineArgs") -> None:
+    """Checks the options and completes the arguments in place.
+
+    Args:
+        engine_args: their `additional_config` gets every option spelled out, so that equal options
+            make equal engines on every route; `scheduler_cls` and `worker_cls` are filled in.
+
+    Raises:
+        ValueError: bad options, another scheduler or worker class, or an unsupported feature.
+    """
+    config = KVCompressionConfig.from_dict(engine_args.additional_config[CONFIG_KEY])
+    support.check_engine_args(engine_args)
+    worker_cls = support.platform_worker_cls()
+    _require_class("--scheduler-cls", engine_args.scheduler_cls, None, support.SCHEDULER_CLS)
+    _require_class("worker_cls", engine_args.worker_cls, "auto", worker_cls)
+    engine_args.scheduler_cls = support.SCHEDULER_CLS
+    engine_args.worker_cls = worker_cls
+    # A new dict: the old one may be shared with the parser's default or belong to the caller.
+    engine_args.additional_config = {
+        **engine_args.additional_config,
+        CONFIG_KEY: config.to_dict(),
+    }
+
+
+def _require_class(name: str, got: object, default: str | None, ours: str) -> None:
+    if got not in (default, ours):
+        raise ValueError(
+            f"{name}: got {got!r}, but --kv-compression wanted {ours!r}; leave {name} out, "
+            "compression fills it in"
+        )

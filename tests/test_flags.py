@@ -1,0 +1,286 @@
+"""Every route to the options makes the same engine; every mistake ends before a model is loaded."""
+
+import copy
+import json
+import pickle
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+import rkv_vllm
+from rkv_vllm.config import OPTIONS, KVCompressionConfig
+from rkv_vllm.flags import GROUP_DESCRIPTION, GROUP_TITLE
+from rkv_vllm.plugin import register
+from tests.checkpoint_configs import LLAMA, write_config
+
+FLAGS = [
+    "--kv-compression=rkv",
+    "--kv-budget=96",
+    "--kv-buffer=32",
+    "--kv-window=4",
+    "--kv-lambda=0.25",
+    "--kv-pool=5",
+    "--kv-threshold=0.75",
+    "--kv-observation-slots=3",
+]
+OPTIONS_OF_FLAGS = {
+    "method": "rkv",
+    "budget": 96,
+    "buffer": 32,
+    "window": 4,
+    "lam": 0.25,
+    "pool": 5,
+    "threshold": 0.75,
+    "observation_slots": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def cli():
+    """The parser of the `vllm` command, with `serve` as its only subcommand."""
+    register()
+    parser = FlexibleArgumentParser()
+    ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
+    return parser
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_config(tmp_path_factory.mktemp("llama"), LLAMA)
+
+
+def parse(cli, *arguments):
+    return cli.parse_args(["serve", "some/model", *arguments])
+
+
+def options(cli, *arguments):
+    return parse(cli, *arguments).additional_config["kv_compression"]
+
+
+def engine_config(engine_args):
+    """What compression decides in an engine config, as text: the order of keys counts, too."""
+    vllm_config = engine_args.create_engine_config()
+    return (
+        json.dumps(vllm_config.additional_config),
+        vllm_config.scheduler_config.scheduler_cls,
+        vllm_config.parallel_config.worker_cls,
+        vllm_config.compute_hash(),
+    )
+
+
+def serve_namespace(cli, model, *arguments):
+    """The namespace as the serve command leaves it before it makes engine arguments of it."""
+    namespace = cli.parse_args(["serve", model, "--skip-tokenizer-init", *arguments])
+    namespace.model = namespace.model_tag
+    return namespace
+
+
+def from_command_line(cli, model, *arguments):
+    return AsyncEngineArgs.from_cli_args(serve_namespace(cli, model, *arguments))
+
+
+def test_every_flag_lands_in_additional_config(cli):
+    assert options(cli, *FLAGS) == OPTIONS_OF_FLAGS
+
+
+def test_without_flags_nothing_is_left_in_the_namespace(cli):
+    arguments = vars(parse(cli))
+    assert arguments["additional_config"] == {}
+    assert not [name for name in arguments if name in ("kv_compression", "kv_budget")]
+
+
+def test_one_parse_leaves_nothing_for_the_next(cli):
+    parse(cli, *FLAGS)
+    assert parse(cli).additional_config == {}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--kv_budget", "96"],
+        ["--kv_budget=96"],
+        ["--additional-config.kv_compression.budget", "96"],
+        ["--additional_config.kv_compression.budget=96"],
+        ["--additional-config", '{"kv_compression": {"budget": 96}}'],
+    ],
+    ids=str,
+)
+def test_every_spelling_gives_the_same_option(cli, arguments):
+    assert options(cli, *arguments) == {"budget": 96}
+
+
+JSON_BUDGET = ["--additional-config", '{"kv_compression": {"budget": 64, "pool": 5}, "a": 1}']
+
+
+@pytest.mark.parametrize("other", [JSON_BUDGET, ["--additional-config", "{}"]], ids=str)
+def test_order_of_flags_and_json_does_not_matter(cli, other):
+    flags = ["--kv-compression", "rkv", "--kv-budget", "96"]
+    before, after = parse(cli, *other, *flags), parse(cli, *flags, *other)
+    assert before.additional_config == after.additional_config
+    assert after.additional_config["kv_compression"]["budget"] == 96
+    assert ("a" in after.additional_config) == (other is JSON_BUDGET)
+
+
+def test_dotted_options_join_flags_and_json(cli):
+    dotted = "--additional-config.kv_compression.buffer=32"
+    assert options(cli, dotted, "--kv-compression=rkv", *JSON_BUDGET) == {
+        "method": "rkv",
+        "budget": 64,
+        "pool": 5,
+        "buffer": 32,
+    }
+
+
+def test_negative_threshold_is_read(cli):
+    assert options(cli, "--kv-threshold=-0.5") == {"threshold": -0.5}
+
+
+def test_later_flag_replaces_an_earlier_one(cli):
+    assert options(cli, "--kv-budget=64", "--kv-budget=96") == {"budget": 96}
+
+
+def test_other_keys_of_additional_config_behave_as_in_vllm(cli):
+    arguments = ["--additional-config", '{"a": 1}', "--additional-config", '{"b": {"c": 2}}']
+    assert parse(cli, *arguments).additional_config == {"b": {"c": 2}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kv-compression", "h2o"], "--kv-compression (method): got 'h2o', wanted one of"),
+        (["--kv-compression"], "expected one argument"),
+        (["--kv-budget", "many"], "--kv-budget (budget): got 'many', wanted a whole number"),
+        (["--kv-budget", "64.5"], "--kv-budget (budget): got '64.5', wanted a whole number"),
+        (["--kv-budget", "0"], "--kv-budget (budget): got 0"),
+        (["--kv-buffer", "-3"], "--kv-buffer (buffer): got -3"),
+        (["--kv-window", "0"], "--kv-window (window): got 0"),
+        (["--kv-lambda", "1.5"], "--kv-lambda (lam): got 1.5"),
+        (["--kv-lambda", "nan"], "--kv-lambda (lam): got nan"),
+        (["--kv-pool", "4"], "--kv-pool (pool): got 4, wanted an odd number"),
+        (["--kv-threshold", "2"], "--kv-threshold (threshold): got 2.0"),
+        (["--kv-observation-slots", "0"], "--kv-observation-slots (observation_slots): got 0"),
+        (["--additional-config", "{oops}"], "argument --additional-config: Value {oops} cannot"),
+        (["--additional-config", "{oops"], "--additional-config: got '{oops', wanted a JSON obj"),
+        (["--additional-config", "[1]"], "--additional-config: got '[1]', wanted a JSON object"),
+        (["--additional-config", '{"kv_compression": 1}'], "kv_compression: got 1, wanted an obj"),
+        (["--additional-config.kv_compression.bugdet", "9"], "unknown option 'bugdet'"),
+        (["--additional-config.kv_compression.pool", "4"], "--kv-pool (pool): got 4"),
+    ],
+)
+def test_bad_command_line_ends_with_code_2_and_the_reason(cli, capsys, arguments, message):
+    with pytest.raises(SystemExit) as end:
+        parse(cli, *arguments)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_yaml_file_and_command_line_combine(cli, tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text(yaml.safe_dump({"kv-compression": "rkv", "kv_budget": 64, "kv-threshold": 0}))
+    assert options(cli, "--config", str(file), "--kv-budget", "96") == {
+        "method": "rkv",
+        "budget": 96,
+        "threshold": 0.0,
+    }
+
+
+def test_all_routes_make_the_same_engine(cli, model, tmp_path):
+    flat, nested = tmp_path / "flat.yaml", tmp_path / "nested.yaml"
+    flat.write_text(yaml.safe_dump(dict(flag.removeprefix("--").split("=") for flag in FLAGS)))
+    nested.write_text(yaml.safe_dump({"additional-config": {"kv_compression": OPTIONS_OF_FLAGS}}))
+    as_json = json.dumps({"kv_compression": dict(reversed(OPTIONS_OF_FLAGS.items()))})
+    dotted = [f"--additional-config.kv_compression.{k}={v}" for k, v in OPTIONS_OF_FLAGS.items()]
+    offline = {"model": model, "skip_tokenizer_init": True}
+    routes = {
+        "flags": from_command_line(cli, model, *FLAGS),
+        "json": from_command_line(cli, model, "--additional-config", as_json),
+        "dotted": from_command_line(cli, model, *dotted),
+        "flat yaml": from_command_line(cli, model, "--config", str(flat)),
+        "nested yaml": from_command_line(cli, model, "--config", str(nested)),
+        "engine_args": EngineArgs(**offline, **rkv_vllm.engine_args(**OPTIONS_OF_FLAGS)),
+        "additional_config": EngineArgs(**offline, additional_config=json.loads(as_json)),
+    }
+    made = {route: engine_config(engine_args) for route, engine_args in routes.items()}
+    assert made["flags"][0] == json.dumps({"kv_compression": OPTIONS_OF_FLAGS})
+    assert made["flags"][1:3] == (
+        "rkv_vllm.scheduling.scheduler.make_scheduler",
+        "rkv_vllm.worker.cpu_worker.CompressionCPUWorker",
+    )
+    assert dict.fromkeys(routes, made["flags"]) == made
+
+
+def test_defaults_are_spelled_out_in_the_engine_config(cli, model):
+    made = engine_config(from_command_line(cli, model, "--kv-compression", "rkv"))
+    assert json.loads(made[0]) == {"kv_compression": KVCompressionConfig().to_dict()}
+
+
+def test_a_namespace_parsed_in_another_process_keeps_the_options(cli, model):
+    # A spawned API server gets the parsed namespace, and no plugin has seen it there.
+    script = (
+        "import pickle, sys\n"
+        "from vllm.engine.arg_utils import AsyncEngineArgs\n"
+        "args = AsyncEngineArgs.from_cli_args(pickle.load(sys.stdin.buffer))\n"
+        "print(args.create_engine_config().additional_config['kv_compression']['budget'])\n"
+    )
+    namespace = pickle.dumps(serve_namespace(cli, model, *FLAGS))
+    run = subprocess.run([sys.executable, "-c", script], input=namespace, capture_output=True)
+    assert run.stdout.decode().split()[-1:] == ["96"], run.stderr.decode()[-2000:]
+
+
+def test_engine_config_leaves_the_callers_dict_alone_and_keeps_other_keys(model):
+    register()
+    given = {"kv_compression": {"method": "rkv"}, "other": [1]}
+    kept = copy.deepcopy(given)
+    arguments = EngineArgs(model=model, skip_tokenizer_init=True, additional_config=given)
+    arguments.gdn_prefill_backend = "triton"
+    made = arguments.create_engine_config().additional_config
+    assert given == kept
+    assert made["other"] == [1]
+    assert made["gdn_prefill_backend"] == "triton"
+
+
+def test_making_the_engine_config_twice_changes_nothing(cli, model):
+    arguments = from_command_line(cli, model, *FLAGS)
+    assert engine_config(arguments) == engine_config(arguments)
+
+
+def test_json_example_of_the_help_is_accepted(cli):
+    example = re.search("--additional-config '(.+)'", GROUP_DESCRIPTION).group(1)
+    assert options(cli, "--additional-config", example) == {"method": "rkv", "budget": 1024}
+
+
+def test_flag_group_names_meaning_unit_and_default_of_every_option(cli):
+    serve = cli._subparsers._group_actions[0].choices["serve"]
+    group = next(g for g in serve._action_groups if g.title == GROUP_TITLE)
+    actions = {action.option_strings[0]: action for action in group._group_actions}
+    assert list(actions) == [option.flag for option in OPTIONS]
+    for option in OPTIONS:
+        text = actions[option.flag].help
+        assert option.meaning in text
+        assert option.wanted in text
+        default = "off" if option.name == "method" else option.default
+        assert f"(default: {default})" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--kv-compression", "rkv", "--kv-budget", "6"], 1, "wanted more tokens than --kv-window"),
+        (["--kv-budget", "512"], 1, "add --kv-compression rkv"),
+    ],
+    ids=str,
+)
+def test_serve_with_bad_options_exits_before_the_model_is_looked_at(
+    model, arguments, code, message
+):
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
+    run = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
+    assert run.returncode == code, run.stderr[-2000:]
+    assert message in run.stderr
+    assert "Resolved architecture" not in run.stdout + run.stderr
