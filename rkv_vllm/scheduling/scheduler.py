@@ -1,0 +1,126 @@
+"""Where vLLM's scheduler calls the planner: after each step is scheduled, and when blocks go.
+
+Knows vLLM's Scheduler. Adds no decision of its own except how many requests to admit. Next:
+worker/compactor.py, which receives the StepPlan.
+"""
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import SchedulerInterface
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.log import init_logger
+from rkv_vllm.scheduling.block_manager import CompressedAttentionManager
+from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE
+from rkv_vllm.scheduling.planner import CompressionPlanner, ScheduledRequest
+
+logger = init_logger(__name__)
+
+
+class CompressionSchedulerMixin:
+    """Attaches a StepPlan to every SchedulerOutput; to be mixed into a vLLM scheduler."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._compression = KVCompressionConfig.from_dict(
+            self.vllm_config.additional_config["kv_compression"]
+        )
+        self._block_manager = self._find_block_manager()
+        self._block_manager.admission_reserve = self._admission_reserve
+        self._planner = CompressionPlanner(self._compression, self._block_manager)
+        logger.info("KV cache compression is on: %s", self._compression.to_dict())
+
+    def _find_block_manager(self) -> CompressedAttentionManager:
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        if len(managers) == 1 and isinstance(managers[0], CompressedAttentionManager):
+            return managers[0]
+        names = [type(manager).__name__ for manager in managers]
+        raise ValueError(
+            f"KV cache compression needs one KV-cache group of full attention, got {names}; "
+            "serve this model without --kv-compression"
+        )
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        # Every allocation of the step is done here, so blocks given back now cannot be handed
+        # out before the workers have read them (they flush first thing in the next step).
+        super()._update_after_schedule(scheduler_output)
+        plan = self._planner.plan_step(self._scheduled_requests(scheduler_output))
+        pool = self.kv_cache_manager.block_pool
+        plan.num_free_blocks = pool.get_num_free_blocks()
+        plan.num_total_blocks = pool.num_gpu_blocks - 1
+        setattr(scheduler_output, STEP_PLAN_ATTRIBUTE, plan)
+
+    def _free_request_blocks(self, request: Request) -> None:
+        super()._free_request_blocks(request)
+        self._planner.forget(request.request_id)
+
+    def _scheduled_requests(self, scheduler_output: SchedulerOutput) -> list[ScheduledRequest]:
+        scheduled = []
+        for req_id, num_scheduled in scheduler_output.num_scheduled_tokens.items():
+            request = self.requests[req_id]
+            if _is_compressible(request):
+                scheduled.append(
+                    ScheduledRequest(
+                        req_id,
+                        request.num_computed_tokens,
+                        num_scheduled,
+                        request.num_in_flight_tokens,
+                        request.is_prefill_chunk,
+                    )
+                )
+        return scheduled
+
+    def _admission_reserve(self, new_request_id: str) -> int:
+        """Blocks to keep back for growth when `new_request_id` asks to be admitted.
+
+        A compacted request stops growing at a known length, so requests can be admitted up to
+        the number that never has to be preempted. Requests too short to be compacted are not
+        reserved for: vLLM's own optimism applies to them. An idle engine reserves nothing, so
+        whatever vLLM would admit there is admitted.
+        """
+        if not self.running:
+            return 0
+        newcomer = self.requests[new_request_id]
+        growth = self._reserved_blocks(newcomer, cdiv(newcomer.num_tokens, self.block_size))
+        for request in self.running:
+            held = len(self._block_manager.req_to_blocks[request.request_id])
+            growth += self._reserved_blocks(request, held)
+        return growth
+
+    def _reserved_blocks(self, request: Request, held: int) -> int:
+        """Blocks to keep back for a request that holds `held`; 0 if it is never compacted."""
+        num_evicted = self._block_manager.num_evicted(request.request_id)
+        peak_len = self._planner.peak_len(request.request_id, request.num_tokens, num_evicted)
+        final_len = request.num_prompt_tokens + request.max_tokens - num_evicted
+        if not _is_compressible(request) or (num_evicted == 0 and final_len <= peak_len):
+            return 0
+        growth = max(cdiv(min(peak_len, final_len), self.block_size) - held, 0)
+        if num_evicted == 0:
+            growth += self._block_manager.num_shared_blocks(
+                request.request_id, self._compression.budget
+            )
+        return growth
+
+
+def _is_compressible(request: Request) -> bool:
+    # A resumable (streaming-input) session rewrites its computed tokens between inputs and a
+    # pooling request decodes nothing; both keep their whole cache.
+    return request.sampling_params is not None and not request.resumable
+
+
+class CompressionScheduler(CompressionSchedulerMixin, Scheduler):
+    """vLLM's scheduler with KV cache compression."""
+
+
+class CompressionAsyncScheduler(CompressionSchedulerMixin, AsyncScheduler):
+    """vLLM's asynchronous scheduler with KV cache compression."""
+
+
+def make_scheduler(**kwargs) -> SchedulerInterface:
+    """Build the scheduler that vLLM's configuration asks for (`scheduler_cls` of the engine)."""
+    if kwargs["vllm_config"].scheduler_config.async_scheduling:
+        return CompressionAsyncScheduler(**kwargs)
+    return CompressionScheduler(**kwargs)

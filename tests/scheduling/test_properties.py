@@ -1,0 +1,383 @@
+"""The eight properties of the eviction contract, on the real scheduler and block pool."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rkv_vllm.scheduling.block_manager import CompressedAttentionManager
+from rkv_vllm.scheduling.scheduler import CompressionSchedulerMixin
+from tests.models import random_model
+from tests.scheduling.simulation import (
+    BLOCK_SIZE,
+    MAX_MODEL_LEN,
+    Setting,
+    SimulatedEngine,
+    SimulatedWorker,
+)
+
+STEPS_AHEAD = pytest.mark.parametrize("steps_ahead", [0, 1, 2])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return random_model(tmp_path_factory.mktemp("model"))
+
+
+def prompt_of(prefix: int, length: int, salt: int) -> list[int]:
+    """A prompt that shares all but its last tokens with the others of the same prefix."""
+    shared = length - length % BLOCK_SIZE
+    return [100 + prefix] * shared + [200 + salt] * (length - shared + 1)
+
+
+@st.composite
+def settings_(draw) -> Setting:
+    window = draw(st.integers(1, 3))
+    buffer = draw(st.integers(window, window + 6))
+    budget = draw(st.integers(window + 1, 14))
+    # vLLM wants the pool to hold one request of max_model_len.
+    smallest = MAX_MODEL_LEN // BLOCK_SIZE + 2
+    return Setting(
+        budget=budget,
+        buffer=buffer,
+        window=window,
+        slots=draw(st.sampled_from([1, 2, 64])),
+        num_blocks=draw(st.sampled_from([smallest, smallest + 10, 400])),
+        max_num_batched_tokens=draw(st.sampled_from([12, 20, 256])),
+        max_num_seqs=draw(st.sampled_from([2, 12])),
+        prefix_caching=draw(st.booleans()),
+        steps_ahead=draw(st.integers(0, 2)),
+    )
+
+
+REQUESTS = st.tuples(st.just("add"), st.integers(0, 2), st.integers(1, 40), st.integers(1, 60))
+STEPS = st.tuples(st.just("step"), st.integers(1, 30))
+ABORTS = st.tuples(st.just("abort"), st.integers(0, 30))
+PREEMPTIONS = st.tuples(st.just("preempt"))
+# A busy start, so that what follows meets requests at every age.
+OPERATIONS = st.builds(
+    lambda adds, steps, rest: [*adds, steps, *rest],
+    st.lists(REQUESTS, min_size=1, max_size=8),
+    STEPS,
+    st.lists(st.one_of(REQUESTS, STEPS, STEPS, ABORTS, PREEMPTIONS), max_size=20),
+)
+
+
+def play(engine: SimulatedEngine, operations) -> dict[str, int]:
+    """Carry out the operations; returns the max_tokens of every request that was not aborted."""
+    wanted: dict[str, int] = {}
+    for number, (name, *arguments) in enumerate(operations):
+        if name == "add":
+            prefix, length, max_tokens = arguments
+            req_id = f"request-{number}"
+            engine.add(req_id, prompt_of(prefix, length, number), max_tokens)
+            wanted[req_id] = max_tokens
+        elif name == "step":
+            for _ in range(arguments[0]):
+                engine.step()
+        elif name == "preempt":
+            engine.preempt_all()
+        else:
+            alive = [req_id for req_id in wanted if req_id not in engine.finished]
+            if alive:
+                victim = alive[arguments[0] % len(alive)]
+                engine.abort(victim)
+                del wanted[victim]
+    engine.run()
+    return wanted
+
+
+SEEN = {"compactions": 0, "preemptions": 0, "deferred": 0}
+
+
+@settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(setting=settings_(), operations=OPERATIONS)
+def test_books_rows_and_cells_agree_in_any_sequence(model, setting, operations):
+    engine = SimulatedEngine(model, setting)
+    wanted = play(engine, operations)
+    for req_id, max_tokens in wanted.items():
+        assert len(engine.outputs[req_id]) == max_tokens
+    engine.worker.flush()
+    assert engine.worker.compactions == len(engine.directives)
+    assert engine.pool.get_num_free_blocks() == setting.num_blocks - 1
+    assert engine.scheduler._planner.num_slots_in_use == 0
+    assert not engine.scheduler._planner._slot_queue
+    SEEN["compactions"] += engine.worker.compactions
+    SEEN["preemptions"] += engine.worker.resumes
+    SEEN["deferred"] += engine.num_deferred
+
+
+def test_the_random_sequences_reached_what_they_are_for():
+    # Runs after the sequences; without them it has nothing to look at and fails.
+    assert SEEN["compactions"] > 500, SEEN
+    assert SEEN["preemptions"] > 10, SEEN
+    assert SEEN["deferred"] > 10, SEEN
+
+
+@STEPS_AHEAD
+@pytest.mark.parametrize("prompt_len", [3, 11, 12, 13, 57])
+@pytest.mark.parametrize(("budget", "buffer", "window"), [(8, 4, 2), (9, 3, 3), (12, 7, 1)])
+def test_a_due_request_never_waits_when_slots_and_blocks_are_at_hand(
+    model, steps_ahead, prompt_len, budget, buffer, window
+):
+    setting = Setting(budget=budget, buffer=buffer, window=window, steps_ahead=steps_ahead)
+    engine = SimulatedEngine(model, setting)
+    engine.add("a", [1] * prompt_len, 50)
+    engine.run()
+    # Settled logical lengths: first at max(budget, prompt) + buffer, then every `buffer` tokens.
+    # The last token is never computed, and a token settles when its step's output was processed.
+    first = max(budget, prompt_len) + buffer
+    lengths = [directive.settled_logical_len for directive in engine.directives]
+    last_settled = prompt_len + 50 - 2 - steps_ahead
+    assert lengths == list(range(first, last_settled + 1, buffer))
+    assert engine.num_deferred == 0
+
+
+def test_a_request_that_never_becomes_due_is_never_touched(model):
+    engine = SimulatedEngine(model, Setting(budget=40, buffer=20))
+    for number in range(4):
+        engine.add(f"request-{number}", [number] * 30, 20)
+    engine.run()
+    assert engine.directives == []
+    assert engine.worker.ring == {}
+
+
+def test_blocks_given_back_are_free_in_the_same_step(model):
+    engine = SimulatedEngine(model, Setting(budget=8, buffer=8, window=2))
+    engine.add("a", [1] * 5, 40)
+    while not engine.directives:
+        free_before = engine.pool.get_num_free_blocks()
+        engine.step()
+    directive = engine.directives[0]
+    # 16 settled tokens and the step's own, cut to 8 and the step's own: 5 blocks become 3.
+    assert (len(directive.old_block_ids), len(directive.new_block_ids)) == (5, 3)
+    # The step took one block for its own token before it gave two back.
+    assert engine.pool.get_num_free_blocks() == free_before - 1 + directive.num_freed_blocks
+
+
+def test_a_shared_prefix_survives_the_compaction_of_one_owner(model):
+    setting = Setting(budget=8, buffer=4, window=2)
+    engine = SimulatedEngine(model, setting)
+    prefix = [9] * 16
+    engine.add("first", [*prefix, 1], 3)
+    engine.run()
+    engine.add("compacted", [*prefix, 2], 40)
+    engine.add("neighbour", [*prefix, 3], 40)
+    for _ in range(20):
+        engine.step()
+    assert {directive.req_id for directive in engine.directives} == {"compacted", "neighbour"}
+    engine.add("third", [*prefix, 4], 3)
+    engine.step()
+    # Four full blocks of the prefix are found again although both owners moved away.
+    assert engine.scheduler.requests["third"].num_computed_tokens == 17
+    scheduled = engine.last_output.num_scheduled_tokens["third"]
+    assert scheduled == 1
+    engine.run()
+
+
+def test_a_short_pool_of_slots_makes_requests_wait_in_order(model):
+    setting = Setting(budget=8, buffer=8, window=4, slots=1)
+    engine = SimulatedEngine(model, setting)
+    for number in range(3):
+        engine.add(f"request-{number}", [number] * 5, 60)
+    engine.run()
+    assert engine.num_deferred > 0
+    order = [directive.req_id for directive in engine.directives[:3]]
+    assert order == ["request-0", "request-1", "request-2"]
+    assert all(directive.slot == 0 for directive in engine.directives)
+
+
+def test_no_free_block_and_a_shared_destination_defers_the_compaction(model):
+    setting = Setting(budget=8, buffer=4, window=2, num_blocks=40)
+    engine = SimulatedEngine(model, setting)
+    engine.add("owner", [9] * 16 + [1], 60)
+    engine.add("sharer", [9] * 16 + [2], 60)
+    while not engine.scheduler._planner.num_slots_in_use:
+        engine.step()
+    held = engine.pool.get_new_blocks(engine.pool.get_num_free_blocks() - 2)
+    engine.allow_foreign_blocks = True
+    for _ in range(6):
+        engine.step()
+    assert engine.num_deferred >= 1
+    before = len(engine.directives)
+    engine.pool.free_blocks(reversed(held))
+    engine.allow_foreign_blocks = False
+    engine.run()
+    assert len(engine.directives) > before
+
+
+def test_without_a_free_block_a_sole_owner_only_loses_its_hashes(model):
+    engine = SimulatedEngine(model, Setting(budget=8, buffer=4, window=2, num_blocks=40))
+    engine.add("owner", [9] * 16 + [1], 60)
+    while not engine.scheduler._planner.num_slots_in_use:
+        engine.step()
+    held = engine.pool.get_new_blocks(engine.pool.get_num_free_blocks() - 1)
+    engine.allow_foreign_blocks = True
+    for _ in range(6):
+        engine.step()
+    assert engine.num_deferred == 0
+    directive = engine.directives[0]
+    assert directive.new_block_ids == directive.old_block_ids[: len(directive.new_block_ids)]
+    engine.pool.free_blocks(reversed(held))
+    engine.allow_foreign_blocks = False
+    engine.run()
+
+
+@STEPS_AHEAD
+def test_a_resumed_request_starts_from_zero(model, steps_ahead):
+    setting = Setting(budget=8, buffer=4, window=2, steps_ahead=steps_ahead)
+    engine = SimulatedEngine(model, setting)
+    engine.add("a", [1] * 5, 60)
+    while len(engine.directives) < 3:
+        engine.step()
+    engine.preempt_all()
+    resumed_len = engine.scheduler.requests["a"].num_tokens
+    already = len(engine.directives)
+    engine.run()
+    assert engine.directives[already].num_evicted_before == 0
+    assert engine.directives[already].settled_logical_len == resumed_len + setting.buffer
+    assert len(engine.outputs["a"]) == 60
+
+
+@STEPS_AHEAD
+def test_more_requests_run_at_once_and_none_is_preempted(model, steps_ahead):
+    setting = Setting(budget=8, buffer=4, window=2, num_blocks=66, steps_ahead=steps_ahead)
+    long_outputs = 200
+    engine = SimulatedEngine(model, setting)
+    for number in range(12):
+        engine.add(f"request-{number}", [number] * 5, long_outputs)
+    engine.run()
+    full_length_requests = setting.num_blocks * BLOCK_SIZE // (5 + long_outputs)
+    assert full_length_requests == 1
+    assert engine.max_running >= 10
+    assert engine.worker.resumes == 0
+    assert engine.worker.compactions > 12 * 40
+
+
+class FlushesOneStepLate(SimulatedWorker):
+    """The mistake of flushing after the next step's forward."""
+
+    def execute(self, output):
+        late, self.pending = self.pending, []
+        super().execute(output)
+        directives, self.pending = self.pending, late
+        self.flush()
+        self.pending = directives
+
+
+class CountsStale(SimulatedWorker):
+    """The mistake of computing slots with the count from before the compaction."""
+
+    def slot(self, block_ids, physical):
+        return super().slot(block_ids, min(physical + self.late_by, len(block_ids) * 4 - 1))
+
+    late_by = 0
+
+    def _compact(self, directive):
+        super()._compact(directive)
+        self.late_by = 1
+
+
+def free_before_the_step_is_scheduled(monkeypatch):
+    """The mistake of handing emptied blocks out in the very step that still reads them."""
+    original = CompressedAttentionManager.compact
+
+    def compact(self, req_id, num_evict, total_len):
+        blocks = self.req_to_blocks[req_id]
+        booked = original(self, req_id, num_evict, total_len)
+        for other, row in self.req_to_blocks.items():
+            if booked is not None and other != req_id and row:
+                stolen = next((b for b in blocks if b.block_id not in booked[1]), None)
+                if stolen is not None and stolen.ref_cnt == 0:
+                    self.block_pool.touch([stolen])
+                    self.block_pool.free_blocks([row[-1]])
+                    row[-1] = stolen
+                    break
+        return booked
+
+    monkeypatch.setattr(CompressedAttentionManager, "compact", compact)
+
+
+def publish_after_eviction(monkeypatch):
+    """The mistake of publishing hashes for compacted content."""
+    monkeypatch.setattr(
+        CompressedAttentionManager,
+        "cache_blocks",
+        super(CompressedAttentionManager, CompressedAttentionManager).cache_blocks,
+    )
+
+
+def write_shared_blocks(monkeypatch):
+    """The mistake of compacting a shared or findable block in place."""
+    monkeypatch.setattr(CompressedAttentionManager, "_make_private", lambda self, blocks: blocks)
+
+
+def keep_the_count_after_a_preemption(monkeypatch):
+    """The mistake of carrying the evicted count over to the next admission."""
+    monkeypatch.setattr(
+        CompressedAttentionManager,
+        "pop_blocks_for_free",
+        super(CompressedAttentionManager, CompressedAttentionManager).pop_blocks_for_free,
+    )
+
+
+def forget_nothing(monkeypatch):
+    """The mistake of leaving a finished request's slot and progress behind."""
+    monkeypatch.setattr(
+        CompressionSchedulerMixin,
+        "_free_request_blocks",
+        lambda self, request: super(CompressionSchedulerMixin, self)._free_request_blocks(request),
+    )
+
+
+def busy_engine(model, **changes) -> SimulatedEngine:
+    setting = replace(Setting(buffer=6, num_blocks=66, max_num_batched_tokens=32), **changes)
+    return SimulatedEngine(model, setting)
+
+
+def busy_operations():
+    adds = [("add", i % 3, 3 + 2 * i, 40) for i in range(10)]
+    return [*adds[:5], ("step", 25), *adds[5:], ("step", 10), ("preempt",), ("step", 10)]
+
+
+@STEPS_AHEAD
+def test_the_busy_scenario_is_clean_without_a_mistake(model, steps_ahead):
+    engine = busy_engine(model, steps_ahead=steps_ahead)
+    play(engine, busy_operations())
+    assert engine.worker.compactions > 30
+
+
+@STEPS_AHEAD
+@pytest.mark.parametrize(
+    ("mistake", "buffer"),
+    [
+        (free_before_the_step_is_scheduled, 6),
+        # Evicting less than a block leaves a row long enough to publish from.
+        (publish_after_eviction, 2),
+        (write_shared_blocks, 6),
+        (keep_the_count_after_a_preemption, 6),
+        (forget_nothing, 6),
+    ],
+)
+def test_the_simulation_notices_a_mistake_in_the_books(
+    model, monkeypatch, mistake, buffer, steps_ahead
+):
+    mistake(monkeypatch)
+    engine = busy_engine(model, buffer=buffer, steps_ahead=steps_ahead)
+    with pytest.raises((AssertionError, ValueError, KeyError, IndexError)):
+        play(engine, busy_operations())
+        assert engine.scheduler._planner.num_slots_in_use == 0
+
+
+@STEPS_AHEAD
+@pytest.mark.parametrize("mistaken_worker", [FlushesOneStepLate, CountsStale])
+def test_the_simulation_notices_a_mistake_in_the_worker(model, mistaken_worker, steps_ahead):
+    engine = busy_engine(model, steps_ahead=steps_ahead)
+    engine.worker = mistaken_worker(engine.setting)
+    with pytest.raises((AssertionError, KeyError, IndexError)):
+        play(engine, busy_operations())
