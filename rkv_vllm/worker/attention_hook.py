@@ -1,0 +1,37 @@
+"""Makes an attention layer record its queries, without touching its code or its callers.
+
+The class of `layer.impl` is exchanged for a subclass made here. vLLM calls the implementation
+behind a custom op, so the exchange is invisible to torch.compile. Next: observation.py.
+"""
+
+from functools import cache
+
+from torch import Tensor
+from vllm.model_executor.layers.attention import Attention
+
+from rkv_vllm.worker.observation import ObservationPool
+
+
+def observe_queries(layer: Attention, layer_idx: int, pool: ObservationPool) -> None:
+    """Record the queries of every later forward of `layer` in `pool`.
+
+    Args:
+        layer: an attention layer.
+        layer_idx: its place in the pool.
+        pool: where the queries go.
+    """
+    impl = layer.impl
+    impl.__class__ = _observing_class(type(impl))
+    impl.observation_pool = pool
+    impl.observed_layer_idx = layer_idx
+
+
+@cache
+def _observing_class(base: type) -> type:
+    """A subclass of one attention implementation, single inheritance as __class__ demands."""
+
+    def forward(self, layer: Attention, query: Tensor, *args, **kwargs) -> Tensor:
+        self.observation_pool.record(self.observed_layer_idx, query)
+        return base.forward(self, layer, query, *args, **kwargs)
+
+    return type(f"Observing{base.__name__}", (base,), {"forward": forward})

@@ -1,0 +1,30 @@
+"""Block table of the V1 runner whose slots follow physical positions.
+
+vLLM hands in logical positions (RoPE needs them); a compacted request's token lies `num_evicted`
+slots earlier. Next: runner_v1.py, which fills `num_evicted` before each step.
+"""
+
+import torch
+from vllm.v1.worker.block_table import MultiGroupBlockTable
+
+
+class PhysicalBlockTable(MultiGroupBlockTable):
+    """MultiGroupBlockTable that subtracts the evicted tokens of each row."""
+
+    # int64 [num_reqs]; None when no row of the step was ever compacted.
+    num_evicted: torch.Tensor | None = None
+
+    def compute_slot_mapping(
+        self, num_reqs: int, query_start_loc: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        """Map each token to the slot of its physical position.
+
+        Args:
+            num_reqs: rows of the step.
+            query_start_loc: int32 [num_reqs + 1].
+            positions: int64 [num_tokens], logical.
+        """
+        if self.num_evicted is not None:
+            num_tokens = query_start_loc.diff()
+            positions = positions - self.num_evicted.repeat_interleave(num_tokens)
+        super().compute_slot_mapping(num_reqs, query_start_loc, positions)

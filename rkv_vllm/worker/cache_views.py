@@ -1,0 +1,204 @@
+"""Dense views of a paged KV cache: reads and writes tokens, whatever the backend's layout.
+
+Knows how attention backends pack a block; knows no requests. `keys` and `values` are read for all
+layers at once, because vLLM places the layers of one spec at a constant stride in one allocation.
+Next: compactor.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.attention import Attention
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How one block of one head stores keys or values.
+
+    Attributes:
+        shape: dimensions of the packed block, in memory order.
+        order: permutation that puts the token dimensions first and the head dimensions last.
+        num_token_dims: how many of the permuted dimensions count tokens.
+    """
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    num_token_dims: int
+
+
+class PackedCache:
+    """Keys or values of all layers, addressed by token.
+
+    Args:
+        halves: [num_layers, num_blocks, num_kv_heads, *packing.shape], a view of the cache.
+        packing: the layout of the trailing dimensions.
+        block_size: tokens per block.
+    """
+
+    def __init__(self, halves: Tensor, packing: Packing, block_size: int) -> None:
+        self._halves = halves
+        self._packing = packing
+        self._block_size = block_size
+
+    def read(self, block_ids: Tensor, num_tokens: int, layers: slice) -> Tensor:
+        """Copy the first `num_tokens` tokens of a row of blocks.
+
+        Args:
+            block_ids: int64 [n >= ceil(num_tokens / block_size)], the row in order.
+            num_tokens: physical tokens.
+            layers: which layers.
+
+        Returns:
+            [num_layers, num_kv_heads, num_tokens, head_size] in the cache's dtype, a copy.
+        """
+        packed = self._halves[layers][:, block_ids]
+        num_layers, num_blocks, num_heads = packed.shape[:3]
+        order = [3 + dim for dim in self._packing.order]
+        tokens = packed.permute(0, 2, 1, *order)
+        dense = tokens.reshape(num_layers, num_heads, num_blocks * self._block_size, -1)
+        return dense[:, :, :num_tokens]
+
+    def write(self, block_ids: Tensor, states: Tensor, layers: slice) -> None:
+        """Fill a row of blocks with tokens; what follows the last token becomes zero.
+
+        Args:
+            block_ids: int64 [ceil(num_tokens / block_size)], distinct.
+            states: [num_layers, num_kv_heads, num_tokens, head_size].
+            layers: which layers.
+        """
+        num_layers, num_heads, num_tokens, head_size = states.shape
+        num_blocks = block_ids.shape[0]
+        dense = states.new_zeros(num_layers, num_heads, num_blocks * self._block_size, head_size)
+        dense[:, :, :num_tokens] = states
+        permuted_shape = [self._packing.shape[dim] for dim in self._packing.order]
+        tokens = dense.view(num_layers, num_heads, num_blocks, *permuted_shape)
+        inverse = [3 + self._packing.order.index(dim) for dim in range(len(self._packing.order))]
+        self._halves[layers][:, block_ids] = tokens.permute(0, 2, 1, *inverse)
+
+
+@dataclass(frozen=True)
+class CacheViews:
+    """Keys and values of all compressed layers.
+
+    Attributes:
+        keys: the layers' keys.
+        values: the layers' values.
+        layer_names: names of the layers, in the order of the first dimension.
+        num_kv_heads: KV heads of one layer on this rank.
+        head_size: elements of one key.
+        block_size: tokens per block.
+    """
+
+    keys: PackedCache
+    values: PackedCache
+    layer_names: list[str]
+    num_kv_heads: int
+    head_size: int
+    block_size: int
+
+
+def cpu_attn_views(layers: dict[str, Attention]) -> CacheViews:
+    """View the caches of CPU_ATTN layers.
+
+    CPU_ATTN packs blocks for the instruction set it picked. Which packing that is, is found out by
+    letting the layer itself write a scratch block and reading it back.
+
+    Args:
+        layers: attention layers by name, caches allocated.
+
+    Returns:
+        The views.
+
+    Raises:
+        ValueError: the layers do not lie at a constant stride, or no known packing reads back
+            what the layer wrote.
+    """
+    stacked = _stack_layers([layer.kv_cache for layer in layers.values()])
+    num_kv_heads, block_size, width = stacked.shape[2:]
+    head_size = width // 2
+    # [L, B, H, 2, block_size * head_size]: a block of a head is its keys, then its values.
+    halves = stacked.view(*stacked.shape[:3], 2, block_size * head_size)
+    first = next(iter(layers.values()))
+    key_packing, value_packing = _probe_packing(first, block_size, head_size)
+    return CacheViews(
+        keys=PackedCache(
+            halves[:, :, :, 0].unflatten(-1, key_packing.shape), key_packing, block_size
+        ),
+        values=PackedCache(
+            halves[:, :, :, 1].unflatten(-1, value_packing.shape), value_packing, block_size
+        ),
+        layer_names=list(layers),
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        block_size=block_size,
+    )
+
+
+def _stack_layers(caches: Sequence[Tensor]) -> Tensor:
+    """One [num_layers, *cache.shape] view over equal caches at a constant stride."""
+    first = caches[0]
+    offsets = [cache.storage_offset() for cache in caches]
+    stride = offsets[1] - offsets[0] if len(caches) > 1 else 0
+    for cache in caches:
+        same_place = cache.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        same_form = cache.shape == first.shape and cache.stride() == first.stride()
+        if not same_place or not same_form or cache.dtype != first.dtype:
+            raise ValueError(
+                "KV cache compression expected the caches of all layers in one allocation and of "
+                f"one form, got {tuple(cache.shape)} {cache.dtype} beside {tuple(first.shape)} "
+                f"{first.dtype}; serve this model without --kv-compression"
+            )
+    if offsets != [offsets[0] + i * stride for i in range(len(caches))]:
+        raise ValueError(f"KV caches expected at a constant stride, got offsets {offsets}")
+    return first.as_strided(
+        (len(caches), *first.shape), (stride, *first.stride()), storage_offset=offsets[0]
+    )
+
+
+def _known_packings(block_size: int, head_size: int) -> dict[str, tuple[Packing, Packing]]:
+    """Packings of CPU_ATTN by instruction set: (keys, values)."""
+    packings = {
+        "vec": (
+            Packing((head_size, block_size), (1, 0), 1),
+            Packing((block_size, head_size), (0, 1), 1),
+        )
+    }
+    if block_size % 16 == 0 and head_size % 16 == 0:
+        # AMX tiles: 16 tokens x 2 neighbouring dimensions of a key, 16 dimensions x 2
+        # neighbouring tokens of a value.
+        packings["amx"] = (
+            Packing((block_size // 16, head_size // 2, 16, 2), (0, 2, 1, 3), 2),
+            Packing((head_size // 16, block_size // 2, 16, 2), (1, 3, 0, 2), 2),
+        )
+    return packings
+
+
+def _probe_packing(layer: Attention, block_size: int, head_size: int) -> tuple[Packing, Packing]:
+    """Let the layer write one block of random tokens and find the packing that reads them back."""
+    cache = layer.kv_cache
+    scratch = torch.zeros(1, *cache.shape[1:], dtype=cache.dtype)
+    generator = torch.Generator().manual_seed(0)
+    shape = (block_size, cache.shape[1], head_size)
+    keys = torch.randn(shape, generator=generator).to(cache.dtype)
+    values = torch.randn(shape, generator=generator).to(cache.dtype)
+    layer.impl.do_kv_cache_update(layer, keys, values, scratch, torch.arange(block_size))
+    halves = scratch.view(1, 1, cache.shape[1], 2, -1)
+    block_ids = torch.zeros(1, dtype=torch.int64)
+    for packings in _known_packings(block_size, head_size).values():
+        reads = [
+            PackedCache(halves[:, :, :, i].unflatten(-1, packing.shape), packing, block_size).read(
+                block_ids, block_size, slice(None)
+            )[0]
+            for i, packing in enumerate(packings)
+        ]
+        if torch.equal(reads[0], keys.transpose(0, 1)) and torch.equal(
+            reads[1], values.transpose(0, 1)
+        ):
+            return packings
+    raise ValueError(
+        f"CPU_ATTN packs its cache for the instruction set {layer.isa!r} in an unknown way; "
+        f"known are {sorted(_known_packings(block_size, head_size))}; "
+        "serve without --kv-compression on this machine"
+    )
