@@ -113,6 +113,17 @@ def test_rows_without_a_similar_key_still_lower_the_oldest_one():
     assert int(scores(keys, torch.zeros(1, 8, 40))[0].argmax()) == 0
 
 
+def test_a_cosine_of_exactly_the_threshold_is_not_similar():
+    # Norm 2 in four dimensions: in float32 every cosine is exactly 1 or 0.5.
+    keys = torch.ones(1, 63, 4)
+    keys[0, 1::2, 3] = -1.0
+    got = scores(keys, torch.zeros(1, 8, 4), threshold=0.5)
+    above = scores(keys, torch.zeros(1, 8, 4), threshold=0.51)
+    below = scores(keys, torch.zeros(1, 8, 4), threshold=0.49)
+    assert torch.equal(got, above)
+    assert not torch.equal(got, below)
+
+
 def test_a_single_similar_key_at_the_far_end_is_found():
     # Only 0 and 300 resemble each other: the search for row 300 goes through all tiles, and so
     # does the one for every other row. Row 1's twin is the very newest key.

@@ -1,9 +1,10 @@
 """A real vLLM scheduler and block pool, with a worker that knows where every token's cell lies.
 
-The simulated worker executes SchedulerOutputs late, as asynchronous scheduling does, on a memory of tags
-instead of tensors: a cell holds the name of the token state that was written to it. After every forward
-each request must read back exactly the states it expects, so an overwritten survivor, a freed block that is
-still read, a stale count or a polluted prefix cache shows up at once. No model, no tensors.
+The simulated worker executes SchedulerOutputs late, as asynchronous scheduling does, on a memory of
+tags instead of tensors: a cell holds the name of the token state that was written to it. After
+every forward each request must read back exactly the states it expects, so an overwritten survivor,
+a freed block that is still read, a stale count or a polluted prefix cache shows up at once. No
+model, no tensors.
 """
 
 from collections import deque

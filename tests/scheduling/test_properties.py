@@ -345,10 +345,15 @@ def busy_operations():
     return [*adds[:5], ("step", 25), *adds[5:], ("step", 10), ("preempt",), ("step", 10)]
 
 
+def play_and_check_slots(engine: SimulatedEngine) -> None:
+    play(engine, busy_operations())
+    assert engine.scheduler._planner.num_slots_in_use == 0
+
+
 @STEPS_AHEAD
 def test_the_busy_scenario_is_clean_without_a_mistake(model, steps_ahead):
     engine = busy_engine(model, steps_ahead=steps_ahead)
-    play(engine, busy_operations())
+    play_and_check_slots(engine)
     assert engine.worker.compactions > 30
 
 
@@ -370,8 +375,7 @@ def test_the_simulation_notices_a_mistake_in_the_books(
     mistake(monkeypatch)
     engine = busy_engine(model, buffer=buffer, steps_ahead=steps_ahead)
     with pytest.raises((AssertionError, ValueError, KeyError, IndexError)):
-        play(engine, busy_operations())
-        assert engine.scheduler._planner.num_slots_in_use == 0
+        play_and_check_slots(engine)
 
 
 @STEPS_AHEAD

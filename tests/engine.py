@@ -1,0 +1,128 @@
+"""A vLLM engine in this process that tests can step, look into and throw away."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM, SamplingParams
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+from vllm.v1.core.sched.scheduler import Scheduler
+
+import rkv_vllm
+
+BLOCK_SIZE = 32
+
+
+@dataclass
+class Output:
+    """What one request said."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finished: bool = False
+
+
+class Engine:
+    """An offline LLM, driven step by step."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self.outputs: dict[str, Output] = {}
+        self.max_running = 0
+        self.running_per_step: list[int] = []
+        self.cached_tokens: dict[str, int] = {}
+        self.preempted_at: dict[str, list[int]] = {}
+        self._count_preemptions()
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @property
+    def pool(self):
+        return self.scheduler.kv_cache_manager.block_pool
+
+    def add(self, req_id: str, prompt_ids: list[int], max_tokens: int, **params: Any) -> None:
+        sampling = {"temperature": 0, "logprobs": 0, "ignore_eos": True, "detokenize": False}
+        self.outputs[req_id] = Output()
+        self.llm.llm_engine.add_request(
+            req_id,
+            {"prompt_token_ids": prompt_ids},
+            SamplingParams(max_tokens=max_tokens, **{**sampling, **params}),
+        )
+
+    def step(self) -> None:
+        for item in self.llm.llm_engine.step():
+            completion = item.outputs[0]
+            output = self.outputs[item.request_id]
+            output.token_ids = list(completion.token_ids)
+            output.logprobs = [
+                step[token_id].logprob
+                for step, token_id in zip(completion.logprobs, completion.token_ids, strict=True)
+            ]
+            output.finished = item.finished
+            self.cached_tokens[item.request_id] = item.num_cached_tokens
+        self.running_per_step.append(len(self.scheduler.running))
+        self.max_running = max(self.max_running, len(self.scheduler.running))
+
+    def num_cached_tokens(self, req_id: str) -> int:
+        """Prompt tokens of a request that hit the prefix cache."""
+        return self.cached_tokens[req_id]
+
+    def run(self) -> None:
+        while self.llm.llm_engine.has_unfinished_requests():
+            self.step()
+
+    def stats(self) -> dict[str, int]:
+        return rkv_vllm.stats(self.llm)
+
+    def assert_pool_is_empty(self) -> None:
+        assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1
+
+    def _count_preemptions(self) -> None:
+        preempt = self.scheduler._preempt_request
+
+        def noting(request, *args, **kwargs):
+            req_id = request.request_id.rsplit("-", 1)[0]
+            self.preempted_at.setdefault(req_id, []).append(request.num_output_tokens)
+            return preempt(request, *args, **kwargs)
+
+        self.scheduler._preempt_request = noting
+
+
+@contextmanager
+def running_engine(model: Path, num_blocks: int = 1024, **options: Any) -> Iterator[Engine]:
+    """Starts an engine and takes all of it down again.
+
+    Args:
+        model: folder of a random model (tests/models.py).
+        num_blocks: blocks of the pool, the null block included.
+        options: further arguments of `LLM`; `rkv_vllm.engine_args()` switches compression on.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    bytes_per_element = 2 if options.get("dtype") == "bfloat16" else 4
+    bytes_per_token = (
+        2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    ) * bytes_per_element
+    defaults = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "max_num_seqs": 16,
+        "block_size": BLOCK_SIZE,
+        "kv_cache_memory_bytes": num_blocks * BLOCK_SIZE * bytes_per_token,
+        "seed": 0,
+    }
+    llm = LLM(str(model), **{**defaults, **options})
+    try:
+        engine = Engine(llm)
+        assert engine.pool.num_gpu_blocks == num_blocks
+        yield engine
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()

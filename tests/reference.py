@@ -1,0 +1,292 @@
+"""Explicit eviction on transformers: what one request must say, computed without vLLM.
+
+The loop keeps its own cache tensors, runs one request at a time and applies `keep_indices` when a
+compaction is due. Nothing else of `rkv_vllm` but the config is used: schedule, positions and the
+moving of survivors are written here a second time, in the plainest way. Knows nothing of blocks,
+batches or observation slots. The models it is run on come from `models.py`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.methods.rkv import keep_indices
+
+ATTENTION_NAME = "explicit_eviction"
+TOP = 5
+
+
+class Compaction(NamedTuple):
+    """One compaction: the step it followed, the settled length before it, the tokens evicted.
+
+    `step` counts forward passes since the start of the text: 0 is the prefill and samples the first
+    output token, step k computes output token k (counted from 1) and samples the next one.
+    """
+
+    step: int
+    settled_len: int
+    evicted: int
+
+
+@dataclass
+class ReferenceResult:
+    """What one request produced.
+
+    Attributes:
+        token_ids: output tokens, one per step.
+        logprobs: log-probability of each output token.
+        top_ids: `[num_tokens, TOP]` int64, the most likely tokens of each step, likeliest first.
+        top_logprobs: `[num_tokens, TOP]` float32, their log-probabilities.
+        compactions: in the order they happened.
+        physical_lens: tokens in the cache after each step, its compaction included.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_ids: torch.Tensor | None = None
+    top_logprobs: torch.Tensor | None = None
+    compactions: list[Compaction] = field(default_factory=list)
+    physical_lens: list[int] = field(default_factory=list)
+
+
+class LayerCache:
+    """Keys and values `[num_kv_heads, n, head_dim]` of one layer, queries of its latest tokens."""
+
+    def __init__(self, num_queries: int) -> None:
+        self.num_queries = num_queries
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+        self.queries: torch.Tensor | None = None
+
+    def append(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Adds the tokens of one forward pass.
+
+        Args:
+            queries: `[num_heads, t, head_dim]` after RoPE.
+            keys: `[num_kv_heads, t, head_dim]` after RoPE.
+            values: `[num_kv_heads, t, head_dim]`.
+        """
+        if self.keys is not None:
+            queries = torch.cat((self.queries, queries), dim=1)
+            keys = torch.cat((self.keys, keys), dim=1)
+            values = torch.cat((self.values, values), dim=1)
+        self.queries = queries[:, -self.num_queries :]
+        self.keys, self.values = keys, values
+
+    def evict(self, settled_len: int, config: KVCompressionConfig) -> None:
+        """Shrinks the settled tokens to the budget; those behind them follow unchanged."""
+        behind = self.keys.shape[1] - settled_len
+        end = self.queries.shape[1] - behind
+        kept = keep_indices(
+            self.keys[:, :settled_len],
+            self.queries[:, end - config.window : end],
+            config.budget,
+            window=config.window,
+            lam=config.lam,
+            pool=config.pool,
+            threshold=config.threshold,
+        )
+        self.keys = _survivors(self.keys, kept, settled_len)
+        self.values = _survivors(self.values, kept, settled_len)
+
+
+def _survivors(cached: torch.Tensor, kept: torch.Tensor, settled_len: int) -> torch.Tensor:
+    """`cached [heads, n, d]` at each head's `kept [heads, budget]`, then all from `settled_len`."""
+    index = kept.unsqueeze(-1).expand(-1, -1, cached.shape[-1])
+    return torch.cat((cached.gather(1, index), cached[:, settled_len:]), dim=1)
+
+
+def _explicit_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    layer_caches: list[LayerCache],
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Lets the newest tokens attend to all cached ones of their layer, causally among themselves.
+
+    Registered with transformers, which passes `query [1, num_heads, t, d]` and `key`, `value
+    [1, num_kv_heads, t, d]` after RoPE; `layer_caches` is a keyword argument of the model's call.
+    """
+    cache = layer_caches[module.layer_idx]
+    cache.append(query[0], key[0], value[0])
+    num_heads, num_new, head_dim = query.shape[1:]
+    num_kv_heads, num_cached = cache.keys.shape[:2]
+    grouped = query[0].reshape(num_kv_heads, num_heads // num_kv_heads, num_new, head_dim)
+    logits = grouped @ cache.keys.unsqueeze(1).transpose(-1, -2) * scaling
+    visible = torch.ones(num_new, num_cached, dtype=torch.bool).tril(num_cached - num_new)
+    weights = logits.float().masked_fill(~visible, float("-inf")).softmax(-1)
+    output = weights.to(query.dtype) @ cache.values.unsqueeze(1)
+    return output.reshape(1, num_heads, num_new, head_dim).transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _explicit_attention)
+
+
+@lru_cache(maxsize=4)
+def load_model(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Loads a model that attends through this module's caches; the latest four stay loaded."""
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=dtype, attn_implementation=ATTENTION_NAME
+    )
+    return model.eval()
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Computes on one thread: for matrices this small, waiting for other threads costs more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class ReferenceRequest:
+    """One request: its caches, its lengths and the rule when it is compacted."""
+
+    def __init__(
+        self, model: PreTrainedModel, config: KVCompressionConfig | None, unprocessed_steps: int = 0
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.unprocessed_steps = unprocessed_steps
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the cache and the counter: the next forward is a prefill."""
+        num_queries = 1
+        if self.config is not None:
+            num_queries = self.config.window + 1 + self.unprocessed_steps
+        num_layers = self.model.config.num_hidden_layers
+        self.layer_caches = [LayerCache(num_queries) for _ in range(num_layers)]
+        self.logical_len = 0
+        self.physical_len = 0
+        # Physical length from which decoded tokens count towards the next compaction.
+        self.counted_from = 0
+
+    @torch.inference_mode()
+    def forward(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Computes `token_ids` behind the cached text; returns log-probabilities `[vocab]`."""
+        positions = torch.arange(self.logical_len, self.logical_len + len(token_ids))
+        logits = self.model(
+            input_ids=torch.tensor([list(token_ids)]),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=1,
+            layer_caches=self.layer_caches,
+        ).logits
+        self.logical_len += len(token_ids)
+        self.physical_len += len(token_ids)
+        return logits[0, -1].float().log_softmax(-1)
+
+    def prefill(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Caches a whole text, whatever its length; returns log-probabilities `[vocab]`."""
+        self.restart()
+        logprobs = self.forward(token_ids)
+        self.counted_from = self.physical_len
+        return logprobs
+
+    def decode(self, token_id: int) -> tuple[torch.Tensor, int | None]:
+        """Computes one token and compacts when it was due at the start of the step.
+
+        Returns:
+            Log-probabilities `[vocab]`; the settled length before a compaction, None without one.
+        """
+        settled_len = self.physical_len - self.unprocessed_steps
+        logprobs = self.forward([token_id])
+        if not self._is_due(settled_len):
+            return logprobs, None
+        with torch.inference_mode():
+            for cache in self.layer_caches:
+                cache.evict(settled_len, self.config)
+        self.physical_len -= settled_len - self.config.budget
+        self.counted_from = self.config.budget
+        return logprobs, settled_len
+
+    def _is_due(self, settled_len: int) -> bool:
+        if self.config is None:
+            return False
+        decoded = settled_len - self.counted_from
+        config = self.config
+        return settled_len >= config.budget + config.buffer and decoded >= config.buffer
+
+
+@single_thread()
+def generate_reference(
+    model_dir: str | Path,
+    prompt_ids: Sequence[int],
+    num_tokens: int,
+    config: KVCompressionConfig | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    forced_ids: Sequence[int] | None = None,
+    recompute_at: int | Sequence[int] = (),
+    unprocessed_steps: int = 0,
+) -> ReferenceResult:
+    """Generates greedily for one request with explicit eviction.
+
+    Args:
+        model_dir: folder of a model that transformers can load.
+        prompt_ids: tokens of the prompt.
+        num_tokens: output tokens, which is also the number of steps: the last token is sampled and
+            never computed.
+        config: what to keep and when to compact; None never compacts.
+        dtype: of weights and cache.
+        forced_ids: output tokens to take instead of the likeliest, at least `num_tokens`; the
+            log-probabilities are theirs.
+        recompute_at: preemptions after that many output tokens: the cache is lost, prompt and
+            output so far are prefilled together and the rules start afresh.
+        unprocessed_steps: earlier steps whose output the scheduler has not processed when it
+            schedules the next one: 0 with synchronous, 1 with asynchronous scheduling. Their tokens
+            are not settled.
+
+    Returns:
+        Tokens, log-probabilities, compactions and physical lengths. A compaction due in the very
+        last step is listed, though it changes no output and an engine may skip it.
+
+    Raises:
+        ValueError: `forced_ids` is too short or `recompute_at` is not inside the text.
+    """
+    if forced_ids is not None and len(forced_ids) < num_tokens:
+        raise ValueError(
+            f"forced_ids has {len(forced_ids)} tokens, num_tokens is {num_tokens}; pass as many"
+        )
+    restarts = {recompute_at} if isinstance(recompute_at, int) else set(recompute_at)
+    if not all(1 <= restart < num_tokens for restart in restarts):
+        raise ValueError(
+            f"recompute_at {recompute_at} is not in 1..{num_tokens - 1}; pass an output length "
+            "that another token follows"
+        )
+    request = ReferenceRequest(load_model(Path(model_dir), dtype), config, unprocessed_steps)
+    result = ReferenceResult()
+    tops = []
+    for step in range(num_tokens):
+        if step == 0 or step in restarts:
+            logprobs = request.prefill([*prompt_ids, *result.token_ids])
+        else:
+            logprobs, settled_len = request.decode(result.token_ids[-1])
+            if settled_len is not None:
+                evicted = settled_len - config.budget
+                result.compactions.append(Compaction(step, settled_len, evicted))
+        token_id = int(logprobs.argmax()) if forced_ids is None else int(forced_ids[step])
+        result.token_ids.append(token_id)
+        result.logprobs.append(float(logprobs[token_id]))
+        result.physical_lens.append(request.physical_len)
+        tops.append(logprobs.topk(TOP))
+    result.top_ids = torch.stack([top.indices for top in tops])
+    result.top_logprobs = torch.stack([top.values for top in tops])
+    return result

@@ -1,0 +1,95 @@
+"""A served request says what explicit eviction says, token for token."""
+
+import pytest
+
+import rkv_vllm
+from rkv_vllm.config import KVCompressionConfig
+from tests.engine import Engine, running_engine
+from tests.models import assert_varied, random_prompt
+from tests.reference import ReferenceResult, generate_reference
+
+pytestmark = pytest.mark.engine
+
+CONFIG = KVCompressionConfig(budget=64, buffer=32)
+OPTIONS = rkv_vllm.engine_args(budget=64, buffer=32)
+LOGPROB_TOLERANCE = 1e-3
+SHARED = random_prompt(64, seed=1)
+
+
+def assert_same(engine: Engine, req_id: str, reference: ReferenceResult) -> None:
+    """Same tokens, log-probabilities as near as another order of summation allows."""
+    output = engine.outputs[req_id]
+    assert output.token_ids == reference.token_ids
+    gaps = [abs(a - b) for a, b in zip(output.logprobs, reference.logprobs, strict=True)]
+    assert max(gaps) < LOGPROB_TOLERANCE
+    assert_varied(output.token_ids)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_output_equals_explicit_eviction(random_model_dir, family, group):
+    model = random_model_dir(family, group)
+    prompts = {f"r{i}": [*SHARED, *random_prompt(6 + 7 * i, seed=i)] for i in range(4)}
+    with running_engine(model, **OPTIONS) as engine:
+        for req_id, prompt in prompts.items():
+            engine.add(req_id, prompt, 300)
+        engine.run()
+        stats = engine.stats()
+        engine.assert_pool_is_empty()
+    references = {r: generate_reference(model, prompts[r], 300, CONFIG) for r in prompts}
+    for req_id, reference in references.items():
+        assert len(reference.compactions) >= 4
+        assert_same(engine, req_id, reference)
+    assert stats["compactions"] == sum(len(r.compactions) for r in references.values())
+    assert stats["requests_compacted"] == 4
+
+
+def test_long_prompt_chunked_prefill_and_staggered_arrivals(random_model_dir):
+    """Prompts beyond budget + buffer in chunks of 64, requests that come and leave in between."""
+    model = random_model_dir("qwen3", 3)
+    lengths = {"long": (230, 150), "short": (9, 220), "middle": (100, 60), "late": (180, 130)}
+    arrivals = {"long": 0, "short": 2, "middle": 40, "late": 75}
+    prompts = {r: random_prompt(n, seed=n) for r, (n, _) in lengths.items()}
+    with running_engine(model, max_num_batched_tokens=64, **OPTIONS) as engine:
+        for step in range(120):
+            for req_id, arrival in arrivals.items():
+                if arrival == step:
+                    engine.add(req_id, prompts[req_id], lengths[req_id][1])
+            engine.step()
+        engine.run()
+        stats = engine.stats()
+        engine.assert_pool_is_empty()
+    compactions = 0
+    for req_id, prompt in prompts.items():
+        reference = generate_reference(model, prompt, lengths[req_id][1], CONFIG)
+        assert_same(engine, req_id, reference)
+        compactions += len(reference.compactions)
+        # A long prompt is cached whole and first trimmed after `buffer` decoded tokens.
+        assert reference.compactions[0].settled_len == max(64, len(prompt)) + 32
+    assert stats["compactions"] == compactions
+
+
+def test_bfloat16_output_equals_explicit_eviction_while_scores_agree(random_model_dir):
+    """bf16 rounds differently in the two engines, so the text is forced and the cache compared."""
+    model = random_model_dir("qwen3", 3)
+    prompt = random_prompt(90, seed=5)
+    with running_engine(model, dtype="bfloat16", **OPTIONS) as engine:
+        engine.add("a", prompt, 120)
+        engine.run()
+        stats = engine.stats()
+    output = engine.outputs["a"]
+    import torch
+
+    reference = generate_reference(
+        model, prompt, 120, CONFIG, dtype=torch.bfloat16, forced_ids=output.token_ids
+    )
+    assert stats["compactions"] == len(reference.compactions) == 3
+    gaps = [abs(a - b) for a, b in zip(output.logprobs, reference.logprobs, strict=True)]
+    full = generate_reference(
+        model, prompt, 120, None, dtype=torch.bfloat16, forced_ids=output.token_ids
+    )
+    to_full = [abs(a - b) for a, b in zip(output.logprobs, full.logprobs, strict=True)]
+    # After the first compaction the served text follows the evicting reference, not the full one.
+    after = reference.compactions[0].step + 1
+    mean_gap = sum(gaps[after:]) / len(gaps[after:])
+    assert mean_gap < 0.3 * sum(to_full[after:]) / len(to_full[after:])
