@@ -29,9 +29,9 @@ NORM_EPSILON = 1e-8
 # wider tile computes cosines that nobody reads; a narrower one leaves the matrix product idle.
 TILE = 64
 
-# Upper bound in float32 elements (4 MiB) for any one temporary. Heads are processed in groups that
-# respect it, so that a long prompt costs time and not memory; temporaries of this size also stay
-# in the CPU's cache, where larger ones measured two to four times slower per head.
+# Upper bound in float32 elements (4 MiB) for any one temporary (or one head's worth, if more).
+# Heads are processed in groups that respect it, so that a long prompt costs time and not memory.
+# Larger groups leave the CPU's cache and measured slower, much smaller ones pay more for calls.
 MAX_TEMPORARY_ELEMENTS = 1 << 20
 
 
