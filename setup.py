@@ -2,10 +2,11 @@
 
 The kernels know nothing of the plugin, so they have a folder of their own at the top of the tree,
 yet they install as `rkv_vllm.kernels`. pyproject.toml alone cannot say both "this folder has
-another name" and "find its subpackages", hence this file.
+another name" and "find its subpackages", hence this file. The C++ kernels for CPUs are built when a
+compiler is there; without one the build says so and goes on, and torch serves in their place.
 """
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 PACKAGE_DIRS = {"rkv_vllm": "rkv_vllm", "rkv_vllm.kernels": "kernels"}
 
@@ -18,4 +19,15 @@ def packages() -> list[str]:
     return found
 
 
-setup(packages=packages(), package_dir=PACKAGE_DIRS)
+# Loaded through ctypes (kernels/native.py), hence no Python in it. Without errno and traps the
+# compiler may vectorise square roots and comparisons; results stay those of IEEE arithmetic.
+CPU_KERNELS = Extension(
+    "rkv_vllm._csrc",
+    sources=["csrc/cpu/rkv.cpp"],
+    language="c++",
+    extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"],
+    extra_link_args=["-fopenmp"],
+    optional=True,
+)
+
+setup(packages=packages(), package_dir=PACKAGE_DIRS, ext_modules=[CPU_KERNELS])

@@ -33,6 +33,7 @@ INPUTS = (
     METADATA_DIST / "pyproject.toml",
     ROOT / "pyproject.toml",
     ROOT / "setup.py",
+    *sorted((ROOT / "csrc").rglob("*.cpp")),
     ROOT / "scripts" / "check_env.py",
     Path(__file__).resolve(),
 )

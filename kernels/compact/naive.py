@@ -1,19 +1,30 @@
-"""Reference for compact: gather the survivors of every head on its own, append the tail."""
+"""Reference for compact: read everything, gather per head, write."""
 
 import torch
+from torch import Tensor
+
+from rkv_vllm.kernels.paged import PagedStates
 
 
-def compact_naive(states: torch.Tensor, keep: torch.Tensor, settled_len: int) -> torch.Tensor:
-    """Drop the evicted tokens of a dense cache.
+def compact_naive(
+    states: PagedStates,
+    old_block_ids: Tensor,
+    new_block_ids: Tensor,
+    keep: Tensor,
+    settled_len: int,
+    total_len: int,
+) -> None:
+    """Leave the kept tokens and the tail, in order, in the new blocks.
 
     Args:
-        states: [num_layers, num_heads, total_len, head_size], keys or values in cache order.
-        keep: int64 [num_layers, num_heads, budget], ascending, all < settled_len.
+        states: keys or values, changed in place.
+        old_block_ids: int64, the row that holds tokens [0, total_len).
+        new_block_ids: int64, the row for the survivors; block i is old block i or a foreign one.
+        keep: int64 [num_layers * num_kv_heads, budget], ascending, all < settled_len.
         settled_len: tokens [settled_len, total_len) follow the survivors unchanged.
-
-    Returns:
-        [num_layers, num_heads, budget + total_len - settled_len, head_size]
+        total_len: tokens before the eviction.
     """
-    index = keep.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1])
-    survivors = states.gather(2, index)
-    return torch.cat([survivors, states[:, :, settled_len:]], dim=2)
+    dense = states.read(old_block_ids, total_len)
+    index = keep.view(*dense.shape[:2], -1, 1).expand(-1, -1, -1, states.head_size)
+    survivors = dense.gather(2, index)
+    states.write(new_block_ids, torch.cat([survivors, dense[:, :, settled_len:]], dim=2))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from rkv_vllm.config import KVCompressionConfig
+    from rkv_vllm.kernels.paged import PagedStates
 
 
 class CompressionMethod(ABC):
@@ -55,3 +56,29 @@ class CompressionMethod(ABC):
         Raises:
             ValueError: The shapes do not fit each other, or a score is NaN or infinite.
         """
+
+    def keep_paged(
+        self,
+        keys: PagedStates,
+        values: PagedStates,
+        block_ids: torch.Tensor,
+        num_tokens: int,
+        queries: torch.Tensor,
+        budget: int,
+    ) -> torch.LongTensor:
+        """Choose from a paged cache; a method that can do without a dense copy overrides this.
+
+        Args:
+            keys: the cache's keys, heads flattened as in ``keep_indices``.
+            values: the cache's values.
+            block_ids: int64 [>= ceil(num_tokens / block_size)], the request's row of blocks.
+            num_tokens: n, tokens to judge.
+            queries: As for ``keep_indices``.
+            budget: As for ``keep_indices``.
+
+        Returns:
+            As for ``keep_indices``.
+        """
+        dense_keys = keys.read(block_ids, num_tokens).flatten(0, 1)
+        dense_values = values.read(block_ids, num_tokens).flatten(0, 1)
+        return self.keep_indices(dense_keys, dense_values, queries, budget)

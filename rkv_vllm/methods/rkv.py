@@ -11,7 +11,7 @@ section 3, with the tie, order and default rules that ``docs/method.md`` lists.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +21,7 @@ from rkv_vllm.methods.base import CompressionMethod
 
 if TYPE_CHECKING:
     from rkv_vllm.config import KVCompressionConfig
+    from rkv_vllm.kernels.paged import PagedStates
 
 # Keeps the unit key of an all-zero key finite.
 NORM_EPSILON = 1e-8
@@ -86,6 +87,25 @@ class RKV(CompressionMethod):
     ) -> torch.LongTensor:
         """Choose by keys and queries; R-KV does not look at ``values``. See the base class."""
         return _keep_indices(keys, queries, budget, self)
+
+    def keep_paged(
+        self,
+        keys: PagedStates,
+        values: PagedStates,
+        block_ids: torch.Tensor,
+        num_tokens: int,
+        queries: torch.Tensor,
+        budget: int,
+    ) -> torch.LongTensor:
+        """Choose without a dense copy of the cache. See the base class."""
+        # Deferred: the reference versions of the kernels call this module.
+        from rkv_vllm.kernels.score import score
+        from rkv_vllm.kernels.select import select
+
+        scores = score(keys, block_ids, num_tokens, queries, **asdict(self))
+        kept = select(scores, budget - self.window)
+        newest = torch.arange(num_tokens - self.window, num_tokens, device=kept.device)
+        return torch.cat([kept, newest.expand(kept.shape[0], -1)], dim=1)
 
 
 def scores(
@@ -172,7 +192,7 @@ def _keep_indices(
     kept = torch.empty((num_heads, budget), dtype=torch.int64, device=keys.device)
     kept[:, -method.window :] = torch.arange(num_candidates, n, device=keys.device)
     for heads, part in _scores_by_group(keys, queries, method):
-        kept[heads, : -method.window] = _largest(part, budget - method.window)
+        kept[heads, : -method.window] = largest(part, budget - method.window)
     return kept
 
 
@@ -316,8 +336,8 @@ def _take_rows(unit: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return taken.view(num_heads, -1, head_size)
 
 
-def _largest(part: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices of the ``count`` largest entries per row, ascending; ties go to the lower index."""
+def largest(part: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices int64 [rows, count] of the largest entries, ascending; ties go to the lower index."""
     # topk alone promises nothing about ties, so it only finds the value of the cut.
     cut = part.topk(count, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
     above = part > cut

@@ -1,8 +1,8 @@
-"""Dense views of a paged KV cache: reads and writes tokens, whatever the backend's layout.
+"""Views of the attention layers' KV caches, whatever the backend's layout.
 
-Knows how attention backends pack a block; knows no requests. `keys` and `values` are read for all
-layers at once, because vLLM places the layers of one spec at a constant stride in one allocation.
-Next: compactor.py.
+Knows how attention backends pack a block; knows no requests. One view spans all layers, because
+vLLM places the layers of one spec at a constant stride in one allocation. Next: kernels/paged.py
+for what a view can do, compactor.py for who uses it.
 """
 
 from collections.abc import Sequence
@@ -12,70 +12,7 @@ import torch
 from torch import Tensor
 from vllm.model_executor.layers.attention import Attention
 
-
-@dataclass(frozen=True)
-class Packing:
-    """How one block of one head stores keys or values.
-
-    Attributes:
-        shape: dimensions of the packed block, in memory order.
-        order: permutation that puts the token dimensions first and the head dimensions last.
-        num_token_dims: how many of the permuted dimensions count tokens.
-    """
-
-    shape: tuple[int, ...]
-    order: tuple[int, ...]
-    num_token_dims: int
-
-
-class PackedCache:
-    """Keys or values of all layers, addressed by token.
-
-    Args:
-        halves: [num_layers, num_blocks, num_kv_heads, *packing.shape], a view of the cache.
-        packing: the layout of the trailing dimensions.
-        block_size: tokens per block.
-    """
-
-    def __init__(self, halves: Tensor, packing: Packing, block_size: int) -> None:
-        self._halves = halves
-        self._packing = packing
-        self._block_size = block_size
-
-    def read(self, block_ids: Tensor, num_tokens: int, layers: slice) -> Tensor:
-        """Copy the first `num_tokens` tokens of a row of blocks.
-
-        Args:
-            block_ids: int64 [n >= ceil(num_tokens / block_size)], the row in order.
-            num_tokens: physical tokens.
-            layers: which layers.
-
-        Returns:
-            [num_layers, num_kv_heads, num_tokens, head_size] in the cache's dtype, a copy.
-        """
-        packed = self._halves[layers][:, block_ids]
-        num_layers, num_blocks, num_heads = packed.shape[:3]
-        order = [3 + dim for dim in self._packing.order]
-        tokens = packed.permute(0, 2, 1, *order)
-        dense = tokens.reshape(num_layers, num_heads, num_blocks * self._block_size, -1)
-        return dense[:, :, :num_tokens]
-
-    def write(self, block_ids: Tensor, states: Tensor, layers: slice) -> None:
-        """Fill a row of blocks with tokens; what follows the last token becomes zero.
-
-        Args:
-            block_ids: int64 [ceil(num_tokens / block_size)], distinct.
-            states: [num_layers, num_kv_heads, num_tokens, head_size].
-            layers: which layers.
-        """
-        num_layers, num_heads, num_tokens, head_size = states.shape
-        num_blocks = block_ids.shape[0]
-        dense = states.new_zeros(num_layers, num_heads, num_blocks * self._block_size, head_size)
-        dense[:, :, :num_tokens] = states
-        permuted_shape = [self._packing.shape[dim] for dim in self._packing.order]
-        tokens = dense.view(num_layers, num_heads, num_blocks, *permuted_shape)
-        inverse = [3 + self._packing.order.index(dim) for dim in range(len(self._packing.order))]
-        self._halves[layers][:, block_ids] = tokens.permute(0, 2, 1, *inverse)
+from rkv_vllm.kernels.paged import Packing, PagedStates
 
 
 @dataclass(frozen=True)
@@ -91,8 +28,8 @@ class CacheViews:
         block_size: tokens per block.
     """
 
-    keys: PackedCache
-    values: PackedCache
+    keys: PagedStates
+    values: PagedStates
     layer_names: list[str]
     num_kv_heads: int
     head_size: int
@@ -123,12 +60,8 @@ def cpu_attn_views(layers: dict[str, Attention]) -> CacheViews:
     first = next(iter(layers.values()))
     key_packing, value_packing = _probe_packing(first, block_size, head_size)
     return CacheViews(
-        keys=PackedCache(
-            halves[:, :, :, 0].unflatten(-1, key_packing.shape), key_packing, block_size
-        ),
-        values=PackedCache(
-            halves[:, :, :, 1].unflatten(-1, value_packing.shape), value_packing, block_size
-        ),
+        keys=PagedStates(halves[:, :, :, 0], key_packing, block_size),
+        values=PagedStates(halves[:, :, :, 1], value_packing, block_size),
         layer_names=list(layers),
         num_kv_heads=num_kv_heads,
         head_size=head_size,
@@ -157,20 +90,20 @@ def _stack_layers(caches: Sequence[Tensor]) -> Tensor:
     )
 
 
-def _known_packings(block_size: int, head_size: int) -> dict[str, tuple[Packing, Packing]]:
+def known_packings(block_size: int, head_size: int) -> dict[str, tuple[Packing, Packing]]:
     """Packings of CPU_ATTN by instruction set: (keys, values)."""
     packings = {
         "vec": (
-            Packing((head_size, block_size), (1, 0), 1),
-            Packing((block_size, head_size), (0, 1), 1),
+            Packing((head_size, block_size), (1, 0)),
+            Packing((block_size, head_size), (0, 1)),
         )
     }
     if block_size % 16 == 0 and head_size % 16 == 0:
         # AMX tiles: 16 tokens x 2 neighbouring dimensions of a key, 16 dimensions x 2
         # neighbouring tokens of a value.
         packings["amx"] = (
-            Packing((block_size // 16, head_size // 2, 16, 2), (0, 2, 1, 3), 2),
-            Packing((head_size // 16, block_size // 2, 16, 2), (1, 3, 0, 2), 2),
+            Packing((block_size // 16, head_size // 2, 16, 2), (0, 2, 1, 3)),
+            Packing((head_size // 16, block_size // 2, 16, 2), (1, 3, 0, 2)),
         )
     return packings
 
@@ -186,19 +119,18 @@ def _probe_packing(layer: Attention, block_size: int, head_size: int) -> tuple[P
     layer.impl.do_kv_cache_update(layer, keys, values, scratch, torch.arange(block_size))
     halves = scratch.view(1, 1, cache.shape[1], 2, -1)
     block_ids = torch.zeros(1, dtype=torch.int64)
-    for packings in _known_packings(block_size, head_size).values():
-        reads = [
-            PackedCache(halves[:, :, :, i].unflatten(-1, packing.shape), packing, block_size).read(
-                block_ids, block_size, slice(None)
-            )[0]
+    written = (keys.transpose(0, 1), values.transpose(0, 1))
+    for packings in known_packings(block_size, head_size).values():
+        if all(
+            torch.equal(
+                PagedStates(halves[:, :, :, i], packing, block_size).read(block_ids, block_size)[0],
+                written[i],
+            )
             for i, packing in enumerate(packings)
-        ]
-        if torch.equal(reads[0], keys.transpose(0, 1)) and torch.equal(
-            reads[1], values.transpose(0, 1)
         ):
             return packings
     raise ValueError(
         f"CPU_ATTN packs its cache for the instruction set {layer.isa!r} in an unknown way; "
-        f"known are {sorted(_known_packings(block_size, head_size))}; "
+        f"known are {sorted(known_packings(block_size, head_size))}; "
         "serve without --kv-compression on this machine"
     )

@@ -10,12 +10,17 @@ from dataclasses import asdict, dataclass
 import torch
 
 from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.kernels import native
 from rkv_vllm.kernels.compact import compact
+from rkv_vllm.kernels.paged import PagedStates
+from rkv_vllm.log import init_logger
 from rkv_vllm.methods import get_method
 from rkv_vllm.methods.rkv import NonFiniteScoreError
 from rkv_vllm.scheduling.directive import EvictionDirective, StepPlan
 from rkv_vllm.worker.cache_views import CacheViews
 from rkv_vllm.worker.observation import ObservationPool
+
+logger = init_logger(__name__)
 
 # Elements of keys that one chunk of layers may hold densely: 64 Mi, so 256 MiB in float32. A
 # 32-layer model with 8 heads of 128 is compacted at once up to 2K tokens.
@@ -59,6 +64,11 @@ class Compactor:
         self._num_evicted: dict[str, int] = {}
         self._compactions: dict[str, int] = {}
         self._stats = CompactionStats()
+        if not native.is_available(views.keys):
+            logger.warning(
+                "The C++ kernels are not built or do not take this cache: compaction runs in "
+                "torch, which is slower; reinstall rkv-vllm where a C++ compiler is found"
+            )
 
     def num_evicted(self, req_id: str) -> int:
         """Tokens this request's cache is shorter than its text."""
@@ -113,35 +123,39 @@ class Compactor:
     def _compact_layers(self, directive: EvictionDirective, layers: slice) -> None:
         old = torch.tensor(directive.old_block_ids)
         new = torch.tensor(directive.new_block_ids)
-        keys = self._views.keys.read(old, directive.total_len, layers)
-        values = self._views.values.read(old, directive.total_len, layers)
-        keep = self._select(directive, keys, values, layers)
-        for cache, states in ((self._views.keys, keys), (self._views.values, values)):
-            cache.write(new, compact(states, keep, directive.settled_len), layers)
+        keys, values = self._views.keys.layers(layers), self._views.values.layers(layers)
+        keep = self._select(directive, old, keys, values, layers)
+        for states in (keys, values):
+            compact(states, old, new, keep, directive.settled_len, directive.total_len)
 
     def _select(
-        self, directive: EvictionDirective, keys: torch.Tensor, values: torch.Tensor, layers: slice
+        self,
+        directive: EvictionDirective,
+        block_ids: torch.Tensor,
+        keys: PagedStates,
+        values: PagedStates,
+        layers: slice,
     ) -> torch.Tensor:
-        """The kept positions, int64 [num_layers, num_kv_heads, budget]."""
-        num_layers, num_heads = keys.shape[:2]
+        """The kept positions, int64 [num_layers * num_kv_heads, budget]."""
         queries = self._pool.window(
             directive.slot, directive.settled_logical_len, self._config.window, layers
         )
         try:
-            keep = self._method.keep_indices(
-                keys[:, :, : directive.settled_len].flatten(0, 1),
-                values[:, :, : directive.settled_len].flatten(0, 1),
+            return self._method.keep_paged(
+                keys,
+                values,
+                block_ids,
+                directive.settled_len,
                 queries.flatten(0, 1),
                 self._config.budget,
             )
         except NonFiniteScoreError as error:
-            layer = self._views.layer_names[layers.start + error.head // num_heads]
+            layer = self._views.layer_names[layers.start + error.head // keys.num_heads]
             raise RuntimeError(
                 f"{self._config.method}: score of request {directive.req_id} in layer {layer}, "
-                f"KV head {error.head % num_heads}, is not finite; the model's keys or queries "
-                "overflow in this dtype"
+                f"KV head {error.head % keys.num_heads}, is not finite; the model's keys or "
+                "queries overflow in this dtype"
             ) from error
-        return keep.unflatten(0, (num_layers, num_heads))
 
     def _count(self, directive: EvictionDirective) -> None:
         req_id = directive.req_id

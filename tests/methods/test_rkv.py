@@ -156,7 +156,7 @@ def test_zero_keys_among_others_have_no_direction():
     count=st.integers(1, 9),
 )
 def test_ties_at_the_cut_go_to_the_lower_index(values, count):
-    got = rkv._largest(torch.tensor(values, dtype=torch.float32), count)
+    got = rkv.largest(torch.tensor(values, dtype=torch.float32), count)
     want = [sorted(sorted(range(9), key=lambda i: (-row[i], i))[:count]) for row in values]
     assert got.tolist() == want
 

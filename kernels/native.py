@@ -1,0 +1,103 @@
+"""The C++ kernels for CPUs (csrc/cpu/rkv.cpp), loaded through ctypes.
+
+They are built with the package when a compiler is there. Where they are missing the torch versions
+serve; `is_available` tells which. Callers check shapes before they pass pointers.
+"""
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rkv_vllm.kernels.paged import PagedStates
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Paged(Structure):
+    """RkvPaged of csrc/cpu/rkv.cpp, field by field."""
+
+    _fields_ = (
+        ("base", c_void_p),
+        ("layer_stride", c_int64),
+        ("block_stride", c_int64),
+        ("head_stride", c_int64),
+        ("num_layers", c_int64),
+        ("num_heads", c_int64),
+        ("block_size", c_int64),
+        ("head_size", c_int64),
+        ("token_offsets", c_void_p),
+        ("dim_offsets", c_void_p),
+    )
+
+
+def is_available(states: PagedStates) -> bool:
+    """Whether the C++ kernels are built and take this cache."""
+    on_cpu = states.blocks.device.type == "cpu" and states.blocks.dtype in DTYPES
+    return on_cpu and library() is not None
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library, None when it was not built."""
+    import rkv_vllm
+
+    folder = Path(rkv_vllm.__file__).parent
+    found = sorted(folder.glob("_csrc*.so"))
+    if not found:
+        return None
+    # torch is imported above: the library shares the OpenMP runtime that torch loaded.
+    loaded = ctypes.CDLL(str(found[-1]))
+    paged = POINTER(_Paged)
+    loaded.rkv_score.restype = c_int64
+    loaded.rkv_score.argtypes = (
+        *(paged, c_void_p, c_void_p, c_int32, c_int64, c_int64, c_int64),
+        *(c_float, c_int64, c_float, c_void_p),
+    )
+    loaded.rkv_select.restype = None
+    loaded.rkv_select.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p)
+    loaded.rkv_compact.restype = None
+    loaded.rkv_compact.argtypes = (
+        *(paged, c_int64, c_void_p, c_void_p, c_void_p),
+        *(c_int64, c_int64, c_int64),
+    )
+    return loaded
+
+
+def paged(states: PagedStates) -> _Paged:
+    """Describe a view to C++; valid while `states` lives."""
+    tokens, dims = states.offsets
+    strides = states.blocks.stride()
+    return _Paged(
+        states.blocks.data_ptr(),
+        strides[0],
+        strides[1],
+        strides[2],
+        states.num_layers,
+        states.num_heads,
+        states.block_size,
+        states.head_size,
+        tokens.data_ptr(),
+        dims.data_ptr(),
+    )
+
+
+def check_block_ids(states: PagedStates, block_ids: Tensor, num_tokens: int) -> None:
+    """Raise ValueError unless `block_ids` is a row of this cache that holds `num_tokens`."""
+    needed = -(-num_tokens // states.block_size)
+    if block_ids.dtype != torch.int64 or block_ids.dim() != 1 or not block_ids.is_contiguous():
+        raise ValueError(
+            f"block_ids: expected contiguous int64 [n], got {block_ids.dtype} "
+            f"{list(block_ids.shape)}"
+        )
+    if block_ids.shape[0] < needed:
+        raise ValueError(
+            f"block_ids: expected at least {needed} blocks for {num_tokens} tokens, "
+            f"got {block_ids.shape[0]}"
+        )
+    num_blocks = states.blocks.shape[1]
+    if needed and not 0 <= int(block_ids.min()) <= int(block_ids.max()) < num_blocks:
+        raise ValueError(f"block_ids: expected ids in [0, {num_blocks}), got {block_ids.tolist()}")
