@@ -87,6 +87,8 @@ def run_side(model: str, scenario: Scenario, side: str) -> dict[str, float | int
     llm = LLM(
         model,
         dtype="bfloat16",
+        # Compiling takes longer than the workload here, and both sides would have to.
+        enforce_eager=True,
         max_model_len=2048,
         max_num_seqs=scenario.num_requests,
         block_size=BLOCK_SIZE,

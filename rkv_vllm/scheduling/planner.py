@@ -103,17 +103,15 @@ class CompressionPlanner:
         self._free_slots.extend(released)
         return plan
 
-    def peak_len(self, req_id: str, num_tokens: int, num_evicted: int) -> int:
-        """Most physical tokens the request holds before its next compaction, if it gets there.
+    def due_at(self, req_id: str, num_tokens: int) -> int:
+        """Settled logical length at which the request is due next.
 
         Args:
             req_id: vLLM's request id.
             num_tokens: its tokens so far; all of them are prefilled if it is not decoding yet.
-            num_evicted: tokens evicted from it so far.
         """
         progress = self._progress.get(req_id)
-        due_at = self._first_due_at(num_tokens) if progress is None else progress.due_at
-        return due_at + 1 - num_evicted
+        return self._first_due_at(num_tokens) if progress is None else progress.due_at
 
     def forget(self, req_id: str) -> None:
         """Drop all state of a request that left the batch (finished, aborted or preempted)."""

@@ -4,6 +4,8 @@ Knows vLLM's Scheduler. Adds no decision of its own except how many requests to 
 worker/compactor.py, which receives the StepPlan.
 """
 
+import math
+
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import SchedulerInterface
@@ -11,13 +13,17 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
 from rkv_vllm.log import init_logger
 from rkv_vllm.scheduling.block_manager import CompressedAttentionManager
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE
 from rkv_vllm.scheduling.planner import CompressionPlanner, ScheduledRequest
 
 logger = init_logger(__name__)
+
+# Weight of the latest finished request in the share of those that were compacted: about the last
+# ten count, so that admission follows a change of workload within seconds.
+_SHARE_STEP = 0.1
 
 
 class CompressionSchedulerMixin:
@@ -26,11 +32,14 @@ class CompressionSchedulerMixin:
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._compression = KVCompressionConfig.from_dict(
-            self.vllm_config.additional_config["kv_compression"]
+            self.vllm_config.additional_config[CONFIG_KEY]
         )
         self._block_manager = self._find_block_manager()
         self._block_manager.admission_reserve = self._admission_reserve
         self._planner = CompressionPlanner(self._compression, self._block_manager)
+        self._max_in_flight = self.vllm_config.max_concurrent_batches
+        # Until requests have finished, all are expected to be long.
+        self._share_compacted = 1.0
         logger.info("KV cache compression is on: %s", self._compression.to_dict())
 
     def _find_block_manager(self) -> CompressedAttentionManager:
@@ -54,6 +63,9 @@ class CompressionSchedulerMixin:
         setattr(scheduler_output, STEP_PLAN_ATTRIBUTE, plan)
 
     def _free_request_blocks(self, request: Request) -> None:
+        if request.is_finished() and self._is_bounded(request):
+            was_compacted = self._block_manager.num_evicted(request.request_id) > 0
+            self._share_compacted += _SHARE_STEP * (was_compacted - self._share_compacted)
         super()._free_request_blocks(request)
         self._planner.forget(request.request_id)
 
@@ -77,32 +89,54 @@ class CompressionSchedulerMixin:
         """Blocks to keep back for growth when `new_request_id` asks to be admitted.
 
         A compacted request stops growing at a known length, so requests can be admitted up to
-        the number that never has to be preempted. Requests too short to be compacted are not
-        reserved for: vLLM's own optimism applies to them. An idle engine reserves nothing, so
-        whatever vLLM would admit there is admitted.
+        the number that never has to be preempted. A request that was not compacted yet may end
+        before it gets there: it counts by the share of finished requests that did. Requests too
+        short to be compacted are not reserved for: vLLM's own optimism applies to them. An idle
+        engine reserves nothing, so whatever vLLM would admit there is admitted.
         """
         if not self.running:
             return 0
         newcomer = self.requests[new_request_id]
-        growth = self._reserved_blocks(newcomer, cdiv(newcomer.num_tokens, self.block_size))
+        growth = self._share_compacted * self._growth(
+            newcomer, cdiv(newcomer.num_tokens, self.block_size)
+        )
         for request in self.running:
             held = len(self._block_manager.req_to_blocks[request.request_id])
-            growth += self._reserved_blocks(request, held)
-        return growth
+            weight = 1.0
+            if self._block_manager.num_evicted(request.request_id) == 0:
+                weight = self._share_compacted
+            growth += weight * self._growth(request, held)
+        return math.ceil(growth)
 
-    def _reserved_blocks(self, request: Request, held: int) -> int:
-        """Blocks to keep back for a request that holds `held`; 0 if it is never compacted."""
-        num_evicted = self._block_manager.num_evicted(request.request_id)
-        peak_len = self._planner.peak_len(request.request_id, request.num_tokens, num_evicted)
-        final_len = request.num_prompt_tokens + request.max_tokens - num_evicted
-        if not _is_compressible(request) or (num_evicted == 0 and final_len <= peak_len):
+    def _growth(self, request: Request, held: int) -> int:
+        """Blocks a request may need beyond the `held` ones; 0 if compaction does not bound it."""
+        if not self._is_bounded(request):
             return 0
-        growth = max(cdiv(min(peak_len, final_len), self.block_size) - held, 0)
-        if num_evicted == 0:
+        growth = max(cdiv(self._peak_len(request), self.block_size) - held, 0)
+        if self._block_manager.num_evicted(request.request_id) == 0:
             growth += self._block_manager.num_shared_blocks(
-                request.request_id, self._compression.budget
+                request.request_id, self._compression.budget + self._max_in_flight
             )
         return growth
+
+    def _is_bounded(self, request: Request) -> bool:
+        """Whether compaction keeps this request shorter than its full length."""
+        if not _is_compressible(request):
+            return False
+        if self._block_manager.num_evicted(request.request_id) > 0:
+            return True
+        due_at = self._planner.due_at(request.request_id, request.num_tokens)
+        return due_at + self._max_in_flight < self._final_len(request)
+
+    def _peak_len(self, request: Request) -> int:
+        """Most physical tokens the request holds before its next compaction or its end."""
+        due_at = self._planner.due_at(request.request_id, request.num_tokens)
+        peak = min(due_at + self._max_in_flight, self._final_len(request))
+        return peak - self._block_manager.num_evicted(request.request_id)
+
+    def _final_len(self, request: Request) -> int:
+        """Most logical tokens that the request can reach."""
+        return min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
 
 
 def _is_compressible(request: Request) -> bool:

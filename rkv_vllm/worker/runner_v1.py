@@ -16,7 +16,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, replace_as
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
 from rkv_vllm.log import init_logger
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, EvictionDirective, StepPlan
 from rkv_vllm.scheduling.spec import CompressedAttentionSpec
@@ -43,7 +43,7 @@ class CompressionCPURunner(CPUModelRunner):
     def init_compression(self) -> None:
         """Set up what `__init__` would, had vLLM constructed this class."""
         self.compression = KVCompressionConfig.from_dict(
-            self.vllm_config.additional_config["kv_compression"]
+            self.vllm_config.additional_config[CONFIG_KEY]
         )
         self.finished_reports: deque[dict[str, int | str]] = deque(maxlen=_FINISHED_REPORTS)
         self._logged_at = time.monotonic()

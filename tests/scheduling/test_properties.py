@@ -385,3 +385,38 @@ def test_the_simulation_notices_a_mistake_in_the_worker(model, mistaken_worker, 
     engine.worker = mistaken_worker(engine.setting)
     with pytest.raises((AssertionError, KeyError, IndexError)):
         play(engine, busy_operations())
+
+
+def finish_early(engine: SimulatedEngine, num_tokens: int) -> None:
+    """Run until all requests are gone; each is stopped by its client after `num_tokens`."""
+    while engine.scheduler.has_requests():
+        engine.step()
+        for req_id, tokens in engine.outputs.items():
+            if len(tokens) >= num_tokens and req_id not in engine.finished:
+                engine.abort(req_id)
+
+
+def test_short_answers_with_a_large_max_tokens_are_soon_admitted_as_by_stock(model):
+    setting = Setting(budget=60, buffer=4, num_blocks=120)
+    engine = SimulatedEngine(model, setting)
+    for wave in range(5):
+        engine.max_running = 0
+        for number in range(12):
+            engine.add(f"wave-{wave}-{number}", [wave * 12 + number] * 5, 200)
+        finish_early(engine, 12)
+        if wave == 0:
+            cautious = engine.max_running
+    assert cautious < 12
+    assert engine.max_running == 12
+    assert engine.directives == []
+
+
+def test_a_request_that_can_never_be_due_is_not_reserved_for(model):
+    # max_tokens beyond max_model_len: the text ends before budget + buffer.
+    setting = Setting(budget=MAX_MODEL_LEN, buffer=4, num_blocks=80)
+    engine = SimulatedEngine(model, setting)
+    for number in range(12):
+        engine.add(f"request-{number}", [number] * 5, 1000)
+    for _ in range(3):
+        engine.step()
+    assert len(engine.scheduler.running) == 12
