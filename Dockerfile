@@ -1,15 +1,17 @@
 # vLLM for NVIDIA GPUs plus this plugin.
 # Not built and not run by the authors so far: the machine it was written on has no running container
-# engine and no GPU. The CPU set-up is `make venv`.
+# engine and no GPU. The CPU set-up is `make venv`. Until the release that brings the GPU runner the
+# image serves as stock vLLM does; --kv-compression is refused at start on a GPU.
 #
 #   docker build -t rkv-vllm .
-#   docker run --gpus all -p 8000:8000 rkv-vllm MODEL --kv-compression rkv
+#   docker run --gpus all -p 8000:8000 rkv-vllm MODEL
 FROM vllm/vllm-openai:v0.32.0
 
 WORKDIR /opt/rkv-vllm
 COPY setup.py pyproject.toml README.md LICENSE ./
 COPY rkv_vllm rkv_vllm
 COPY kernels kernels
+COPY csrc csrc
 
 # Without requirements: the image's own vLLM and torch must stay as they are, and typer and rich
 # come with them. The second line fails the build if a requirement is missing after all.

@@ -1,7 +1,7 @@
 """Where the packages lie; everything else about the project stands in pyproject.toml.
 
-The kernels know nothing of the plugin, so they have a folder of their own at the top of the tree,
-yet they install as `rkv_vllm.kernels`. pyproject.toml alone cannot say both "this folder has
+The kernels know nothing of vLLM, so they have a folder of their own at the top of the tree, yet
+they install as `rkv_vllm.kernels`. pyproject.toml alone cannot say both "this folder has
 another name" and "find its subpackages", hence this file. The C++ kernels for CPUs are built when a
 compiler is there; without one the build says so and goes on, and torch serves in their place.
 """

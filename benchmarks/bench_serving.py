@@ -171,6 +171,8 @@ def spawn(model: str, scenario: str, side: str) -> dict:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "HF_HUB_OFFLINE": "1",
+        # vLLM would bind two threads to the first core of a small machine.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:

@@ -5,6 +5,7 @@ serve; `is_available` tells which. Callers check shapes before they pass pointer
 """
 
 import ctypes
+import sysconfig
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -46,11 +47,12 @@ def library() -> ctypes.CDLL | None:
     import rkv_vllm
 
     folder = Path(rkv_vllm.__file__).parent
-    found = sorted(folder.glob("_csrc*.so"))
-    if not found:
+    # Of this Python only: another one's build in the same folder may be older.
+    path = folder / f"_csrc{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not path.exists():
         return None
     # torch is imported above: the library shares the OpenMP runtime that torch loaded.
-    loaded = ctypes.CDLL(str(found[-1]))
+    loaded = ctypes.CDLL(str(path))
     paged = POINTER(_Paged)
     loaded.rkv_score.restype = c_int64
     loaded.rkv_score.argtypes = (

@@ -41,6 +41,11 @@ class Engine:
         return self.llm.llm_engine.engine_core.engine_core.scheduler
 
     @property
+    def model_runner(self):
+        executor = self.llm.llm_engine.engine_core.engine_core.model_executor
+        return executor.driver_worker.worker.model_runner
+
+    @property
     def pool(self):
         return self.scheduler.kv_cache_manager.block_pool
 

@@ -93,3 +93,25 @@ def test_bfloat16_output_equals_explicit_eviction_while_scores_agree(random_mode
     after = reference.compactions[0].step + 1
     mean_gap = sum(gaps[after:]) / len(gaps[after:])
     assert mean_gap < 0.3 * sum(to_full[after:]) / len(to_full[after:])
+
+
+def test_a_dummy_run_between_steps_touches_no_window_and_no_count(random_model_dir):
+    """Idle data-parallel ranks and warm-up run dummy batches while requests are watched."""
+    model = random_model_dir("qwen3", 3)
+    prompt = random_prompt(70, seed=9)
+    with running_engine(model, **OPTIONS) as engine:
+        runner = engine.model_runner
+        engine.add("a", prompt, 120)
+        dummies = 0
+        while engine.llm.llm_engine.has_unfinished_requests():
+            engine.step()
+            if engine.scheduler._planner.num_slots_in_use:
+                before = runner.observation_pool.queries.clone()
+                runner._dummy_run(4)
+                assert runner.observation_pool.queries.equal(before)
+                dummies += 1
+        stats = engine.stats()
+    reference = generate_reference(model, prompt, 120, CONFIG)
+    assert_same(engine, "a", reference)
+    assert stats["compactions"] == len(reference.compactions) == 3
+    assert dummies > 10

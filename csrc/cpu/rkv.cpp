@@ -1,7 +1,7 @@
 // R-KV's score, select and compact for CPUs, one head at a time, heads spread over threads.
 //
-// score:  importance and redundancy of every candidate (docs/method.md), float32, memory O(n) per
-//         thread. The search for the newest similar key runs in tiles from the newest key backwards
+// score:  importance and redundancy of every candidate (docs/method.md), float32, memory
+//         O(n * head_size) per thread. The search for the newest similar key runs in tiles from the newest key backwards
 //         and ends for a group of rows as soon as each has found one.
 // select: the indices of the largest scores, ascending; of equal scores the lower index stays.
 // compact: moves the survivors of every head together, in place or to other blocks.
@@ -14,11 +14,15 @@
 // and no torch. OpenMP is the runtime that torch has loaded already, which keeps vLLM's number of
 // threads and their binding.
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
+#include <new>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -161,6 +165,8 @@ struct Scratch {
   std::vector<float> logits;     // [window][columns]
   std::vector<float> mean;       // [n], later the keys' inverse norms
   std::vector<float> sums;       // [n]
+  std::vector<double> total;     // [head_size], sum of the unit keys
+  std::vector<float> sum;        // [head_size], the same rounded once
 
   explicit Scratch(const ScoreArgs& a)
       : rows(round_up(a.n, kRows)),
@@ -171,7 +177,9 @@ struct Scratch {
         queries(round_up(a.group * a.window, kRows) * a.head_size),
         logits(a.window * columns),
         mean(a.n),
-        sums(a.n) {}
+        sums(a.n),
+        total(a.head_size),
+        sum(a.head_size) {}
 };
 
 RKV_INLINE void transpose(const ScoreArgs& a, Scratch& s) {
@@ -253,14 +261,14 @@ RKV_INLINE void newest_similar(const ScoreArgs& a, const Scratch& s, int64_t row
 
 // How much each key repeats the others, as a distribution over all n, in s.sums.
 RKV_INLINE bool redundancy(const ScoreArgs& a, Scratch& s) {
-  std::vector<double> total(a.head_size, 0.0);
+  std::fill(s.total.begin(), s.total.end(), 0.0);
   for (int64_t i = 0; i < a.n; ++i) {
     float* key = &s.keys[i * a.head_size];
     s.norms[i] = std::sqrt(dot(key, key, a.head_size));
     s.mean[i] = 1.0f / (s.norms[i] + kNormEpsilon);
     for (int64_t k = 0; k < a.head_size; ++k) {
       key[k] *= s.mean[i];
-      total[k] += key[k];
+      s.total[k] += key[k];
     }
   }
   for (int64_t k = 0; k < a.head_size; ++k) {
@@ -268,10 +276,10 @@ RKV_INLINE bool redundancy(const ScoreArgs& a, Scratch& s) {
 #pragma omp simd
     for (int64_t i = 0; i < a.n; ++i) column[i] *= s.mean[i];
   }
-  const std::vector<float> sum(total.begin(), total.end());
+  std::copy(s.total.begin(), s.total.end(), s.sum.begin());
   for (int64_t i = 0; i < a.n; ++i) {
     const float own = s.norms[i] / (s.norms[i] + kNormEpsilon);
-    s.sums[i] = dot(&s.keys[i * a.head_size], sum.data(), a.head_size) - own * own;
+    s.sums[i] = dot(&s.keys[i * a.head_size], s.sum.data(), a.head_size) - own * own;
   }
   int64_t newest[kRows];
   float cosine[kRows];
@@ -330,22 +338,27 @@ void compact_head(const RkvPaged& p, const int64_t* old_ids, const int64_t* new_
 extern "C" {
 
 // scores: float [num_layers * num_heads][n - window]. Returns the first flattened head with a score
-// that is not finite, -1 without one.
+// that is not finite, -1 without one, -2 when memory ran out.
 int64_t rkv_score(const RkvPaged* keys, const int64_t* block_ids, const void* queries,
                   int32_t dtype, int64_t n, int64_t group, int64_t window, float lam, int64_t pool,
                   float threshold, float* scores) {
   const ScoreArgs args{*keys, block_ids, queries, dtype,  n,  keys->head_size,
                        group, window,    pool,    lam,    threshold};
   const int64_t num_heads = keys->num_layers * keys->num_heads;
-  int64_t bad_head = num_heads;
-#pragma omp parallel reduction(min : bad_head)
-  {
-    Scratch scratch(args);
-#pragma omp for schedule(static)
-    for (int64_t head = 0; head < num_heads; ++head)
-      if (!score_head(args, head, scratch, scores + head * (n - window)))
-        bad_head = std::min(bad_head, head);
+  // Threads without a head would allocate for nothing. An exception may not leave the region.
+  const int num_threads = static_cast<int>(std::min<int64_t>(omp_get_max_threads(), num_heads));
+  if (num_threads == 0) return -1;
+  std::vector<std::unique_ptr<Scratch>> scratches(num_threads);
+  try {
+    for (auto& scratch : scratches) scratch = std::make_unique<Scratch>(args);
+  } catch (const std::bad_alloc&) {
+    return -2;
   }
+  int64_t bad_head = num_heads;
+#pragma omp parallel for schedule(static) num_threads(num_threads) reduction(min : bad_head)
+  for (int64_t head = 0; head < num_heads; ++head)
+    if (!score_head(args, head, *scratches[omp_get_thread_num()], scores + head * (n - window)))
+      bad_head = std::min(bad_head, head);
   return bad_head == num_heads ? -1 : bad_head;
 }
 

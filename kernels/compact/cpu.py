@@ -23,7 +23,10 @@ def compact_cpu(
         raise ValueError(
             f"keep: expected int64 [{num_heads}, budget], got {keep.dtype} {list(keep.shape)}"
         )
+    keep = keep.contiguous()
     budget = keep.shape[1]
+    if budget and not 0 <= int(keep.min()) <= int(keep.max()) < settled_len <= total_len:
+        raise ValueError(f"keep: expected positions in [0, {settled_len}), got {keep.tolist()}")
     check_block_ids(states, old_block_ids, total_len)
     check_block_ids(states, new_block_ids, budget + total_len - settled_len)
     library().rkv_compact(
@@ -31,7 +34,7 @@ def compact_cpu(
         states.blocks.element_size(),
         old_block_ids.data_ptr(),
         new_block_ids.data_ptr(),
-        keep.contiguous().data_ptr(),
+        keep.data_ptr(),
         budget,
         settled_len,
         total_len,

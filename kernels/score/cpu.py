@@ -7,7 +7,9 @@ from torch import Tensor
 
 from rkv_vllm.kernels.native import DTYPES, check_block_ids, library, paged
 from rkv_vllm.kernels.paged import PagedStates
-from rkv_vllm.methods.rkv import NonFiniteScoreError
+from rkv_vllm.methods.base import NonFiniteScoreError
+
+_NO_MEMORY = -2
 
 
 def score_cpu(
@@ -46,6 +48,8 @@ def score_cpu(
         threshold,
         scores.data_ptr(),
     )
+    if bad_head == _NO_MEMORY:
+        raise MemoryError(f"no memory to score {num_tokens} tokens of {num_heads} heads")
     if bad_head >= 0:
         raise NonFiniteScoreError(bad_head)
     return scores

@@ -1,7 +1,8 @@
 """The interface between a compression method and the worker that applies it.
 
 A method sees tensors of flattened heads and answers which tokens stay. It knows neither vLLM nor
-requests nor blocks: gathering its input and moving the survivors is the worker's task. Read
+requests: moving the survivors is the worker's task, and so is gathering dense input unless the
+method reads the paged cache itself. Read
 ``rkv.py`` next for the first method.
 """
 
@@ -15,6 +16,21 @@ if TYPE_CHECKING:
 
     from rkv_vllm.config import KVCompressionConfig
     from rkv_vllm.kernels.paged import PagedStates
+
+
+class NonFiniteScoreError(ValueError):
+    """A score is NaN or infinite, so the cache or the queries of one head are corrupt.
+
+    Attributes:
+        head: Index of the first such head in the flattened ``[heads, n, head_size]`` input.
+    """
+
+    def __init__(self, head: int) -> None:
+        super().__init__(
+            f"score of flattened head {head} is NaN or infinite; its keys or queries hold NaN, "
+            "Inf or values beyond float32"
+        )
+        self.head = head
 
 
 class CompressionMethod(ABC):
@@ -54,7 +70,8 @@ class CompressionMethod(ABC):
             ``window`` tokens are always among them.
 
         Raises:
-            ValueError: The shapes do not fit each other, or a score is NaN or infinite.
+            ValueError: The shapes do not fit each other.
+            NonFiniteScoreError: A score is NaN or infinite; the worker names its layer.
         """
 
     def keep_paged(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from rkv_vllm.methods.base import CompressionMethod
+from rkv_vllm.methods.base import CompressionMethod, NonFiniteScoreError
 
 if TYPE_CHECKING:
     from rkv_vllm.config import KVCompressionConfig
@@ -34,21 +34,6 @@ TILE = 64
 # Heads are processed in groups that respect it, so that a long prompt costs time and not memory.
 # Larger groups leave the CPU's cache and measured slower, much smaller ones pay more for calls.
 MAX_TEMPORARY_ELEMENTS = 1 << 20
-
-
-class NonFiniteScoreError(ValueError):
-    """A score is NaN or infinite, so the cache or the queries of one head are corrupt.
-
-    Attributes:
-        head: Index of the first such head in the flattened ``[heads, n, head_size]`` input.
-    """
-
-    def __init__(self, head: int) -> None:
-        super().__init__(
-            f"R-KV score of flattened head {head} is NaN or infinite; its keys or queries hold "
-            "NaN, Inf or values beyond float32"
-        )
-        self.head = head
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def cpu_attn_views(layers: dict[str, Attention]) -> CacheViews:
         ValueError: the layers do not lie at a constant stride, or no known packing reads back
             what the layer wrote.
     """
-    stacked = _stack_layers([layer.kv_cache for layer in layers.values()])
+    stacked = stack_layers([layer.kv_cache for layer in layers.values()])
     num_kv_heads, block_size, width = stacked.shape[2:]
     head_size = width // 2
     # [L, B, H, 2, block_size * head_size]: a block of a head is its keys, then its values.
@@ -69,7 +69,7 @@ def cpu_attn_views(layers: dict[str, Attention]) -> CacheViews:
     )
 
 
-def _stack_layers(caches: Sequence[Tensor]) -> Tensor:
+def stack_layers(caches: Sequence[Tensor]) -> Tensor:
     """One [num_layers, *cache.shape] view over equal caches at a constant stride."""
     first = caches[0]
     offsets = [cache.storage_offset() for cache in caches]

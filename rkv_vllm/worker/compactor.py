@@ -15,7 +15,7 @@ from rkv_vllm.kernels.compact import compact
 from rkv_vllm.kernels.paged import PagedStates
 from rkv_vllm.log import init_logger
 from rkv_vllm.methods import get_method
-from rkv_vllm.methods.rkv import NonFiniteScoreError
+from rkv_vllm.methods.base import NonFiniteScoreError
 from rkv_vllm.scheduling.directive import EvictionDirective, StepPlan
 from rkv_vllm.worker.cache_views import CacheViews
 from rkv_vllm.worker.observation import ObservationPool
@@ -141,7 +141,7 @@ class Compactor:
             directive.slot, directive.settled_logical_len, self._config.window, layers
         )
         try:
-            return self._method.keep_paged(
+            keep = self._method.keep_paged(
                 keys,
                 values,
                 block_ids,
@@ -156,6 +156,13 @@ class Compactor:
                 f"KV head {error.head % keys.num_heads}, is not finite; the model's keys or "
                 "queries overflow in this dtype"
             ) from error
+        expected = (keys.num_layers * keys.num_heads, self._config.budget)
+        if keep.shape != expected:
+            raise RuntimeError(
+                f"{self._config.method}: keep_indices returned {tuple(keep.shape)}, "
+                f"expected {expected}"
+            )
+        return keep
 
     def _count(self, directive: EvictionDirective) -> None:
         req_id = directive.req_id

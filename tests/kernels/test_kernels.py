@@ -237,3 +237,17 @@ def test_observe_writes_watched_tokens_only():
     assert torch.equal(pool[0, 1, 3], query[1])
     assert torch.equal(pool[2, 1, 0], query[4])
     assert pool.isnan().sum() == pool.numel() - 2 * 4 * 8
+
+
+def test_a_transposed_choice_is_compacted_like_its_copy():
+    states, row, dense = paged_keys(100, 64, torch.float32)
+    keep = torch.arange(40).expand(LAYERS * HEADS, 40).mul(2)
+    compact_cpu(states, row, row[:2].clone(), keep.t().contiguous().t(), 100, 100)
+    assert torch.equal(states.read(row[:2], 40), dense[:, :, :80:2])
+
+
+def test_a_choice_beyond_the_settled_tokens_is_refused():
+    states, row, _ = paged_keys(100, 64, torch.float32)
+    keep = torch.arange(60, 100).repeat(LAYERS * HEADS, 1)
+    with pytest.raises(ValueError, match=r"positions in \[0, 99\)"):
+        compact_cpu(states, row, row, keep, 99, 100)

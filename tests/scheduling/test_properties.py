@@ -420,3 +420,32 @@ def test_a_request_that_can_never_be_due_is_not_reserved_for(model):
     for _ in range(3):
         engine.step()
     assert len(engine.scheduler.running) == 12
+
+
+def test_the_null_block_inside_a_row_stops_the_engine(model):
+    engine = SimulatedEngine(model, Setting(budget=8, buffer=4, window=2))
+    engine.add("a", [1] * 5, 40)
+    while not engine.scheduler._planner.num_slots_in_use:
+        engine.step()
+    engine.manager.req_to_blocks["a"][0] = engine.pool.null_block
+    with pytest.raises(RuntimeError, match="null block"):
+        engine.manager.compact("a", 4, 12)
+
+
+@STEPS_AHEAD
+def test_an_id_used_again_right_after_an_abort_starts_from_zero(model, steps_ahead):
+    setting = Setting(budget=8, buffer=4, window=2, steps_ahead=steps_ahead)
+    engine = SimulatedEngine(model, setting)
+    engine.add("again", [1] * 5, 60)
+    while len(engine.directives) < 3:
+        engine.step()
+    engine.drain()
+    engine.abort("again")
+    engine.prefill_lens.clear()
+    engine.finished.clear()
+    already = len(engine.directives)
+    engine.add("again", [2] * 7, 60)
+    engine.run()
+    assert engine.directives[already].num_evicted_before == 0
+    assert engine.directives[already].settled_logical_len == 8 + 4
+    assert len(engine.outputs["again"]) == 60

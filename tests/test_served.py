@@ -1,0 +1,311 @@
+"""What clients of `vllm serve --kv-compression rkv` see: the real command, flags, plain HTTP."""
+
+import asyncio
+import json
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import openai
+import pytest
+import requests
+
+from rkv_vllm.config import KVCompressionConfig
+from tests.models import assert_varied, random_prompt
+from tests.reference import ReferenceResult, generate_reference
+from tests.server import BLOCK_SIZE, Server, serving
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+
+CONFIG = KVCompressionConfig(budget=64, buffer=32)
+FLAGS = ("--kv-compression=rkv", "--kv-budget=64", "--kv-buffer=32")
+MAX_MODEL_LEN = 512
+NUM_BLOCKS = 49
+LOGPROB_TOLERANCE = 1e-3
+PROMPT = random_prompt(70, seed=3)
+NUM_TOKENS = 180
+CLIENTS = 48
+
+
+@pytest.fixture(scope="module")
+def model(random_model_dir) -> Path:
+    return random_model_dir("qwen3", 3)
+
+
+@pytest.fixture(scope="module")
+def reference(model) -> ReferenceResult:
+    return generate_reference(model, PROMPT, NUM_TOKENS, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    flags = (*FLAGS, f"--max-model-len={MAX_MODEL_LEN}", "--max-num-seqs=64")
+    env = {"VLLM_LOG_STATS_INTERVAL": "1"}
+    with serving(model, *flags, num_blocks=NUM_BLOCKS, env=env) as server:
+        yield server
+
+
+def num_compactions(num_prompt: int, num_output: int) -> int:
+    """Compactions of a request that never waits and is never preempted (SPEC section 3)."""
+    first_due = max(CONFIG.budget, num_prompt) + CONFIG.buffer
+    # The last step computes the token before the last one; its own token is not settled yet.
+    settled = num_prompt + num_output - 2
+    return max(0, (settled - first_due) // CONFIG.buffer + 1)
+
+
+def assert_says_what_the_reference_says(served: Server, reference: ReferenceResult) -> None:
+    before = served.stats()
+    response = served.complete(PROMPT, NUM_TOKENS, logprobs=0)
+    (choice,) = response.choices
+    assert choice.token_ids == reference.token_ids
+    assert_varied(choice.token_ids)
+    pairs = zip(choice.logprobs.token_logprobs, reference.logprobs, strict=True)
+    assert max(abs(a - b) for a, b in pairs) < LOGPROB_TOLERANCE
+    after, report = served.stats(), served.report(response.id)
+    assert len(reference.compactions) >= 3
+    assert report["compactions"] == len(reference.compactions)
+    assert after["compactions"] - before["compactions"] == len(reference.compactions)
+    assert report["logical_len"] == len(PROMPT) + NUM_TOKENS
+    assert report["evicted_tokens"] == sum(c.evicted for c in reference.compactions)
+    assert report["physical_len"] == report["logical_len"] - report["evicted_tokens"]
+
+
+def test_completion_equals_explicit_eviction(server, reference):
+    assert num_compactions(len(PROMPT), NUM_TOKENS) == len(reference.compactions)
+    assert_says_what_the_reference_says(server, reference)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One client: what it asks for, and after how many tokens it hangs up (None: never)."""
+
+    prompt: list[int]
+    max_tokens: int
+    hangs_up_after: int | None = None
+
+
+@dataclass
+class Crowd:
+    """What the clients and an onlooker saw.
+
+    Attributes:
+        num_streamed: tokens received, by index of the client.
+        finish_reasons: of the clients that stayed.
+        health: status codes of /health.
+        metrics: snapshots of /metrics.
+    """
+
+    num_streamed: dict[int, int] = field(default_factory=dict)
+    finish_reasons: list[str] = field(default_factory=list)
+    health: list[int] = field(default_factory=list)
+    metrics: list[Counter[str]] = field(default_factory=list)
+
+
+def crowd_of_chats() -> list[Chat]:
+    """48 clients: a third shares a prefix, another third hangs up midway."""
+    shared = random_prompt(96, seed=100)
+    chats = []
+    for i in range(CLIENTS):
+        length = 5 + 59 * i % 296
+        prompt = random_prompt(length, seed=i)
+        if i % 3 == 1:
+            prompt = [*shared, *prompt[: length // 2 + 1]]
+        max_tokens = 30 + 37 * i % 150
+        hangs_up_after = 10 + max_tokens // 2 if i % 3 == 0 else None
+        chats.append(Chat(prompt, max_tokens, hangs_up_after))
+    return chats
+
+
+async def stream_chat(
+    client: openai.AsyncOpenAI, model: str, index: int, chat: Chat, crowd: Crowd
+) -> None:
+    stream = await client.completions.create(
+        model=model,
+        prompt=chat.prompt,
+        max_tokens=chat.max_tokens,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True, "return_token_ids": True},
+    )
+    num_streamed, finish_reason = 0, None
+    async for chunk in stream:
+        for choice in chunk.choices:
+            num_streamed += len(choice.token_ids or ())
+            finish_reason = choice.finish_reason or finish_reason
+        if chat.hangs_up_after is not None and num_streamed >= chat.hangs_up_after:
+            await stream.close()
+            break
+    crowd.num_streamed[index] = num_streamed
+    if chat.hangs_up_after is None:
+        crowd.finish_reasons.append(finish_reason)
+
+
+async def look_on(server: Server, crowd: Crowd, everybody_left: asyncio.Event) -> None:
+    while not everybody_left.is_set():
+        crowd.health.append(await asyncio.to_thread(server.health))
+        crowd.metrics.append(await asyncio.to_thread(server.metrics))
+        await asyncio.sleep(0.2)
+
+
+async def run_crowd(server: Server, chats: list[Chat]) -> Crowd:
+    crowd, everybody_left = Crowd(), asyncio.Event()
+    onlooker = asyncio.create_task(look_on(server, crowd, everybody_left))
+    async with server.async_client() as client:
+        streams = [stream_chat(client, server.model, i, c, crowd) for i, c in enumerate(chats)]
+        await asyncio.gather(*streams)
+    everybody_left.set()
+    await onlooker
+    return crowd
+
+
+def wait_until_idle(server: Server) -> Counter[str]:
+    """The first metrics without requests; hanging up reaches the engine a moment later."""
+    deadline = time.monotonic() + 30
+    while True:
+        metrics = server.metrics()
+        if metrics["num_requests_running"] == metrics["num_requests_waiting"] == 0:
+            return metrics
+        assert time.monotonic() < deadline, f"still busy: {metrics}"
+        time.sleep(0.2)
+
+
+def test_crowd_with_a_third_hanging_up_leaves_an_empty_pool(server):
+    chats = crowd_of_chats()
+    stays = [chat for chat in chats if chat.hangs_up_after is None]
+    before, metrics_before = server.stats(), server.metrics()
+    crowd = asyncio.run(run_crowd(server, chats))
+    metrics, after = wait_until_idle(server), server.stats()
+
+    assert crowd.finish_reasons == ["length"] * len(stays)
+    for i, chat in enumerate(chats):
+        if chat.hangs_up_after is None:
+            assert crowd.num_streamed[i] == chat.max_tokens
+        else:
+            assert chat.hangs_up_after <= crowd.num_streamed[i] < chat.max_tokens
+    assert len(stays) == 2 * CLIENTS // 3
+    assert len(crowd.health) > 5
+    assert set(crowd.health) == {200}
+
+    # The prompts alone fill the pool more than twice, whatever they share.
+    own_blocks = sum(len(chat.prompt) // BLOCK_SIZE for i, chat in enumerate(chats) if i % 3 != 1)
+    assert own_blocks > 2 * after["total_blocks"]
+    assert max(m["num_requests_waiting"] for m in crowd.metrics) >= 5
+    assert max(m["kv_cache_usage_perc"] for m in crowd.metrics) > 0.5
+
+    assert metrics["kv_cache_usage_perc"] == 0
+    assert after["free_blocks"] == after["total_blocks"] == NUM_BLOCKS - 1
+    assert metrics["prefix_cache_hits_total"] > metrics_before["prefix_cache_hits_total"]
+    # Whoever is preempted or has to wait loses one compaction at most; nobody gains one.
+    preempted = metrics["num_preemptions_total"] - metrics_before["num_preemptions_total"]
+    waited = after["deferred"] - before["deferred"]
+    least = sum(num_compactions(len(chat.prompt), chat.max_tokens) for chat in stays)
+    most = sum(num_compactions(len(chat.prompt), chat.max_tokens) for chat in chats)
+    assert least >= 2 * len(stays)
+    assert least - preempted - waited <= after["compactions"] - before["compactions"] <= most
+
+
+def test_progress_line_per_interval_in_the_log(server):
+    server.complete(PROMPT, 60)
+    time.sleep(1.1)
+    server.complete(PROMPT, 2)
+    lines = re.findall(r"INFO .*KV compression: (\d+) compactions so far, (\d+) tokens", server.log)
+    stats = server.stats()
+    assert tuple(map(int, lines[-1])) == (stats["compactions"], stats["evicted_tokens"])
+    assert stats["compactions"] > 0
+
+
+def test_prompt_beyond_max_model_len_gets_400_and_the_server_lives_on(server):
+    with pytest.raises(openai.BadRequestError, match=f"maximum context length is {MAX_MODEL_LEN}"):
+        server.complete(random_prompt(MAX_MODEL_LEN + 1, seed=0), 1)
+    broken = requests.post(
+        f"{server.base_url}/v1/completions",
+        data="{oops",
+        headers={"content-type": "application/json"},
+        timeout=60,
+    )
+    assert broken.status_code == 400
+    assert server.health() == 200
+    assert server.complete(PROMPT, 3).usage.completion_tokens == 3
+
+
+def test_two_choices_of_one_prompt_are_both_compacted(server):
+    before = server.stats()
+    response = server.complete(PROMPT, 120, n=2, temperature=0.8, seed=5)
+    first, second = response.choices
+    assert len(first.token_ids) == len(second.token_ids) == 120
+    assert first.token_ids != second.token_ids
+    after = server.stats()
+    assert after["compactions"] - before["compactions"] == 2 * num_compactions(len(PROMPT), 120)
+    assert after["requests_compacted"] - before["requests_compacted"] == 2
+
+
+def test_stop_string_ends_a_compacted_request(server):
+    text = server.complete(PROMPT, 150).choices[0].text
+    # Late in the text, so that the request is compacted before, and nowhere earlier.
+    start = next(i for i in range(2 * len(text) // 3, len(text)) if text.find(text[i : i + 5]) == i)
+    stop = text[start : start + 5]
+    before = server.stats()
+    response = server.complete(PROMPT, 150, stop=[stop])
+    assert response.choices[0].finish_reason == "stop"
+    assert response.choices[0].text == text[:start]
+    done = response.usage.completion_tokens
+    assert 90 <= done < 150
+    compactions = server.stats()["compactions"] - before["compactions"]
+    assert compactions == num_compactions(len(PROMPT), done) >= 1
+
+
+def test_sampling_with_a_seed_repeats_itself_across_compactions(server):
+    before = server.stats()
+    texts = [
+        server.complete(PROMPT, 120, temperature=0.8, seed=seed).choices[0].text
+        for seed in (7, 7, 8)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+    compactions = server.stats()["compactions"] - before["compactions"]
+    assert compactions == 3 * num_compactions(len(PROMPT), 120) > 0
+
+
+def test_json_schema_holds_across_compactions(server):
+    schema = {
+        "type": "object",
+        "properties": {"text": {"type": "string", "minLength": 300, "maxLength": 300}},
+        "required": ["text"],
+        "additionalProperties": False,
+    }
+    before = server.stats()
+    response = server.client.chat.completions.create(
+        model=server.model,
+        messages=[{"role": "user", "content": "tell me something"}],
+        temperature=0,
+        max_tokens=400,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "something", "schema": schema, "strict": True},
+        },
+    )
+    assert response.choices[0].finish_reason == "stop"
+    answer = json.loads(response.choices[0].message.content)
+    assert list(answer) == ["text"]
+    assert len(answer["text"]) == 300
+    used = response.usage
+    compactions = server.stats()["compactions"] - before["compactions"]
+    assert compactions == num_compactions(used.prompt_tokens, used.completion_tokens) >= 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(["--no-enforce-eager", "--api-server-count=2"], id="compiled-2-api-servers"),
+        pytest.param(["--tensor-parallel-size=2"], id="tensor-parallel-2"),
+    ],
+)
+def test_other_ways_to_run_say_the_same(model, reference, flags, tmp_path):
+    # An own cache: what an earlier version of this package compiled must not answer.
+    with serving(model, *FLAGS, *flags, env={"VLLM_CACHE_ROOT": str(tmp_path)}) as server:
+        assert_says_what_the_reference_says(server, reference)
+        if "--api-server-count=2" in flags:
+            assert "Started 2 API server processes" in server.log
+        if "--tensor-parallel-size=2" in flags:
+            assert len(server.rpc("kv_compression_stats")) == 2
