@@ -75,7 +75,7 @@ def demo(
         signal.signal(signum, _exit_on_signal)
     port = port or free_port()
     base_url = f"http://127.0.0.1:{port}"
-    command = serve_command(model, port, budget, buffer, max_tokens)
+    command = serve_command(model, port, budget, buffer, max_tokens, dtype)
     console.print(f"[bold]$ {' '.join(command)}[/bold]", soft_wrap=True)
     with process_group(command) as server:
         wait_until_healthy(server, base_url)
@@ -109,13 +109,15 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def serve_command(model: Path, port: int, budget: int, buffer: int, max_tokens: int) -> list[str]:
+def serve_command(
+    model: Path, port: int, budget: int, buffer: int, max_tokens: int, dtype: str
+) -> list[str]:
     """The command line of the server; the first two lines of flags are what compression needs."""
     return [
         str(Path(sys.executable).with_name("vllm")),
         *("serve", str(model), "--kv-compression", "rkv"),
         *("--kv-budget", str(budget), "--kv-buffer", str(buffer)),
-        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--enforce-eager"),
+        *("--host", "127.0.0.1", "--port", str(port), "--dtype", dtype, "--enforce-eager"),
         *("--max-model-len", str(PROMPT_ROOM + max_tokens), "--block-size", str(BLOCK_SIZE)),
         *("--max-num-seqs", str(len(QUESTIONS)), "--kv-cache-memory-bytes", str(POOL_BYTES)),
     ]

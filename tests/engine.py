@@ -11,6 +11,7 @@ from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.v1.core.sched.scheduler import Scheduler
 
 import rkv_vllm
+from tests.models import kv_cache_bytes
 
 BLOCK_SIZE = 32
 
@@ -106,20 +107,15 @@ def running_engine(model: Path, num_blocks: int = 1024, **options: Any) -> Itera
         num_blocks: blocks of the pool, the null block included.
         options: further arguments of `LLM`; `rkv_vllm.engine_args()` switches compression on.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model)
     bytes_per_element = 2 if options.get("dtype") == "bfloat16" else 4
-    bytes_per_token = (
-        2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    ) * bytes_per_element
+    pool_tokens = num_blocks * BLOCK_SIZE
     defaults = {
         "dtype": "float32",
         "enforce_eager": True,
         "max_model_len": 1024,
         "max_num_seqs": 16,
         "block_size": BLOCK_SIZE,
-        "kv_cache_memory_bytes": num_blocks * BLOCK_SIZE * bytes_per_token,
+        "kv_cache_memory_bytes": kv_cache_bytes(model, pool_tokens, bytes_per_element),
         "seed": 0,
     }
     llm = LLM(str(model), **{**defaults, **options})

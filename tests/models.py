@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import (
+    AutoConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -200,6 +201,13 @@ def tiny_tokenizer(vocab: int, model_max_length: int) -> PreTrainedTokenizerFast
         model_max_length=model_max_length,
         clean_up_tokenization_spaces=False,
     )
+
+
+def kv_cache_bytes(model: Path, num_tokens: int, bytes_per_element: int = 4) -> int:
+    """Size of a pool for `num_tokens` tokens on one rank, those of the null block included."""
+    config = AutoConfig.from_pretrained(model)
+    elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return num_tokens * elements * bytes_per_element
 
 
 def random_prompt(length: int, seed: int, vocab: int = 1024) -> list[int]:

@@ -21,7 +21,8 @@ import openai
 import psutil
 import requests
 from prometheus_client.parser import text_string_to_metric_families
-from transformers import AutoConfig
+
+from tests.models import kv_cache_bytes
 
 BLOCK_SIZE = 32
 START_SECONDS = 240
@@ -118,13 +119,6 @@ class Server:
         )
 
 
-def kv_cache_bytes(model: Path, num_blocks: int, bytes_per_element: int = 4) -> int:
-    """Size of a pool of `num_blocks` blocks (the null block included) on one rank."""
-    config = AutoConfig.from_pretrained(model)
-    elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return num_blocks * BLOCK_SIZE * elements * bytes_per_element
-
-
 @contextmanager
 def serving(
     model: Path, *flags: str, num_blocks: int = 256, env: Mapping[str, str] | None = None
@@ -138,7 +132,7 @@ def serving(
         env: further environment variables.
     """
     port = free_port()
-    pool = f"--kv-cache-memory-bytes={kv_cache_bytes(model, num_blocks)}"
+    pool = f"--kv-cache-memory-bytes={kv_cache_bytes(model, num_blocks * BLOCK_SIZE)}"
     command = [
         str(Path(sys.executable).with_name("vllm")),
         "serve",
