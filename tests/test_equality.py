@@ -115,3 +115,18 @@ def test_a_dummy_run_between_steps_touches_no_window_and_no_count(random_model_d
     assert_same(engine, "a", reference)
     assert stats["compactions"] == len(reference.compactions) == 3
     assert dummies > 10
+
+
+def test_a_head_size_of_80_is_packed_otherwise_and_compacted_as_well(random_model_dir):
+    """CPU_ATTN picks another instruction set when the head size is no multiple of 32."""
+    model = random_model_dir("qwen3", 3, head_dim=80)
+    prompt = random_prompt(90, seed=6)
+    with running_engine(model, **OPTIONS) as engine:
+        isa = {layer.isa for layer in engine.model_runner._attention_layers().values()}
+        engine.add("a", prompt, 120)
+        engine.run()
+        stats = engine.stats()
+    assert isa == {"vec16"}
+    reference = generate_reference(model, prompt, 120, CONFIG)
+    assert_same(engine, "a", reference)
+    assert stats["compactions"] == len(reference.compactions) == 3
