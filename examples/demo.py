@@ -73,6 +73,8 @@ def demo(
         raise SystemExit(f"--model {model} holds no model; run `make model` or name a folder")
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, _exit_on_signal)
+    # A shell starts background jobs with SIGINT ignored; it must end the demo there as well.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     port = port or free_port()
     base_url = f"http://127.0.0.1:{port}"
     command = serve_command(model, port, budget, buffer, max_tokens, dtype)
