@@ -23,17 +23,11 @@ class CacheViews:
         keys: the layers' keys.
         values: the layers' values.
         layer_names: names of the layers, in the order of the first dimension.
-        num_kv_heads: KV heads of one layer on this rank.
-        head_size: elements of one key.
-        block_size: tokens per block.
     """
 
     keys: PagedStates
     values: PagedStates
     layer_names: list[str]
-    num_kv_heads: int
-    head_size: int
-    block_size: int
 
 
 def cpu_attn_views(layers: dict[str, Attention]) -> CacheViews:
@@ -53,7 +47,7 @@ def cpu_attn_views(layers: dict[str, Attention]) -> CacheViews:
             what the layer wrote.
     """
     stacked = stack_layers([layer.kv_cache for layer in layers.values()])
-    num_kv_heads, block_size, width = stacked.shape[2:]
+    block_size, width = stacked.shape[3:]
     head_size = width // 2
     # [L, B, H, 2, block_size * head_size]: a block of a head is its keys, then its values.
     halves = stacked.view(*stacked.shape[:3], 2, block_size * head_size)
@@ -63,9 +57,6 @@ def cpu_attn_views(layers: dict[str, Attention]) -> CacheViews:
         keys=PagedStates(halves[:, :, :, 0], key_packing, block_size),
         values=PagedStates(halves[:, :, :, 1], value_packing, block_size),
         layer_names=list(layers),
-        num_kv_heads=num_kv_heads,
-        head_size=head_size,
-        block_size=block_size,
     )
 
 

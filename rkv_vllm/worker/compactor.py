@@ -22,8 +22,9 @@ from rkv_vllm.worker.observation import ObservationPool
 
 logger = init_logger(__name__)
 
-# Elements of keys that one chunk of layers may hold densely: 64 Mi, so 256 MiB in float32. A
-# 32-layer model with 8 heads of 128 is compacted at once up to 2K tokens.
+# Elements of keys in one chunk of layers: 64 Mi, so 256 MiB in float32 where torch needs a dense
+# copy. A 32-layer model with 8 heads of 128 is compacted at once up to 2K tokens; above that each
+# chunk still holds enough heads for all threads.
 _MAX_DENSE_ELEMENTS = 64 << 20
 
 
@@ -114,19 +115,17 @@ class Compactor:
         return pending
 
     def _compact(self, directive: EvictionDirective) -> None:
-        num_layers = len(self._views.layer_names)
-        per_layer = self._views.num_kv_heads * self._views.head_size * directive.total_len
-        step = max(1, _MAX_DENSE_ELEMENTS // per_layer)
-        for first in range(0, num_layers, step):
-            self._compact_layers(directive, slice(first, min(first + step, num_layers)))
-
-    def _compact_layers(self, directive: EvictionDirective, layers: slice) -> None:
+        all_keys, all_values = self._views.keys, self._views.values
         old = torch.tensor(directive.old_block_ids)
         new = torch.tensor(directive.new_block_ids)
-        keys, values = self._views.keys.layers(layers), self._views.values.layers(layers)
-        keep = self._select(directive, old, keys, values, layers)
-        for states in (keys, values):
-            compact(states, old, new, keep, directive.settled_len, directive.total_len)
+        per_layer = all_keys.num_heads * all_keys.head_size * directive.total_len
+        step = max(1, _MAX_DENSE_ELEMENTS // per_layer)
+        for first in range(0, all_keys.num_layers, step):
+            layers = slice(first, min(first + step, all_keys.num_layers))
+            keys, values = all_keys.layers(layers), all_values.layers(layers)
+            keep = self._select(directive, old, keys, values, layers)
+            for states in (keys, values):
+                compact(states, old, new, keep, directive.settled_len, directive.total_len)
 
     def _select(
         self,

@@ -111,7 +111,7 @@ def compactor_with(keys_value: float) -> Compactor:
     blocks[1, :, 2] = keys_value
     states = PagedStates(blocks, known_packings(BLOCK_SIZE, HEAD_SIZE)["vec"][0], BLOCK_SIZE)
     names = [f"model.layers.{i}.attn" for i in range(LAYERS)]
-    views = CacheViews(states, states, names, HEADS, HEAD_SIZE, BLOCK_SIZE)
+    views = CacheViews(states, states, names)
     pool = new_pool(ring_len=9)
     pool.queries.normal_()
     return Compactor(KVCompressionConfig(budget=20, buffer=10), views, pool)
@@ -123,12 +123,29 @@ def directive(req_id="a", before=0) -> EvictionDirective:
     )
 
 
-def test_a_nan_in_the_cache_ends_the_step_with_the_layer_named():
+@pytest.mark.parametrize("max_elements", [1, 64 << 20])
+def test_a_nan_in_the_cache_ends_the_step_with_the_layer_named(monkeypatch, max_elements):
+    monkeypatch.setattr("rkv_vllm.worker.compactor._MAX_DENSE_ELEMENTS", max_elements)
     compactor = compactor_with(math.nan)
     compactor.begin_step(StepPlan(directives=[directive()]))
     with pytest.raises(RuntimeError, match=r"request a in layer model\.layers\.1\.attn, KV head 2"):
         compactor.flush()
     assert compactor.stats()["compactions"] == 0
+
+
+def test_layers_compacted_in_chunks_end_as_layers_compacted_at_once(monkeypatch):
+    caches = []
+    for max_elements in (1, 64 << 20):
+        monkeypatch.setattr("rkv_vllm.worker.compactor._MAX_DENSE_ELEMENTS", max_elements)
+        torch.manual_seed(0)
+        compactor = compactor_with(1.0)
+        before = compactor._views.keys.blocks.clone()
+        compactor.begin_step(StepPlan(directives=[directive()]))
+        compactor.flush()
+        assert compactor.stats()["compactions"] == 1
+        assert not compactor._views.keys.blocks[:, 3].equal(before[:, 3])
+        caches.append(compactor._views.keys.blocks)
+    assert caches[0].equal(caches[1])
 
 
 def test_counts_follow_the_work_and_forget_with_the_request():
