@@ -23,7 +23,7 @@ def packages() -> list[str]:
 # compiler may vectorise square roots and comparisons; results stay those of IEEE arithmetic.
 CPU_KERNELS = Extension(
     "rkv_vllm._csrc",
-    sources=["csrc/cpu/rkv.cpp"],
+    sources=["csrc/cpu/observe.cpp", "csrc/cpu/rkv.cpp"],
     language="c++",
     extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"],
     extra_link_args=["-fopenmp"],

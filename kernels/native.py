@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from rkv_vllm.kernels.paged import PagedStates
 
@@ -37,8 +36,7 @@ class _Paged(Structure):
 
 def is_available(states: PagedStates) -> bool:
     """Whether the C++ kernels are built and take this cache."""
-    on_cpu = states.blocks.device.type == "cpu" and states.blocks.dtype in DTYPES
-    return on_cpu and library() is not None
+    return states.device.type == "cpu" and states.dtype in DTYPES and library() is not None
 
 
 @cache
@@ -57,14 +55,17 @@ def library() -> ctypes.CDLL | None:
     loaded.rkv_score.restype = c_int64
     loaded.rkv_score.argtypes = (
         *(paged, c_void_p, c_void_p, c_int32, c_int64, c_int64, c_int64),
-        *(c_float, c_int64, c_float, c_void_p),
+        *(c_float, c_int64, c_float, c_void_p, c_int64),
     )
     loaded.rkv_select.restype = None
-    loaded.rkv_select.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p)
+    loaded.rkv_select.argtypes = (
+        *(c_void_p, c_int64, c_int64, c_int64),
+        *(c_int64, c_int64, c_void_p, c_int64),
+    )
     loaded.rkv_compact.restype = None
     loaded.rkv_compact.argtypes = (
-        *(paged, c_int64, c_void_p, c_void_p, c_void_p),
-        *(c_int64, c_int64, c_int64),
+        *(paged, c_int64, c_void_p, c_void_p),
+        *(c_void_p, c_int64, c_int64, c_int64, c_int64),
     )
     return loaded
 
@@ -72,12 +73,9 @@ def library() -> ctypes.CDLL | None:
 def paged(states: PagedStates) -> _Paged:
     """Describe a view to C++; valid while `states` lives."""
     tokens, dims = states.offsets
-    strides = states.blocks.stride()
     return _Paged(
-        states.blocks.data_ptr(),
-        strides[0],
-        strides[1],
-        strides[2],
+        states.cells.data_ptr(),
+        *states.cells.stride()[:3],
         states.num_layers,
         states.num_heads,
         states.block_size,
@@ -85,21 +83,3 @@ def paged(states: PagedStates) -> _Paged:
         tokens.data_ptr(),
         dims.data_ptr(),
     )
-
-
-def check_block_ids(states: PagedStates, block_ids: Tensor, num_tokens: int) -> None:
-    """Raise ValueError unless `block_ids` is a row of this cache that holds `num_tokens`."""
-    needed = -(-num_tokens // states.block_size)
-    if block_ids.dtype != torch.int64 or block_ids.dim() != 1 or not block_ids.is_contiguous():
-        raise ValueError(
-            f"block_ids: expected contiguous int64 [n], got {block_ids.dtype} "
-            f"{list(block_ids.shape)}"
-        )
-    if block_ids.shape[0] < needed:
-        raise ValueError(
-            f"block_ids: expected at least {needed} blocks for {num_tokens} tokens, "
-            f"got {block_ids.shape[0]}"
-        )
-    num_blocks = states.blocks.shape[1]
-    if needed and not 0 <= int(block_ids.min()) <= int(block_ids.max()) < num_blocks:
-        raise ValueError(f"block_ids: expected ids in [0, {num_blocks}), got {block_ids.tolist()}")

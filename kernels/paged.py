@@ -1,4 +1,4 @@
-"""Keys or values of a request, as they lie in the blocks of a paged cache.
+"""Keys or values of several layers, as they lie in the blocks of a paged cache.
 
 Knows strides and packings; knows no requests and no backends. worker/cache_views.py makes
 these views from vLLM's layers, the kernels read and write through them.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packing:
-    """How one block of one head stores keys or values.
+    """How one block of one head stores keys or values where it is no plain matrix.
 
     Attributes:
         shape: dimensions of the packed block, in memory order.
@@ -24,58 +24,69 @@ class Packing:
     shape: tuple[int, ...]
     order: tuple[int, ...]
 
-    def element_offsets(self, block_size: int) -> Tensor:
-        """Offset of every element inside the packed block, int64 [block_size, head_size]."""
-        offsets = torch.arange(prod(self.shape)).view(self.shape).permute(self.order)
-        return offsets.reshape(block_size, -1)
-
 
 class PagedStates:
     """Keys or values of several layers, addressed by token.
 
     Args:
-        blocks: [num_layers, num_blocks, num_kv_heads, block_size * head_size], a view of the cache
-            whose last dimension is one packed block and contiguous.
-        packing: the layout of that dimension.
-        block_size: tokens per block.
+        blocks: with a packing [num_layers, num_blocks, num_kv_heads, block_size * head_size], a
+            view whose last dimension is one packed block and contiguous. Without one
+            [num_layers, num_kernel_blocks, num_kv_heads, kernel_block_size, head_size], a view
+            with any strides.
+        packing: the layout of a packed block, None for a plain view.
+        block_size: tokens that one id of a block table stands for. Of a plain view it may be a
+            multiple of kernel_block_size; id b then stands for the neighbours
+            b * ratio ... b * ratio + ratio - 1.
+
+    Attributes:
+        cells: [num_layers, num_blocks, num_kv_heads, *token dimensions, *head dimensions], the
+            same memory with one axis per stride.
+        num_token_dims: how many dimensions of `cells` count the tokens of a block.
 
     Raises:
-        ValueError: `blocks` has other dimensions or a strided last one.
+        ValueError: the shape or the strides of `blocks` fit neither description.
     """
 
-    def __init__(self, blocks: Tensor, packing: Packing, block_size: int) -> None:
-        if blocks.dim() != 4 or blocks.stride(-1) != 1 or blocks.shape[-1] != prod(packing.shape):
-            raise ValueError(
-                "blocks: expected [layers, blocks, heads, "
-                f"{prod(packing.shape)}] with a contiguous last dimension, got "
-                f"{list(blocks.shape)} with strides {blocks.stride()}"
-            )
+    def __init__(self, blocks: Tensor, packing: Packing | None, block_size: int) -> None:
         self.blocks = blocks
         self.packing = packing
         self.block_size = block_size
-        self.head_size = blocks.shape[-1] // block_size
+        split = _split_plain(blocks, block_size) if packing is None else _unpack(blocks, packing)
+        self.cells = split
+        self.num_token_dims = _count_token_dims(split.shape[3:], block_size)
+        self.head_size = prod(split.shape[3 + self.num_token_dims :])
 
     @property
     def num_layers(self) -> int:
         """Layers of this view."""
-        return self.blocks.shape[0]
+        return self.cells.shape[0]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that ids of a block table can name."""
+        return self.cells.shape[1]
 
     @property
     def num_heads(self) -> int:
         """KV heads of one layer."""
-        return self.blocks.shape[2]
+        return self.cells.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the cache lies."""
+        return self.blocks.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the cache."""
+        return self.blocks.dtype
 
     @cached_property
     def offsets(self) -> tuple[Tensor, Tensor]:
-        """Offsets int64 [block_size] of tokens and [head_size] of dimensions inside a block.
-
-        Raises:
-            ValueError: an element's offset is not the sum of the two.
-        """
-        elements = self.packing.element_offsets(self.block_size)
-        tokens, dims = elements[:, 0].contiguous(), elements[0].contiguous()
-        if not torch.equal(elements, tokens.unsqueeze(1) + dims):
-            raise ValueError(f"packing {self.packing} mixes tokens and dimensions")
+        """Offsets int64 [block_size] of tokens and [head_size] of dimensions inside a block."""
+        first_head_dim = 3 + self.num_token_dims
+        tokens = _offsets(self.cells, range(3, first_head_dim))
+        dims = _offsets(self.cells, range(first_head_dim, self.cells.dim()))
         return tokens, dims
 
     def layers(self, layers: slice) -> "PagedStates":
@@ -86,22 +97,21 @@ class PagedStates:
         """Copy the first `num_tokens` tokens of a row of blocks.
 
         Args:
-            block_ids: int64 [n >= ceil(num_tokens / block_size)], the row in order.
+            block_ids: int32 or int64 [n >= ceil(num_tokens / block_size)], the row in order.
             num_tokens: physical tokens.
 
         Returns:
             [num_layers, num_kv_heads, num_tokens, head_size] in the cache's dtype.
         """
-        packed = self.blocks[:, block_ids].unflatten(-1, self.packing.shape)
-        tokens = packed.permute(0, 2, 1, *(3 + dim for dim in self.packing.order))
-        dense = tokens.reshape(self.num_layers, self.num_heads, -1, self.head_size)
+        rows = self.cells[:, block_ids].transpose(1, 2)
+        dense = rows.reshape(self.num_layers, self.num_heads, -1, self.head_size)
         return dense[:, :, :num_tokens]
 
     def write(self, block_ids: Tensor, states: Tensor) -> None:
         """Fill a row of blocks with tokens; what follows the last token becomes zero.
 
         Args:
-            block_ids: int64 [ceil(num_tokens / block_size)], distinct.
+            block_ids: int32 or int64 [ceil(num_tokens / block_size)], distinct.
             states: [num_layers, num_kv_heads, num_tokens, head_size].
         """
         num_blocks = block_ids.shape[0]
@@ -109,8 +119,47 @@ class PagedStates:
             self.num_layers, self.num_heads, num_blocks * self.block_size, self.head_size
         )
         dense[:, :, : states.shape[2]] = states
-        order = self.packing.order
-        permuted_shape = [self.packing.shape[dim] for dim in order]
-        tokens = dense.view(self.num_layers, self.num_heads, num_blocks, *permuted_shape)
-        packed = tokens.permute(0, 2, 1, *(3 + order.index(dim) for dim in range(len(order))))
-        self.blocks[:, block_ids] = packed.flatten(3)
+        rows = dense.view(self.num_layers, self.num_heads, num_blocks, *self.cells.shape[3:])
+        self.cells[:, block_ids] = rows.transpose(1, 2)
+
+
+def _unpack(blocks: Tensor, packing: Packing) -> Tensor:
+    if blocks.dim() != 4 or blocks.stride(-1) != 1 or blocks.shape[-1] != prod(packing.shape):
+        raise ValueError(
+            f"blocks: expected [layers, blocks, heads, {prod(packing.shape)}] with a contiguous "
+            f"last dimension, got {list(blocks.shape)} with strides {blocks.stride()}"
+        )
+    unpacked = blocks.unflatten(-1, packing.shape)
+    return unpacked.permute(0, 1, 2, *(3 + dim for dim in packing.order))
+
+
+def _split_plain(blocks: Tensor, block_size: int) -> Tensor:
+    """Give the kernel blocks of one block an axis of their own if there are several."""
+    fits = blocks.dim() == 5 and block_size % blocks.shape[3] == 0
+    ratio = block_size // blocks.shape[3] if fits else 0
+    if not ratio or blocks.shape[1] % ratio:
+        raise ValueError(
+            "blocks: expected [layers, kernel blocks, heads, kernel_block_size, head_size] whose "
+            f"kernel blocks make whole blocks of {block_size} tokens, got {list(blocks.shape)}"
+        )
+    if ratio == 1:
+        return blocks
+    return blocks.unflatten(1, (-1, ratio)).movedim(2, 3)
+
+
+def _count_token_dims(shape: tuple[int, ...], block_size: int) -> int:
+    for count in range(1, len(shape)):
+        if prod(shape[:count]) == block_size:
+            return count
+    raise ValueError(
+        f"a block of cells {list(shape)} has no leading dimensions of {block_size} tokens: its "
+        "packing mixes tokens and dimensions, or block_size is another"
+    )
+
+
+def _offsets(cells: Tensor, dims: range) -> Tensor:
+    offsets = torch.zeros((), dtype=torch.int64)
+    for dim in dims:
+        steps = torch.arange(cells.shape[dim]) * cells.stride(dim)
+        offsets = offsets.unsqueeze(-1) + steps
+    return offsets.flatten().contiguous()

@@ -23,6 +23,7 @@
 #include <functional>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -64,7 +65,7 @@ namespace {
 
 struct ScoreArgs {
   RkvPaged keys;
-  const int64_t* block_ids;  // [ceil(n / block_size)]
+  const int32_t* block_ids;  // [ceil(n / block_size)]
   const void* queries;       // [num_layers * num_heads * group][window][head_size], contiguous
   int32_t dtype;             // of keys and queries
   int64_t n, head_size, group, window, pool;
@@ -72,7 +73,7 @@ struct ScoreArgs {
 };
 
 // Offset of a token of one (flattened) head, its dimension offsets not included.
-RKV_INLINE int64_t token_place(const RkvPaged& p, const int64_t* block_ids, int64_t head,
+RKV_INLINE int64_t token_place(const RkvPaged& p, const int32_t* block_ids, int64_t head,
                                int64_t token) {
   return head / p.num_heads * p.layer_stride + head % p.num_heads * p.head_stride +
          block_ids[token / p.block_size] * p.block_stride + p.token_offsets[token % p.block_size];
@@ -307,21 +308,21 @@ RKV_CLONES bool score_head(const ScoreArgs& a, int64_t head, Scratch& s, float* 
 }
 
 void select_row(const float* scores, int64_t m, int64_t count, std::vector<float>& sorted,
-                int64_t* kept) {
+                int32_t* kept) {
   if (count == 0) return;
   sorted.assign(scores, scores + m);
   std::nth_element(sorted.begin(), sorted.begin() + (count - 1), sorted.end(), std::greater<>());
   const float cut = sorted[count - 1];
   int64_t ties = count - std::count_if(scores, scores + m, [cut](float x) { return x > cut; });
   for (int64_t i = 0; i < m; ++i)
-    if (scores[i] > cut || (scores[i] == cut && ties-- > 0)) *kept++ = i;
+    if (scores[i] > cut || (scores[i] == cut && ties-- > 0)) *kept++ = static_cast<int32_t>(i);
 }
 
 // Moves one head's survivors. Ascending order: a destination is never behind its source within the
 // blocks that stay, and other blocks hold nothing that is still to be read.
 template <class T>
-void compact_head(const RkvPaged& p, const int64_t* old_ids, const int64_t* new_ids, int64_t head,
-                  const int64_t* keep, int64_t budget, int64_t settled_len, int64_t total_len) {
+void compact_head(const RkvPaged& p, const int32_t* old_ids, const int32_t* new_ids, int64_t head,
+                  const int32_t* keep, int64_t budget, int64_t settled_len, int64_t total_len) {
   T* base = static_cast<T*>(p.base);
   const int64_t new_len = budget + total_len - settled_len;
   for (int64_t token = 0; token < new_len; ++token) {
@@ -337,11 +338,11 @@ void compact_head(const RkvPaged& p, const int64_t* old_ids, const int64_t* new_
 
 extern "C" {
 
-// scores: float [num_layers * num_heads][n - window]. Returns the first flattened head with a score
-// that is not finite, -1 without one, -2 when memory ran out.
-int64_t rkv_score(const RkvPaged* keys, const int64_t* block_ids, const void* queries,
+// scores: float [num_layers * num_heads][scores_stride], of which n - window are written. Returns the
+// first flattened head with a score that is not finite, -1 without one, -2 when memory ran out.
+int64_t rkv_score(const RkvPaged* keys, const int32_t* block_ids, const void* queries,
                   int32_t dtype, int64_t n, int64_t group, int64_t window, float lam, int64_t pool,
-                  float threshold, float* scores) {
+                  float threshold, float* scores, int64_t scores_stride) {
   const ScoreArgs args{*keys, block_ids, queries, dtype,  n,  keys->head_size,
                        group, window,    pool,    lam,    threshold};
   const int64_t num_heads = keys->num_layers * keys->num_heads;
@@ -357,30 +358,36 @@ int64_t rkv_score(const RkvPaged* keys, const int64_t* block_ids, const void* qu
   int64_t bad_head = num_heads;
 #pragma omp parallel for schedule(static) num_threads(num_threads) reduction(min : bad_head)
   for (int64_t head = 0; head < num_heads; ++head)
-    if (!score_head(args, head, *scratches[omp_get_thread_num()], scores + head * (n - window)))
+    if (!score_head(args, head, *scratches[omp_get_thread_num()], scores + head * scores_stride))
       bad_head = std::min(bad_head, head);
   return bad_head == num_heads ? -1 : bad_head;
 }
 
-// scores: float [num_rows][m]; kept: int64 [num_rows][count], ascending, count <= m.
-void rkv_select(const float* scores, int64_t num_rows, int64_t m, int64_t count, int64_t* kept) {
+// scores: float [num_rows][scores_stride], m of each row count; kept: int32 [num_rows][kept_stride], of
+// which the `count` best, ascending, and then the window [m, m + window) are written. count <= m.
+void rkv_select(const float* scores, int64_t scores_stride, int64_t num_rows, int64_t m,
+                int64_t count, int64_t window, int32_t* kept, int64_t kept_stride) {
 #pragma omp parallel
   {
     std::vector<float> sorted;
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < num_rows; ++row)
-      select_row(scores + row * m, m, count, sorted, kept + row * count);
+    for (int64_t row = 0; row < num_rows; ++row) {
+      int32_t* target = kept + row * kept_stride;
+      select_row(scores + row * scores_stride, m, count, sorted, target);
+      std::iota(target + count, target + count + window, static_cast<int32_t>(m));
+    }
   }
 }
 
-// keep: int64 [num_layers * num_heads][budget], ascending, < settled_len. element_size: 2 or 4.
-void rkv_compact(const RkvPaged* states, int64_t element_size, const int64_t* old_ids,
-                 const int64_t* new_ids, const int64_t* keep, int64_t budget, int64_t settled_len,
-                 int64_t total_len) {
+// keep: int32 [num_layers * num_heads][keep_stride], the first `budget` ascending and < settled_len.
+// element_size: 2 or 4.
+void rkv_compact(const RkvPaged* states, int64_t element_size, const int32_t* old_ids,
+                 const int32_t* new_ids, const int32_t* keep, int64_t keep_stride, int64_t budget,
+                 int64_t settled_len, int64_t total_len) {
   const int64_t num_heads = states->num_layers * states->num_heads;
 #pragma omp parallel for schedule(static)
   for (int64_t head = 0; head < num_heads; ++head) {
-    const int64_t* kept = keep + head * budget;
+    const int32_t* kept = keep + head * keep_stride;
     if (element_size == 2)
       compact_head<uint16_t>(*states, old_ids, new_ids, head, kept, budget, settled_len, total_len);
     else

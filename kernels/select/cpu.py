@@ -3,21 +3,25 @@
 import torch
 from torch import Tensor
 
+from rkv_vllm.kernels.eviction import EvictionBatch
 from rkv_vllm.kernels.native import library
 
 
-def select_cpu(scores: Tensor, count: int) -> Tensor:
-    """As `select_naive`.
-
-    Raises:
-        ValueError: `scores` is no float32 matrix, or `count` does not fit its rows.
-    """
-    if scores.dtype != torch.float32 or scores.dim() != 2 or not 0 <= count <= scores.shape[1]:
-        raise ValueError(
-            f"scores: expected float32 [num_rows, >= {count}], got {scores.dtype} "
-            f"{list(scores.shape)}"
-        )
+def select_cpu(scores: Tensor, batch: EvictionBatch) -> Tensor:
+    """As `select_naive`."""
+    batch.check_scores(scores)
     scores = scores.contiguous()
-    kept = torch.empty(scores.shape[0], count, dtype=torch.int64)
-    library().rkv_select(scores.data_ptr(), *scores.shape, count, kept.data_ptr())
-    return kept
+    shape = (batch.num_requests, scores.shape[1], batch.max_budget)
+    keep = torch.full(shape, -1, dtype=torch.int32)
+    for i, eviction in enumerate(batch.evictions):
+        library().rkv_select(
+            scores[i].data_ptr(),
+            scores.stride(1),
+            scores.shape[1],
+            eviction.settled_len - batch.window,
+            eviction.budget - batch.window,
+            batch.window,
+            keep[i].data_ptr(),
+            keep.stride(1),
+        )
+    return keep

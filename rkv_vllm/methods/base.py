@@ -11,10 +11,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
+if TYPE_CHECKING:
     from rkv_vllm.config import KVCompressionConfig
+    from rkv_vllm.kernels.eviction import EvictionBatch
     from rkv_vllm.kernels.paged import PagedStates
 
 
@@ -23,14 +24,16 @@ class NonFiniteScoreError(ValueError):
 
     Attributes:
         head: Index of the first such head in the flattened ``[heads, n, head_size]`` input.
+        request: Its index in the batch, 0 where there is only one.
     """
 
-    def __init__(self, head: int) -> None:
+    def __init__(self, head: int, request: int = 0) -> None:
         super().__init__(
             f"score of flattened head {head} is NaN or infinite; its keys or queries hold NaN, "
             "Inf or values beyond float32"
         )
         self.head = head
+        self.request = request
 
 
 class CompressionMethod(ABC):
@@ -78,24 +81,44 @@ class CompressionMethod(ABC):
         self,
         keys: PagedStates,
         values: PagedStates,
-        block_ids: torch.Tensor,
-        num_tokens: int,
-        queries: torch.Tensor,
-        budget: int,
-    ) -> torch.LongTensor:
-        """Choose from a paged cache; a method that can do without a dense copy overrides this.
+        batch: EvictionBatch,
+        observation_queries: torch.Tensor,
+    ) -> torch.Tensor:
+        """Choose for a batch of requests, straight from a paged cache.
+
+        This version copies one request after the other out of the cache and asks ``keep_indices``;
+        a method that has kernels overrides it.
 
         Args:
-            keys: the cache's keys, heads flattened as in ``keep_indices``.
-            values: the cache's values.
-            block_ids: int64 [>= ceil(num_tokens / block_size)], the request's row of blocks.
-            num_tokens: n, tokens to judge.
-            queries: As for ``keep_indices``.
-            budget: As for ``keep_indices``.
+            keys: The cache's keys after RoPE.
+            values: The cache's values.
+            batch: The requests with their rows, lengths and budgets.
+            observation_queries: [slots, layers, ring_len, query heads, head_size], after RoPE;
+                the query of logical position p lies at p modulo ring_len.
 
         Returns:
-            As for ``keep_indices``.
+            int32 [requests, layers * KV heads, largest budget]; of each row the request's
+            ``budget`` entries as ``keep_indices`` returns them, -1 behind them.
+
+        Raises:
+            ValueError: ``keep_indices`` returned another shape than promised.
+            NonFiniteScoreError: A score is NaN or infinite; the worker names request and layer.
         """
-        dense_keys = keys.read(block_ids, num_tokens).flatten(0, 1)
-        dense_values = values.read(block_ids, num_tokens).flatten(0, 1)
-        return self.keep_indices(dense_keys, dense_values, queries, budget)
+        num_heads = keys.num_layers * keys.num_heads
+        shape = (batch.num_requests, num_heads, batch.max_budget)
+        keep = torch.full(shape, -1, dtype=torch.int32, device=keys.device)
+        for i, eviction in enumerate(batch.evictions):
+            row = batch.old_block_table[i]
+            dense = [s.read(row, eviction.settled_len).flatten(0, 1) for s in (keys, values)]
+            queries = batch.window_queries(i, observation_queries)
+            try:
+                kept = self.keep_indices(*dense, queries, eviction.budget)
+            except NonFiniteScoreError as error:
+                raise NonFiniteScoreError(error.head, request=i) from error
+            if kept.shape != (num_heads, eviction.budget):
+                raise ValueError(
+                    f"{type(self).__name__}.keep_indices returned {list(kept.shape)}, expected "
+                    f"{[num_heads, eviction.budget]}"
+                )
+            keep[i, :, : eviction.budget] = kept
+        return keep

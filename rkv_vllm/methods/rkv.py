@@ -11,7 +11,7 @@ section 3, with the tie, order and default rules that ``docs/method.md`` lists.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +21,7 @@ from rkv_vllm.methods.base import CompressionMethod, NonFiniteScoreError
 
 if TYPE_CHECKING:
     from rkv_vllm.config import KVCompressionConfig
+    from rkv_vllm.kernels.eviction import EvictionBatch
     from rkv_vllm.kernels.paged import PagedStates
 
 # Keeps the unit key of an all-zero key finite.
@@ -77,20 +78,25 @@ class RKV(CompressionMethod):
         self,
         keys: PagedStates,
         values: PagedStates,
-        block_ids: torch.Tensor,
-        num_tokens: int,
-        queries: torch.Tensor,
-        budget: int,
-    ) -> torch.LongTensor:
+        batch: EvictionBatch,
+        observation_queries: torch.Tensor,
+    ) -> torch.Tensor:
         """Choose without a dense copy of the cache. See the base class."""
         # Deferred: the reference versions of the kernels call this module.
         from rkv_vllm.kernels.score import score
         from rkv_vllm.kernels.select import select
 
-        scores = score(keys, block_ids, num_tokens, queries, **asdict(self))
-        kept = select(scores, budget - self.window)
-        newest = torch.arange(num_tokens - self.window, num_tokens, device=kept.device)
-        return torch.cat([kept, newest.expand(kept.shape[0], -1)], dim=1)
+        if batch.window != self.window:
+            raise ValueError(f"batch: expected a window of {self.window}, got {batch.window}")
+        found = score(
+            keys,
+            batch,
+            observation_queries,
+            lam=self.lam,
+            pool=self.pool,
+            threshold=self.threshold,
+        )
+        return select(found, batch)
 
 
 def scores(

@@ -39,6 +39,11 @@ class EvictionDirective:
     new_block_ids: list[int]
 
     @property
+    def budget(self) -> int:
+        """Survivors among the settled tokens."""
+        return self.settled_len - self.num_evict
+
+    @property
     def num_freed_blocks(self) -> int:
         """Blocks this request holds less of afterwards."""
         return len(self.old_block_ids) - len(self.new_block_ids)
@@ -57,6 +62,8 @@ class StepPlan:
         directives: compactions to run right after this step's forward.
         watched: observation slot of every scheduled request whose queries this step records.
         num_deferred: compactions that became due and have to wait, first seen in this step.
+        num_short_of_blocks: those of them that wait for a free block; the others wait for a slot
+            or for its window.
         num_free_blocks: blocks in the free queue after this step's reclaim.
         num_total_blocks: blocks of the pool, null block not counted.
     """
@@ -64,5 +71,6 @@ class StepPlan:
     directives: list[EvictionDirective] = field(default_factory=list)
     watched: dict[str, int] = field(default_factory=dict)
     num_deferred: int = 0
+    num_short_of_blocks: int = 0
     num_free_blocks: int = 0
     num_total_blocks: int = 0

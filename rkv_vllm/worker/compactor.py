@@ -5,27 +5,38 @@ counters; knows neither vLLM's batch nor its rows: a runner calls `flush` before
 next step and updates its own rows with what comes back. Next: runner_v1.py.
 """
 
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 
 from rkv_vllm.config import KVCompressionConfig
-from rkv_vllm.kernels import native
 from rkv_vllm.kernels.compact import compact
-from rkv_vllm.kernels.paged import PagedStates
+from rkv_vllm.kernels.dispatch import backend
+from rkv_vllm.kernels.eviction import ALL_FINITE, Eviction, EvictionBatch
 from rkv_vllm.log import init_logger
 from rkv_vllm.methods import get_method
-from rkv_vllm.methods.base import NonFiniteScoreError
+from rkv_vllm.methods.base import CompressionMethod, NonFiniteScoreError
 from rkv_vllm.scheduling.directive import EvictionDirective, StepPlan
 from rkv_vllm.worker.cache_views import CacheViews
 from rkv_vllm.worker.observation import ObservationPool
 
 logger = init_logger(__name__)
 
-# Elements of keys in one chunk of layers: 64 Mi, so 256 MiB in float32 where torch needs a dense
-# copy. A 32-layer model with 8 heads of 128 is compacted at once up to 2K tokens; above that each
-# chunk still holds enough heads for all threads.
+# Elements of keys in one call where torch may need a dense copy: 64 Mi, so 256 MiB in float32. A
+# 32-layer model with 8 heads of 128 is compacted at once up to 2K tokens; above that each chunk of
+# layers still holds enough heads for all threads.
 _MAX_DENSE_ELEMENTS = 64 << 20
+
+# Tokens, times heads, times layers, in one call of kernels that copy nothing: they keep about 28
+# bytes of each, so 224 MiB of the memory that vLLM leaves free. That is 28 requests of 1152 tokens
+# or one of 32K of a 32-layer model with 8 heads; longer ones go through in chunks of layers.
+_MAX_SCORED_TOKENS = 8 << 20
+
+# vLLM never hands it to a request.
+_NULL_BLOCK = 0
 
 
 @dataclass(slots=True)
@@ -65,11 +76,21 @@ class Compactor:
         self._num_evicted: dict[str, int] = {}
         self._compactions: dict[str, int] = {}
         self._stats = CompactionStats()
-        if not native.is_available(views.keys):
-            logger.warning(
-                "The C++ kernels are not built or do not take this cache: compaction runs in "
-                "torch, which is slower; reinstall rkv-vllm where a C++ compiler is found"
-            )
+        self._checks: deque[_Check] = deque()
+        logger.info("Compaction kernels: %s", backend(views.keys))
+
+    def warm_up(self) -> None:
+        """Compile what a flush launches, on the null block; without Triton there is nothing to do.
+
+        Call it once, before the first request: compiling takes seconds.
+        """
+        if backend(self._views.keys) != "triton":
+            return
+        settled_len = self._config.window + 2
+        row = [_NULL_BLOCK] * -(-settled_len // self._views.keys.block_size)
+        self._carry_out([EvictionDirective("warm-up", 0, settled_len, settled_len, 1, 0, row, row)])
+        # The null block may hold anything, NaN included.
+        self._checks.clear()
 
     def num_evicted(self, req_id: str) -> int:
         """Tokens this request's cache is shorter than its text."""
@@ -106,62 +127,87 @@ class Compactor:
             The directives carried out; the runner exchanges the rows of those requests.
 
         Raises:
-            RuntimeError: a score is NaN or infinite; names the request and the layer.
+            RuntimeError: a score is NaN or infinite; names the request and the layer. On a GPU it
+                is one of an earlier flush: nothing here waits for the device.
         """
+        self._raise_if_non_finite()
         pending, self._pending = self._pending, []
+        for wave in _waves(pending):
+            self._carry_out(wave)
         for directive in pending:
-            self._compact(directive)
             self._count(directive)
         return pending
 
-    def _compact(self, directive: EvictionDirective) -> None:
-        all_keys, all_values = self._views.keys, self._views.values
-        old = torch.tensor(directive.old_block_ids)
-        new = torch.tensor(directive.new_block_ids)
-        per_layer = all_keys.num_heads * all_keys.head_size * directive.total_len
-        step = max(1, _MAX_DENSE_ELEMENTS // per_layer)
-        for first in range(0, all_keys.num_layers, step):
-            layers = slice(first, min(first + step, all_keys.num_layers))
-            keys, values = all_keys.layers(layers), all_values.layers(layers)
-            keep = self._select(directive, old, keys, values, layers)
-            for states in (keys, values):
-                compact(states, old, new, keep, directive.settled_len, directive.total_len)
-
-    def _select(
-        self,
-        directive: EvictionDirective,
-        block_ids: torch.Tensor,
-        keys: PagedStates,
-        values: PagedStates,
-        layers: slice,
-    ) -> torch.Tensor:
-        """The kept positions, int64 [num_layers * num_kv_heads, budget]."""
-        queries = self._pool.window(
-            directive.slot, directive.settled_logical_len, self._config.window, layers
+    def _carry_out(self, directives: list[EvictionDirective]) -> None:
+        """Compact requests of which none writes what another one reads."""
+        batch = EvictionBatch.of(
+            [_eviction(directive) for directive in directives],
+            self._config.window,
+            self._views.keys.device,
         )
+        for requests in self._groups(batch):
+            group = batch.part(requests)
+            step = self._num_layers_at_once(group)
+            for first in range(0, self._views.keys.num_layers, step):
+                self._compact(group, slice(first, first + step), directives[requests])
+
+    def _compact(
+        self, batch: EvictionBatch, layers: slice, directives: list[EvictionDirective]
+    ) -> None:
+        """Compact some layers of some requests."""
+        keys, values = self._views.keys.layers(layers), self._views.values.layers(layers)
+        if layers.start and keys.device.type != "cpu":
+            # Heads are counted from the first of these layers, so the flags are theirs alone.
+            batch = batch.part(slice(None), torch.full_like(batch.non_finite, ALL_FINITE))
+        queries = self._pool.queries[:, layers]
         try:
-            keep = self._method.keep_paged(
-                keys,
-                values,
-                block_ids,
-                directive.settled_len,
-                queries.flatten(0, 1),
-                self._config.budget,
-            )
+            keep = self._method.keep_paged(keys, values, batch, queries)
         except NonFiniteScoreError as error:
-            layer = self._views.layer_names[layers.start + error.head // keys.num_heads]
-            raise RuntimeError(
-                f"{self._config.method}: score of request {directive.req_id} in layer {layer}, "
-                f"KV head {error.head % keys.num_heads}, is not finite; the model's keys or "
-                "queries overflow in this dtype"
-            ) from error
-        expected = (keys.num_layers * keys.num_heads, self._config.budget)
-        if keep.shape != expected:
-            raise RuntimeError(
-                f"{self._config.method}: keep_indices returned {tuple(keep.shape)}, "
-                f"expected {expected}"
-            )
-        return keep
+            raise self._non_finite(directives[error.request], layers, error.head) from error
+        for states in (keys, values):
+            compact(states, batch, keep)
+        if keys.device.type != "cpu":
+            self._checks.append(_Check.start(batch.non_finite, directives, layers))
+
+    def _groups(self, batch: EvictionBatch) -> Iterator[slice]:
+        """Neighbours whose temporaries fit into memory together, at least one request each."""
+        keys = self._views.keys
+        limit = self._max_tokens() // (keys.num_layers * keys.num_heads)
+        first, longest = 0, 0
+        for i, eviction in enumerate(batch.evictions):
+            longest = max(longest, eviction.total_len)
+            if i > first and longest * (i + 1 - first) > limit:
+                yield slice(first, i)
+                first, longest = i, eviction.total_len
+        yield slice(first, batch.num_requests)
+
+    def _num_layers_at_once(self, batch: EvictionBatch) -> int:
+        tokens = batch.num_requests * max(e.total_len for e in batch.evictions)
+        return max(1, self._max_tokens() // (tokens * self._views.keys.num_heads))
+
+    def _max_tokens(self) -> int:
+        """Tokens, times heads, times layers, that one call may take."""
+        copies = type(self._method).keep_paged is CompressionMethod.keep_paged
+        if copies or backend(self._views.keys) != "triton":
+            return _MAX_DENSE_ELEMENTS // self._views.keys.head_size
+        return _MAX_SCORED_TOKENS
+
+    def _raise_if_non_finite(self) -> None:
+        """Examine the flags of earlier flushes that have arrived; waits for none."""
+        while self._checks and self._checks[0].is_done():
+            check = self._checks.popleft()
+            for directive, head in zip(check.directives, check.flags.tolist(), strict=True):
+                if head != ALL_FINITE:
+                    raise self._non_finite(directive, check.layers, head)
+
+    def _non_finite(self, directive: EvictionDirective, layers: slice, head: int) -> RuntimeError:
+        num_heads = self._views.keys.num_heads
+        layer = self._views.layer_names[layers.start + head // num_heads]
+        return RuntimeError(
+            f"{self._config.method}: score of request {directive.req_id} in layer {layer}, "
+            f"KV head {head % num_heads}, is not finite; the model's keys or queries overflow in "
+            "this dtype"
+        )
 
     def _count(self, directive: EvictionDirective) -> None:
         req_id = directive.req_id
@@ -171,3 +217,64 @@ class Compactor:
         self._stats.compactions += 1
         self._stats.evicted_tokens += directive.num_evict
         self._stats.freed_blocks += directive.num_freed_blocks
+
+
+class _Check(NamedTuple):
+    """Flags on their way from the device.
+
+    Attributes:
+        flags: int32 [requests], pinned; valid once `is_done`.
+        is_done: whether the copy has arrived.
+        directives: the requests.
+        layers: the layers that the flags speak of.
+    """
+
+    flags: torch.Tensor
+    is_done: Callable[[], bool]
+    directives: list[EvictionDirective]
+    layers: slice
+
+    @classmethod
+    def start(
+        cls, non_finite: torch.Tensor, directives: list[EvictionDirective], layers: slice
+    ) -> "_Check":
+        """Queue the copy on the current stream, behind the kernels that write the flags."""
+        flags = torch.empty(non_finite.shape, dtype=non_finite.dtype, pin_memory=True)
+        flags.copy_(non_finite, non_blocking=True)
+        event = torch.Event(non_finite.device)
+        event.record()
+        return cls(flags, event.query, directives, layers)
+
+
+def _eviction(directive: EvictionDirective) -> Eviction:
+    return Eviction(
+        old_block_ids=directive.old_block_ids,
+        new_block_ids=directive.new_block_ids,
+        settled_len=directive.settled_len,
+        total_len=directive.total_len,
+        budget=directive.budget,
+        slot=directive.slot,
+        window_end=directive.settled_logical_len,
+    )
+
+
+def _waves(directives: list[EvictionDirective]) -> Iterator[list[EvictionDirective]]:
+    """Cut the directives, in order, wherever one touches blocks that an earlier one still needs.
+
+    The scheduler books one compaction after the other, so a block that the first gives back may be
+    a fresh one of the next. The requests of a wave are compacted at the same time.
+    """
+    wave: list[EvictionDirective] = []
+    read: set[int] = set()
+    written: set[int] = set()
+    for directive in directives:
+        if not read.isdisjoint(directive.new_block_ids) or not written.isdisjoint(
+            directive.old_block_ids
+        ):
+            yield wave
+            wave, read, written = [], set(), set()
+        wave.append(directive)
+        read.update(directive.old_block_ids)
+        written.update(directive.new_block_ids)
+    if wave:
+        yield wave

@@ -1,0 +1,68 @@
+"""observe in Triton: one program per token, most of which find -1 and end at once.
+
+Runs once per attention layer inside captured graphs: fixed grid, fixed addresses, no allocation.
+A list of watched tokens would need fewer programs, but its length changes from step to step and a
+graph's grid cannot; an idle program costs far less than the launch that all of them share.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Elements per inner step: 32 query heads of 128 take four steps of one program.
+_TILE = 1024
+
+
+def observe_triton(pool: Tensor, layer_idx: int, query: Tensor, token_rows: Tensor) -> None:
+    """As `observe_naive`."""
+    num_tokens, num_heads, head_size = query.shape
+    if num_tokens == 0:
+        return
+    observe_kernel[(num_tokens,)](
+        pool,
+        pool.stride(0),
+        pool.stride(2),
+        layer_idx * pool.stride(1),
+        query,
+        query.stride(0),
+        query.stride(1),
+        token_rows,
+        RING_LEN=pool.shape[2],
+        NUM_HEADS=num_heads,
+        HEAD_SIZE=head_size,
+        TILE=min(_TILE, triton.next_power_of_2(num_heads * head_size)),
+    )
+
+
+@triton.jit
+def observe_kernel(
+    p_pool,
+    slot_stride,
+    ring_stride,
+    layer_offset,
+    p_query,
+    token_stride,
+    head_stride,
+    p_token_rows,
+    RING_LEN: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Record one token if somebody watches it."""
+    i_token = tl.program_id(0).to(tl.int64)
+    row = tl.load(p_token_rows + i_token).to(tl.int64)
+    if row < 0:
+        return
+    p_source = p_query + i_token * token_stride
+    p_target = p_pool + (row // RING_LEN) * slot_stride + (row % RING_LEN) * ring_stride
+    for start in range(0, NUM_HEADS * HEAD_SIZE, TILE):
+        o_element = start + tl.arange(0, TILE)
+        m_element = o_element < NUM_HEADS * HEAD_SIZE
+        o_source = (o_element // HEAD_SIZE) * head_stride + o_element % HEAD_SIZE
+        b_query = tl.load(p_source + o_source, mask=m_element)
+        tl.store(
+            p_target + layer_offset + o_element,
+            b_query.to(p_pool.dtype.element_ty),
+            mask=m_element,
+        )

@@ -1,0 +1,93 @@
+"""Compiles every Triton kernel, as its launcher launches it, for an H100; needs no GPU.
+
+A program of its own: the tests' process interprets kernels and can compile none. Prints a line
+"compiled NAME FILES" per kernel, and "reused NAME" when another flush of the same engine, with
+other lengths and other requests, needs no second compilation.
+"""
+
+from typing import Any
+
+import torch
+from triton import compile as compile_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from rkv_vllm.kernels.compact.triton import compact_triton
+from rkv_vllm.kernels.eviction import EvictionBatch
+from rkv_vllm.kernels.paged import PagedStates
+from rkv_vllm.kernels.score.triton import score_triton
+from rkv_vllm.kernels.select.triton import select_triton
+from tests.kernels.cases import new_case, random_keep
+
+H100 = GPUTarget("cuda", 90, 32)
+DTYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+def main() -> None:
+    launches: list[tuple[JITFunction, tuple, dict[str, Any]]] = []
+    JITFunction.run = lambda kernel, *args, grid, warmup, **kwargs: launches.append(
+        (kernel, args, kwargs)
+    )
+    model = {"head_size": 128, "dtype": torch.bfloat16, "group": 4, "num_heads": 8}
+    case = new_case([(100, 103, 50)], num_layers=4, **model)
+    launch_all(case.states, case.batch, case.queries)
+    other = new_case([(90, 90, 40), (112, 112, 96), (17, 17, 16)], num_layers=4, **model)
+    first_layer = slice(0, 1)
+    part = other.batch.part(slice(1, 3))
+    launch_all(other.states.layers(first_layer), part, other.queries[:, first_layer])
+    half = len(launches) // 2
+    for first, second in zip(launches[:half], launches[half:], strict=True):
+        kernel, specialization = first[0], specialize(*first)
+        compiled = compile_kernel(
+            ASTSource(kernel, *specialization), target=H100, options=options_of(*first)
+        )
+        print("compiled", kernel.__name__, *sorted(compiled.asm), flush=True)
+        if specialization == specialize(*second):
+            print("reused", kernel.__name__, flush=True)
+
+
+def launch_all(states: PagedStates, batch: EvictionBatch, queries: torch.Tensor) -> None:
+    select_triton(score_triton(states, batch, queries), batch)
+    compact_triton(states, batch, random_keep(batch, states.num_layers * states.num_heads))
+
+
+def options_of(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a launch tells the compiler and not the kernel, num_warps for example."""
+    return {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+
+
+def specialize(
+    kernel: JITFunction, args: tuple, kwargs: dict[str, Any]
+) -> tuple[dict[str, str], dict[str, Any], dict]:
+    """Types, constants and divisibilities that Triton compiles this launch for."""
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values.update((name, value) for name, value in kwargs.items() if name in kernel.arg_names)
+    signature, constants, attributes = {}, {}, {}
+    for i, param in enumerate(kernel.params):
+        value = values[param.name]
+        may_specialize = not param.do_not_specialize
+        if param.is_constexpr or (isinstance(value, int) and value == 1 and may_specialize):
+            signature[param.name] = "constexpr"
+            constants[param.name] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[param.name] = "*" + DTYPES[value.dtype]
+            value = value.data_ptr()
+        elif isinstance(value, int):
+            signature[param.name] = "i32" if value < 2**31 else "i64"
+        else:
+            signature[param.name] = "fp32"
+        if may_specialize and isinstance(value, int) and value % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+if __name__ == "__main__":
+    main()

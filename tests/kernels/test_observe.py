@@ -1,0 +1,75 @@
+"""Every version of observe: a token is recorded where its row says, or nowhere."""
+
+import pytest
+import torch
+
+from rkv_vllm.kernels.native import library
+from rkv_vllm.kernels.observe import observe
+from rkv_vllm.kernels.observe.cpu import observe_cpu
+from rkv_vllm.kernels.observe.naive import observe_naive
+from rkv_vllm.kernels.observe.triton import observe_triton
+
+SLOTS, LAYERS, RING = 3, 2, 5
+VERSIONS = {"naive": observe_naive, "cpp": observe_cpu, "triton": observe_triton}
+
+
+def expected_pool(pool, layer_idx, query, rows):
+    expected = pool.clone()
+    for token, row in enumerate(rows.tolist()[: query.shape[0]]):
+        if row >= 0:
+            expected[row // RING, layer_idx, row % RING] = query[token].to(pool.dtype)
+    return expected
+
+
+def token_rows(num_tokens: int, seed: int) -> torch.Tensor:
+    """Distinct rows for some tokens, -1 for the others and for what lies behind the step."""
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.randperm(SLOTS * RING, generator=generator).int()
+    rows = torch.full((num_tokens + 3,), -1, dtype=torch.int32)
+    watched = torch.randperm(num_tokens, generator=generator)[: num_tokens // 2 + 1]
+    watched = watched[: places.shape[0]]
+    rows[watched] = places[: watched.shape[0]]
+    return rows
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("num_tokens", "heads", "size"), [(1, 1, 32), (7, 6, 80), (63, 9, 128)])
+def test_watched_tokens_and_no_others_are_recorded(version, dtype, num_tokens, heads, size):
+    assert library() is not None
+    generator = torch.Generator().manual_seed(num_tokens)
+    fused = torch.randn(num_tokens, 3, heads, size, generator=generator).to(dtype)
+    query = fused[:, 1]  # strided as a slice of a fused projection
+    pool = torch.full((SLOTS, LAYERS, RING, heads, size), float("nan"), dtype=dtype)
+    rows = token_rows(num_tokens, seed=num_tokens)
+    expected = expected_pool(pool, 1, query, rows)
+    assert not expected[:, 1].isnan().all()
+    VERSIONS[version](pool, 1, query, rows)
+    torch.testing.assert_close(pool, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_query_of_another_dtype_is_rounded():
+    pool = torch.zeros(SLOTS, LAYERS, RING, 2, 32, dtype=torch.bfloat16)
+    query = torch.randn(1, 2, 32)
+    observe(pool, 0, query, torch.tensor([7], dtype=torch.int32))
+    assert pool[1, 0, 2].equal(query[0].bfloat16())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_empty_step_records_nothing(version):
+    pool = torch.full((SLOTS, LAYERS, RING, 2, 32), float("nan"))
+    rows = torch.tensor([4], dtype=torch.int32)
+    VERSIONS[version](pool, 0, torch.randn(0, 2, 32), rows)
+    assert pool.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "rows"),
+    [(2, (4, 2, 32), 4), (0, (4, 3, 32), 4), (0, (4, 2, 16), 4), (0, (4, 2, 32), 3)],
+    ids=["layer", "heads", "head_size", "rows"],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(layer, shape, rows):
+    pool = torch.full((SLOTS, LAYERS, RING, 2, 32), float("nan"))
+    with pytest.raises(ValueError, match="observe: expected pool"):
+        observe(pool, layer, torch.randn(shape), torch.zeros(rows, dtype=torch.int32))
+    assert pool.isnan().all()

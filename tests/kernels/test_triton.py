@@ -1,0 +1,251 @@
+"""The Triton kernels against their torch references, run by Triton's interpreter (conftest.py).
+
+The interpreter runs one program after the other and every operation of a program for all of its
+threads at once, so races stay unseen here; test_triton_compiles.py shows that a GPU's compiler
+takes the kernels.
+"""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rkv_vllm.kernels.compact.triton import compact_triton
+from rkv_vllm.kernels.eviction import ALL_FINITE, Eviction, EvictionBatch
+from rkv_vllm.kernels.score.naive import score_naive
+from rkv_vllm.kernels.score.triton import score_triton
+from rkv_vllm.kernels.select.naive import select_naive
+from rkv_vllm.kernels.select.triton import select_triton
+from rkv_vllm.kernels.tiles import is_interpreted
+from tests.kernels.cases import (
+    ADVERSARIAL,
+    DTYPES,
+    PLAIN,
+    adversarial_keys,
+    assert_equivalent_choice,
+    assert_same_scores,
+    new_case,
+    random_keep,
+)
+
+# The interpreter takes about 10 ms per program and operation-heavy tile: one layer, two heads.
+SMALL = {"num_layers": 1, "num_heads": 2}
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+
+def test_the_kernels_are_interpreted():
+    # Without this the tests below would look for a GPU.
+    assert is_interpreted()
+
+
+# Every size, group, head size and dtype with some others; 64 tokens are one tile.
+@pytest.mark.parametrize(
+    ("n", "group", "head_size", "dtype", "similar"),
+    [
+        (2, 1, 64, torch.float32, 1.2),
+        (7, 3, 32, torch.bfloat16, 1.2),
+        (63, 4, 80, torch.float16, 1.2),
+        (64, 8, 64, torch.bfloat16, 5.0),
+        (65, 3, 128, torch.float32, 0.0),
+        (100, 1, 96, torch.bfloat16, 1.2),
+        (129, 8, 128, torch.float16, 0.0),
+        (200, 4, 64, torch.float32, 5.0),
+        (385, 3, 64, torch.bfloat16, 1.2),
+    ],
+)
+def test_scores_equal_the_reference_on_odd_sizes(n, group, head_size, dtype, similar):
+    window = min(8, n - 1)
+    case = new_case(
+        [(n, n, window + 1)],
+        head_size=head_size,
+        dtype=dtype,
+        group=group,
+        window=window,
+        similar=similar,
+        seed=n,
+        **SMALL,
+    )
+    expected = score_naive(case.states, case.batch, case.queries)
+    got = score_triton(case.states, case.batch, case.queries)
+    assert_same_scores(got, expected, case.batch)
+    assert case.batch.non_finite.tolist() == [ALL_FINITE]
+
+
+def test_sums_over_more_tokens_than_one_pass_takes_equal_the_reference():
+    # 1024 tokens are one pass; the largest logits and column sums come in the second one.
+    case = new_case([(1100, 1100, 300)], num_layers=1, num_heads=1)
+    keys = case.dense[0]
+    common = keys.mean(dim=2, keepdim=True)
+    keys[:, :, 1040:1090] = 3.0 * common
+    case.queries += 0.5 * common
+    case.states.write(case.batch.old_block_table[0], keys)
+    expected = score_naive(case.states, case.batch, case.queries)
+    got = score_triton(case.states, case.batch, case.queries)
+    assert_same_scores(got, expected, case.batch)
+
+
+@pytest.mark.parametrize("layout", [*PLAIN, "vec keys"])
+def test_ragged_batches_are_chosen_as_by_the_reference(layout):
+    lengths = [(70, 73, 30), (33, 33, 9), (66, 67, 66)]
+    case = new_case(
+        lengths, layout=layout, dtype=torch.bfloat16, group=3, num_layers=2, num_heads=2
+    )
+    reference = score_naive(case.states, case.batch, case.queries)
+    scores = score_triton(case.states, case.batch, case.queries)
+    assert_same_scores(scores, reference, case.batch)
+    assert_equivalent_choice(select_triton(scores, case.batch), reference, case.batch)
+
+
+@pytest.mark.parametrize(
+    ("window", "lam", "pool", "threshold"), [(1, 0.0, 1, 0.9), (17, 1.0, 9, -0.2), (8, 0.5, 3, 0.5)]
+)
+def test_the_parameters_reach_the_kernel(window, lam, pool, threshold):
+    method = {"lam": lam, "pool": pool, "threshold": threshold}
+    case = new_case([(90, 90, 40)], group=3, window=window, **SMALL)
+    expected = score_naive(case.states, case.batch, case.queries, **method)
+    got = score_triton(case.states, case.batch, case.queries, **method)
+    assert_same_scores(got, expected, case.batch)
+
+
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+def test_adversarial_keys_of_the_backward_search(kind):
+    case = new_case([(96, 96, 30)], head_size=128, **SMALL)
+    keys = adversarial_keys(kind, 96, 128)
+    case.states.write(case.batch.old_block_table[0], keys.expand(1, 2, -1, -1))
+    expected = score_naive(case.states, case.batch, case.queries)
+    got = score_triton(case.states, case.batch, case.queries)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("fault", ["nan in a candidate", "inf in the window", "hidden -inf"])
+def test_a_non_finite_score_is_noted_with_its_head_and_nothing_raises(fault):
+    case = new_case([(40, 40, 20), (70, 70, 20)], group=2, num_heads=2)
+    keys = case.dense[1][1, 1]
+    if fault == "nan in a candidate":
+        keys[40, 3] = math.nan
+    elif fault == "inf in the window":
+        keys[69, 3] = math.inf
+    else:
+        # One product overflows; both the other head of the group and the softmax would hide it.
+        case.queries[1, 1, :, 3, 3] = -3e38
+        keys[:, 3] = 0.5
+        keys[40, 3] = 20.0
+    case.states.write(case.batch.old_block_table[1], case.dense[1])
+    scores = score_triton(case.states, case.batch, case.queries)
+    assert case.batch.non_finite.tolist() == [ALL_FINITE, 3]
+    # What comes of it is nonsense, but stays within the request's tokens.
+    keep = select_triton(scores, case.batch)
+    assert (keep.diff(dim=2) > 0).all()
+    assert int(keep.min()) >= 0
+    assert int(keep[1].max()) < 70
+
+
+# 1024 scores are one tile.
+@pytest.mark.parametrize("m", [1, 7, 63, 2049])
+def test_select_is_exact_with_ties_to_the_lower_index(m):
+    generator = torch.Generator().manual_seed(m)
+    counts = [1, (m + 1) // 2, m]
+    evictions = [Eviction([], [], m + 2, m + 2, count + 2, 0, m + 2) for count in counts]
+    batch = EvictionBatch.of(evictions, 2, "cpu")
+    few = torch.randint(-1, 2, (3, 1, m), generator=generator) * 0.5
+    # Both zeros are equal.
+    few[..., ::2] *= -1.0
+    many = torch.randn((3, 1, m), generator=generator) * 1e-3
+    for scores in (few, many):
+        assert torch.equal(select_triton(scores, batch), select_naive(scores, batch))
+
+
+def test_select_leaves_minus_one_behind_a_smaller_budget():
+    case = new_case([(100, 100, 30), (50, 50, 9)])
+    scores = score_naive(case.states, case.batch, case.queries)
+    keep = select_triton(scores, case.batch)
+    assert torch.equal(keep, select_naive(scores, case.batch))
+    assert keep[1, :, 9:].eq(-1).all()
+
+
+@pytest.mark.parametrize("layout", PLAIN)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fresh", ["in place", "all fresh", "first fresh"])
+def test_compaction_leaves_survivors_and_tail_and_touches_nothing_else(layout, dtype, fresh):
+    lengths = [(150, 153, 70), (70, 70, 70), (40, 45, 9)]
+    case = new_case(lengths, layout=layout, dtype=dtype, fresh=fresh, head_size=80, **SMALL)
+    keep = random_keep(case.batch, 2)
+    new = {i for eviction in case.batch.evictions for i in eviction.new_block_ids}
+    others = [i for i in range(case.states.num_blocks) if i not in new]
+    before = case.states.cells[:, others].clone()
+    compact_triton(case.states, case.batch, keep)
+    for i, eviction in enumerate(case.batch.evictions):
+        after = case.states.read(case.batch.new_block_table[i], eviction.new_len)
+        assert torch.equal(after, case.kept_and_tail(keep, i))
+    assert torch.equal(case.states.cells[:, others].nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("evicted", [0, 1, 63, 64, 65])
+def test_moves_that_overlap_by_any_distance_are_safe(evicted):
+    case = new_case([(200, 201, 200 - evicted)], **SMALL)
+    keep = torch.arange(evicted, 200, dtype=torch.int32).repeat(1, 2, 1)
+    compact_triton(case.states, case.batch, keep)
+    after = case.states.read(case.batch.new_block_table[0], 201 - evicted)
+    assert torch.equal(after, case.dense[0][:, :, evicted:])
+
+
+def test_an_empty_batch_is_no_work():
+    case = new_case([])
+    scores = score_triton(case.states, case.batch, case.queries)
+    keep = select_triton(scores, case.batch)
+    compact_triton(case.states, case.batch, keep)
+    assert keep.shape == (0, 6, 0)
+
+
+class TorchCalls(TorchDispatchMode):
+    """Which torch operations run, and how much memory they take, views not counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__)
+        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in known:
+            self.num_bytes += result.nbytes
+        return result
+
+
+def test_memory_grows_with_the_tokens_and_torch_waits_for_nothing():
+    n = 600
+    case = new_case([(n, n, 100)], dtype=torch.bfloat16, similar=5.0, num_layers=1, num_heads=1)
+    with TorchCalls() as calls:
+        scores = score_triton(case.states, case.batch, case.queries)
+        compact_triton(case.states, case.batch, select_triton(scores, case.batch))
+    # 24 bytes per token, a few numbers per tile, and 1 KiB per head; all pairs are 2400 per token.
+    assert 20 * n < calls.num_bytes < 36 * n + 2048
+    # Whatever reads a tensor on the host, or has a size that only the device knows, would wait.
+    waiting = {"_local_scalar_dense", "nonzero", "index", "masked_select", "equal", "_to_copy"}
+    assert not calls.names & waiting
+
+
+def test_launchers_say_what_they_expected_and_got():
+    case = new_case([(100, 100, 20)], **SMALL)
+    states, batch, queries = case.states, case.batch, case.queries
+    short = EvictionBatch.of([batch.evictions[0]._replace(old_block_ids=[0] * 3)], 8, "cpu")
+    keep = random_keep(batch, 2)
+    with pytest.raises(ValueError, match=r"old_block_ids of request 0: .* 100 tokens, got 3"):
+        score_triton(states, short, queries)
+    with pytest.raises(ValueError, match=r"observation_queries: expected .* 64\] on cpu"):
+        score_triton(states, batch, queries[..., :63])
+    with pytest.raises(ValueError, match="observation_queries: expected a contiguous last"):
+        score_triton(states, batch, queries.transpose(2, 4).contiguous().transpose(2, 4))
+    with pytest.raises(ValueError, match=r"scores: expected float32 \[1, heads, 92\]"):
+        select_triton(torch.zeros(1, 2, 93), batch)
+    with pytest.raises(ValueError, match=r"keep: expected int32 \[1, 2, 20\]"):
+        compact_triton(states, batch, keep.long())
+    packed = new_case([(100, 100, 20)], layout="amx keys", **SMALL)
+    with pytest.raises(ValueError, match="at most two dimensions of tokens"):
+        score_triton(packed.states, packed.batch, packed.queries)
+    with pytest.raises(ValueError, match="at most two dimensions of tokens"):
+        compact_triton(packed.states, packed.batch, keep)

@@ -1,0 +1,51 @@
+"""Every Triton kernel compiles for a GPU: its interpreter accepts what the compiler does not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+KERNELS = [
+    "stats_kernel",
+    "combine_kernel",
+    "search_kernel",
+    "finish_kernel",
+    "select_kernel",
+    "compact_kernel",
+]
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory) -> list[list[str]]:
+    """The words of each line that compile_for_gpu.py prints."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compile_for_gpu"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    # Shown where a test fails: the kernels before a bad one have passed, the others have no line.
+    print(done.stderr[-4000:])
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_kernel_compiles_for_an_h100(lines, kernel):
+    files = [rest for word, name, *rest in lines if (word, name) == ("compiled", kernel)]
+    # A cubin is what ptxas made: machine code for that GPU.
+    assert len(files) == 1
+    assert "cubin" in files[0]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_other_lengths_need_no_second_compilation(lines, kernel):
+    # It would stop serving for a second in the middle of a request.
+    assert ["reused", kernel] in lines
