@@ -9,16 +9,23 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
+from rkv_vllm.signatures import Part, check_signatures
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
-SUPPORTED_VLLM = ">=0.32.0,<0.33"
+SUPPORTED_VLLM = ">=0.32.0,<0.34"
 # A factory: vLLM calls whatever this names, and it picks the scheduler that fits the config.
 SCHEDULER_CLS = "rkv_vllm.scheduling.scheduler.make_scheduler"
-# Device type of vLLM's platform -> worker class.
-WORKER_CLS = {"cpu": "rkv_vllm.worker.cpu_worker.CompressionCPUWorker"}
+# Name of vLLM's platform -> worker class.
+WORKER_CLS = {
+    "cpu": "rkv_vllm.worker.cpu_worker.CompressionCPUWorker",
+    "cuda": "rkv_vllm.worker.gpu_worker.CompressionGPUWorker",
+}
+
+# Those whose cache layouts are known (worker/cache_views.py).
+ATTENTION_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
 
 FULL_ATTENTION_LAYERS = {"full_attention", "attention"}
 
@@ -59,14 +66,14 @@ def platform_worker_cls() -> str:
     """
     from vllm.platforms import current_platform
 
-    device_type = current_platform.device_type
-    if device_type not in WORKER_CLS:
+    # Not the device type: ROCm calls its own "cuda".
+    platform = current_platform.device_name
+    if platform not in WORKER_CLS:
         raise ValueError(
-            f"KV cache compression has no worker for this platform: got {device_type!r}, wanted "
-            f"one of {', '.join(WORKER_CLS)}; the GPU runner comes in a later release, until then "
-            "use a CPU build of vLLM"
+            f"KV cache compression has no worker for this platform: got {platform!r}, wanted "
+            f"one of {', '.join(WORKER_CLS)}; use a vLLM built for one of these"
         )
-    return WORKER_CLS[device_type]
+    return WORKER_CLS[platform]
 
 
 def check_engine_args(engine_args: "EngineArgs") -> None:
@@ -79,6 +86,7 @@ def check_engine_args(engine_args: "EngineArgs") -> None:
         engine_args: as the user gave them.
     """
     check_vllm_version()
+    check_signatures(Part.ENGINE)
     platform_worker_cls()
     _raise_if_any(
         _micro_batching(engine_args.enable_dbo or engine_args.ubatch_size > 1),
@@ -174,19 +182,6 @@ def _context_parallel(decode: int, prefill: int) -> Refusal | None:
         f"sizes {decode} (decode) and {prefill} (prefill)",
         "1 and 1",
         "remove --decode-context-parallel-size and --prefill-context-parallel-size",
-    )
-
-
-def pipeline_parallel(vllm_config: "VllmConfig") -> Refusal | None:
-    """Not tested yet."""
-    size = vllm_config.parallel_config.pipeline_parallel_size
-    if size == 1:
-        return None
-    return Refusal(
-        "pipeline parallelism",
-        f"--pipeline-parallel-size {size}",
-        "1",
-        "remove it and use --tensor-parallel-size",
     )
 
 
@@ -302,15 +297,31 @@ def bidirectional_attention(vllm_config: "VllmConfig") -> Refusal | None:
     return _wrong_model("bidirectional attention and diffusion", vllm_config)
 
 
-def model_runner_v2(vllm_config: "VllmConfig") -> Refusal | None:
-    """Its adapter is not written yet."""
-    if not vllm_config.use_v2_model_runner:
+def v1_runner_on_gpu(vllm_config: "VllmConfig") -> Refusal | None:
+    """On GPUs only the V2 runner, vLLM's default there, has an adapter."""
+    from vllm.platforms import current_platform
+
+    if current_platform.device_type == "cpu" or vllm_config.use_v2_model_runner:
         return None
     return Refusal(
-        "the V2 model runner",
-        "V2",
+        "the V1 model runner on a GPU",
         "V1",
-        "set the environment variable VLLM_USE_V2_MODEL_RUNNER=0",
+        "V2",
+        "unset VLLM_USE_V2_MODEL_RUNNER; if vLLM then logs a feature that V2 does not support yet, "
+        "remove that feature",
+    )
+
+
+def attention_backend(vllm_config: "VllmConfig") -> Refusal | None:
+    """A backend that vLLM picks by itself is checked when the cache is allocated."""
+    backend = vllm_config.attention_config.backend
+    if backend is None or backend.name in ATTENTION_BACKENDS:
+        return None
+    return Refusal(
+        "this attention backend",
+        backend.name,
+        f"one of {', '.join(ATTENTION_BACKENDS)}",
+        "choose one of these with --attention-backend, or leave the flag out",
     )
 
 
@@ -329,7 +340,6 @@ REFUSALS: tuple[Callable[["VllmConfig"], Refusal | None], ...] = (
     kv_connector,
     sparse_offload,
     context_parallel,
-    pipeline_parallel,
     micro_batching,
     cache_dtype,
     kv_sharing_fast_prefill,
@@ -340,5 +350,6 @@ REFUSALS: tuple[Callable[["VllmConfig"], Refusal | None], ...] = (
     alibi,
     encoder_decoder,
     bidirectional_attention,
-    model_runner_v2,
+    v1_runner_on_gpu,
+    attention_backend,
 )

@@ -11,9 +11,14 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Triton's interpreter and the stub in tests/triton_stub let this process run the V2 model runner.
+# Engines get it on demand only (fixture `runner`). Children do not: they find no stub.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from hypothesis import settings
@@ -41,3 +46,47 @@ def random_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
         return made[key]
 
     return make
+
+
+class Runner(NamedTuple):
+    """One of vLLM's model runners, and how its engine schedules.
+
+    Attributes:
+        name: "v1", "v2" or "v2-async".
+        use_v2: whether it is the V2 runner, here under Triton's interpreter.
+        unprocessed_steps: steps whose output the scheduler has not seen when it plans the next.
+    """
+
+    name: str
+    use_v2: bool
+    unprocessed_steps: int
+
+
+RUNNERS = {
+    runner.name: runner
+    for runner in (Runner("v1", False, 0), Runner("v2", True, 0), Runner("v2-async", True, 1))
+}
+
+
+@pytest.fixture
+def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    """Makes the engines of a test use one model runner: parametrise it indirectly by name."""
+    chosen = RUNNERS[request.param]
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(chosen.use_v2)))
+    if chosen.unprocessed_steps:
+        _schedule_asynchronously(monkeypatch)
+    return chosen
+
+
+def _schedule_asynchronously(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo what vLLM's CPU platform forces off; the V2 runner itself knows no difference."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config.__func__
+
+    def check_all_but_this(cls, vllm_config) -> None:
+        wanted = vllm_config.scheduler_config.async_scheduling
+        check(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = wanted
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(check_all_but_this))

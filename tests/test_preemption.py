@@ -25,12 +25,22 @@ def assert_all_equal_recomputing_references(engine: Engine, model, requests) -> 
     return compactions
 
 
-def test_a_pool_too_small_preempts_and_everything_finishes_right(random_model_dir):
+@pytest.mark.parametrize(
+    ("runner", "num_requests", "num_tokens", "num_blocks"),
+    [("v1", 6, 150, 13), ("v2", 4, 110, 9)],
+    indirect=["runner"],
+)
+def test_a_pool_too_small_preempts_and_everything_finishes_right(
+    random_model_dir, runner, num_requests, num_tokens, num_blocks
+):
     model = random_model_dir("qwen3", 3)
-    requests = {f"r{i}": (random_prompt(20 + 9 * i, seed=i), 150 - 10 * i) for i in range(6)}
+    requests = {
+        f"r{i}": (random_prompt(20 + 9 * i, seed=i), num_tokens - 10 * i)
+        for i in range(num_requests)
+    }
     # Without vLLM's gate on whole prompts nothing reserves for growth either: requests crowd in.
     options = {**OPTIONS, "max_model_len": 256, "scheduler_reserve_full_isl": False}
-    with running_engine(model, num_blocks=13, **options) as engine:
+    with running_engine(model, num_blocks=num_blocks, **options) as engine:
         for req_id, (prompt, max_tokens) in requests.items():
             engine.add(req_id, prompt, max_tokens)
         engine.run()
@@ -44,13 +54,20 @@ def test_a_pool_too_small_preempts_and_everything_finishes_right(random_model_di
     assert untouched, "some request was meant to run through"
 
 
-def test_a_forced_preemption_after_compactions_recomputes_the_whole_text(random_model_dir):
+@pytest.mark.parametrize(
+    ("runner", "num_tokens", "preempt_after", "total"),
+    [("v1", 180, 6, 9), ("v2", 110, 3, 6)],
+    indirect=["runner"],
+)
+def test_a_forced_preemption_after_compactions_recomputes_the_whole_text(
+    random_model_dir, runner, num_tokens, preempt_after, total
+):
     model = random_model_dir("llama", 3)
-    requests = {f"r{i}": (random_prompt(30 + i, seed=i), 220) for i in range(3)}
+    requests = {f"r{i}": (random_prompt(30 + i, seed=i), num_tokens) for i in range(3)}
     with running_engine(model, **OPTIONS) as engine:
         for req_id, (prompt, max_tokens) in requests.items():
             engine.add(req_id, prompt, max_tokens)
-        while engine.stats()["compactions"] < 6:
+        while engine.stats()["compactions"] < preempt_after:
             engine.step()
         assert engine.llm.reset_prefix_cache(reset_running_requests=True)
         engine.run()
@@ -59,6 +76,6 @@ def test_a_forced_preemption_after_compactions_recomputes_the_whole_text(random_
         engine.assert_pool_is_empty()
     assert set(engine.preempted_at) == set(requests)
     compactions = assert_all_equal_recomputing_references(engine, model, requests)
-    assert stats["compactions"] == compactions >= 9
+    assert stats["compactions"] == compactions >= total
     assert stats["requests_compacted"] == 3
     assert sum(report["compactions"] for report in reports) == compactions

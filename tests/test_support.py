@@ -7,6 +7,7 @@ import vllm
 from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 import rkv_vllm
 from rkv_vllm import support
@@ -43,6 +44,8 @@ SUPPORTED = [
     {"checkpoint": checkpoint_configs.UNUSED_WINDOW},
     {"kv_cache_dtype": "bfloat16"},
     {"tensor_parallel_size": 2},
+    {"pipeline_parallel_size": 2},
+    {"data_parallel_size": 2},
     {"enable_lora": True},
     {"enable_prefix_caching": False},
     {"enable_chunked_prefill": True, "max_num_batched_tokens": 64, "max_num_seqs": 4},
@@ -73,7 +76,6 @@ REFUSED = {
         "decode_context_parallel_size": 2,
     },
     "context parallelism: got sizes 1": {"prefill_context_parallel_size": 2},
-    "pipeline parallelism": {"pipeline_parallel_size": 2},
     "micro-batching": {"enable_dbo": True},
     "micro-batching: got --enable-dbo or --ubatch-size": {"ubatch_size": 2},
     "another dtype than the model's: got fp8": {"kv_cache_dtype": "fp8"},
@@ -109,7 +111,6 @@ OVERRIDDEN = {
     "sliding-window": (ModelConfig, "rswa_window", 64),
     "bidirectional attention": (ModelConfig, "is_mm_prefix_lm", True),
     "bidirectional attention and": (ModelConfig, "is_diffusion", True),
-    "the V2 model runner": (VllmConfig, "use_v2_model_runner", True),
 }
 
 
@@ -131,13 +132,12 @@ def test_sparse_offload_is_refused_by_name(arguments):
 
 
 def test_every_rule_has_a_test():
-    tested = "\n".join([*REFUSED, *OVERRIDDEN, "HiSparse"])
+    tested = "\n".join([*REFUSED, *OVERRIDDEN, "HiSparse", "V1 runner", "attention backend"])
     features = [
         "speculative decoding",
         "KV connectors",
         "HiSparse",
         "context parallelism",
-        "pipeline parallelism",
         "micro-batching",
         "another dtype",
         "fast prefill",
@@ -148,31 +148,49 @@ def test_every_rule_has_a_test():
         "ALiBi",
         "encoder-decoder",
         "bidirectional",
-        "V2",
+        "V1 runner",
+        "attention backend",
     ]
     assert len(features) == len(support.REFUSALS)
     assert all(feature in tested for feature in features)
 
 
 def test_all_refusals_are_named_at_once(arguments):
-    engine_args = arguments(pipeline_parallel_size=2, kv_cache_dtype="fp8")
-    with pytest.raises(
-        ValueError, match=r"(?s)pipeline parallelism.*\n.*KV cache in another dtype"
-    ):
+    engine_args = arguments(kv_sharing_fast_prefill=True, kv_cache_dtype="fp8")
+    with pytest.raises(ValueError, match=r"(?s)KV cache in another dtype.*\n.*fast prefill"):
         engine_args.create_engine_config()
 
 
-@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "0.33.0rc1.dev2+g123", "1.0.0"])
+def test_the_v1_runner_on_a_gpu_is_refused(arguments, monkeypatch):
+    vllm_config = arguments().create_engine_config()
+    assert not vllm_config.use_v2_model_runner
+    monkeypatch.setattr(type(current_platform), "device_type", "cuda")
+    with pytest.raises(ValueError, match="does not support the V1 model runner on a GPU: got V1"):
+        support.check(vllm_config)
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
+    support.check(vllm_config)
+
+
+def test_an_attention_backend_of_unknown_layout_is_refused(arguments):
+    vllm_config = arguments().create_engine_config()
+    vllm_config.attention_config.backend = AttentionBackendEnum.FLEX_ATTENTION
+    with pytest.raises(ValueError, match=r"got FLEX_ATTENTION, wanted one of CPU_ATTN, FLASH_ATTN"):
+        support.check(vllm_config)
+    vllm_config.attention_config.backend = AttentionBackendEnum.TRITON_ATTN
+    support.check(vllm_config)
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "0.34.0rc1.dev2+g123", "1.0.0"])
 def test_untested_vllm_version_is_refused(arguments, monkeypatch, version):
     engine_args = arguments()
     monkeypatch.setattr(vllm, "__version__", version)
     with pytest.raises(
-        ValueError, match=rf"got {version.replace('+', '.')}, wanted >=0.32.0,<0.33"
+        ValueError, match=rf"got {version.replace('+', '.')}, wanted >=0.32.0,<0.34"
     ):
         engine_args.create_engine_config()
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cpu", "0.32.1rc1"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cpu", "0.32.1rc1", "0.33.0"])
 def test_tested_vllm_version_is_accepted(monkeypatch, version):
     monkeypatch.setattr(vllm, "__version__", version)
     support.check_vllm_version()
@@ -180,12 +198,12 @@ def test_tested_vllm_version_is_accepted(monkeypatch, version):
 
 def test_platform_without_a_worker_is_refused(arguments, monkeypatch):
     engine_args = arguments()
-    monkeypatch.setattr(type(current_platform), "device_type", "cuda")
+    monkeypatch.setattr(type(current_platform), "device_name", "rocm")
     with pytest.raises(
-        ValueError, match="no worker for this platform: got 'cuda', wanted one of cpu"
+        ValueError, match="no worker for this platform: got 'rocm', wanted one of cpu, cuda"
     ):
         engine_args.create_engine_config()
-    with pytest.raises(ValueError, match="got 'cuda'"):
+    with pytest.raises(ValueError, match="got 'rocm'"):
         rkv_vllm.engine_args()
 
 

@@ -5,7 +5,7 @@ vLLM places the layers of one spec at a constant stride in one allocation. Next:
 for what a view can do, compactor.py for who uses it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,34 +30,65 @@ class CacheViews:
     layer_names: list[str]
 
 
-def cpu_attn_views(layers: dict[str, Attention]) -> CacheViews:
-    """View the caches of CPU_ATTN layers.
+def view_caches(layers: dict[str, Attention], block_size: int) -> CacheViews:
+    """View the caches of attention layers.
 
-    CPU_ATTN packs blocks for the instruction set it picked. Which packing that is, is found out by
-    letting the layer itself write a scratch block and reading it back.
+    How a backend lays out a block is found out, not believed: the layer itself writes a scratch
+    block, and only a known layout that reads it back is taken.
 
     Args:
         layers: attention layers by name, caches allocated.
+        block_size: tokens per block of the scheduler; a backend may split such a block.
 
     Returns:
         The views.
 
     Raises:
-        ValueError: the layers do not lie at a constant stride, or no known packing reads back
-            what the layer wrote.
+        ValueError: an unknown backend, layers that do not lie at a constant stride, or no known
+            layout reads back what the layer wrote.
     """
+    backends = {layer.attn_backend.get_name() for layer in layers.values()}
+    if len(backends) != 1 or not backends <= set(LAYOUTS):
+        raise ValueError(
+            f"KV cache compression knows the cache layouts of {', '.join(sorted(LAYOUTS))}, got "
+            f"{', '.join(sorted(backends))}; choose one of the former by --attention-backend"
+        )
     stacked = stack_layers([layer.kv_cache for layer in layers.values()])
-    block_size, width = stacked.shape[3:]
-    head_size = width // 2
-    # [L, B, H, 2, block_size * head_size]: a block of a head is its keys, then its values.
-    halves = stacked.view(*stacked.shape[:3], 2, block_size * head_size)
     first = next(iter(layers.values()))
-    key_packing, value_packing = _probe_packing(first, block_size, head_size)
-    return CacheViews(
-        keys=PagedStates(halves[:, :, :, 0], key_packing, block_size),
-        values=PagedStates(halves[:, :, :, 1], value_packing, block_size),
-        layer_names=list(layers),
-    )
+    layouts = LAYOUTS[backends.pop()]
+    layout = _probe(first, layouts(stacked.shape[3], first.head_size))
+    keys, values = layout.view(stacked, first.head_size, block_size)
+    return CacheViews(keys, values, list(layers))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a block holds keys and values.
+
+    Attributes:
+        name: for messages.
+        packings: of keys and values, each a half of a contiguous block of a head; None where a
+            cell holds a token's key and behind it its value.
+    """
+
+    name: str
+    packings: tuple[Packing, Packing] | None = None
+
+    def view(
+        self, stacked: Tensor, head_size: int, block_size: int
+    ) -> tuple[PagedStates, PagedStates]:
+        """Keys and values of [num_layers, num_blocks, num_kv_heads, tokens, elements per cell]."""
+        if self.packings is None:
+            parts = (stacked[..., :head_size], stacked[..., head_size:])
+            keys, values = (PagedStates(part, None, block_size) for part in parts)
+        else:
+            # Keys fill the first half of a block of a head, values the second.
+            halves = stacked.view(*stacked.shape[:3], 2, -1)
+            keys, values = (
+                PagedStates(halves[:, :, :, i], packing, block_size)
+                for i, packing in enumerate(self.packings)
+            )
+        return keys, values
 
 
 def stack_layers(caches: Sequence[Tensor]) -> Tensor:
@@ -81,47 +112,67 @@ def stack_layers(caches: Sequence[Tensor]) -> Tensor:
     )
 
 
-def known_packings(block_size: int, head_size: int) -> dict[str, tuple[Packing, Packing]]:
-    """Packings of CPU_ATTN by instruction set: (keys, values)."""
-    packings = {
-        "vec": (
-            Packing((head_size, block_size), (1, 0)),
-            Packing((block_size, head_size), (0, 1)),
+def cpu_attn_layouts(block_size: int, head_size: int) -> list[Layout]:
+    """Layouts of CPU_ATTN, one for each way to pack a block for an instruction set."""
+    layouts = [
+        Layout(
+            "vec",
+            (
+                Packing((head_size, block_size), (1, 0)),
+                Packing((block_size, head_size), (0, 1)),
+            ),
         )
-    }
+    ]
     if block_size % 16 == 0 and head_size % 16 == 0:
         # AMX tiles: 16 tokens x 2 neighbouring dimensions of a key, 16 dimensions x 2
         # neighbouring tokens of a value.
-        packings["amx"] = (
+        amx = (
             Packing((block_size // 16, head_size // 2, 16, 2), (0, 2, 1, 3)),
             Packing((head_size // 16, block_size // 2, 16, 2), (1, 3, 0, 2)),
         )
-    return packings
+        layouts.append(Layout("amx", amx))
+    return layouts
 
 
-def _probe_packing(layer: Attention, block_size: int, head_size: int) -> tuple[Packing, Packing]:
-    """Let the layer write one block of random tokens and find the packing that reads them back."""
+def cell_layouts(block_size: int, head_size: int) -> list[Layout]:
+    """The layout of GPU backends: cells of a key and its value, dimensions in any order."""
+    return [Layout("cells")]
+
+
+# Layouts by name of the attention backend, given kernel block size and head size.
+LAYOUTS: dict[str, Callable[[int, int], list[Layout]]] = {
+    "CPU_ATTN": cpu_attn_layouts,
+    "FLASH_ATTN": cell_layouts,
+    "FLASHINFER": cell_layouts,
+    "TRITON_ATTN": cell_layouts,
+}
+
+
+def _probe(layer: Attention, layouts: list[Layout]) -> Layout:
+    """Let the layer write two blocks of random tokens and find the layout that reads them back."""
     cache = layer.kv_cache
-    scratch = torch.zeros(1, *cache.shape[1:], dtype=cache.dtype)
+    num_heads, block_size, width = cache.shape[1:]
+    # The strides of the cache decide where the layer writes, so the scratch has them too.
+    scratch = torch.empty_strided(
+        (2, *cache.shape[1:]), cache.stride(), dtype=cache.dtype, device=cache.device
+    ).zero_()
     generator = torch.Generator().manual_seed(0)
-    shape = (block_size, cache.shape[1], head_size)
-    keys = torch.randn(shape, generator=generator).to(cache.dtype)
-    values = torch.randn(shape, generator=generator).to(cache.dtype)
-    layer.impl.do_kv_cache_update(layer, keys, values, scratch, torch.arange(block_size))
-    halves = scratch.view(1, 1, cache.shape[1], 2, -1)
-    block_ids = torch.zeros(1, dtype=torch.int64)
-    written = (keys.transpose(0, 1), values.transpose(0, 1))
-    for packings in known_packings(block_size, head_size).values():
+    written = [
+        torch.randn(2 * block_size, num_heads, size, generator=generator).to(cache)
+        for size in (layer.head_size, width - layer.head_size)
+    ]
+    slots = torch.arange(2 * block_size, device=cache.device)
+    layer.impl.do_kv_cache_update(layer, *written, scratch, slots)
+    block_ids = torch.arange(2, device=cache.device)
+    for layout in layouts:
+        views = layout.view(scratch.unsqueeze(0), layer.head_size, block_size)
         if all(
-            torch.equal(
-                PagedStates(halves[:, :, :, i], packing, block_size).read(block_ids, block_size)[0],
-                written[i],
-            )
-            for i, packing in enumerate(packings)
+            view.read(block_ids, 2 * block_size)[0].equal(states.transpose(0, 1))
+            for view, states in zip(views, written, strict=True)
         ):
-            return packings
+            return layout
     raise ValueError(
-        f"CPU_ATTN packs its cache for the instruction set {layer.isa!r} in an unknown way; "
-        f"known are {sorted(known_packings(block_size, head_size))}; "
-        "serve without --kv-compression on this machine"
+        f"{layer.attn_backend.get_name()} lays out its cache {list(cache.shape)} with strides "
+        f"{cache.stride()} in an unknown way; known are {[layout.name for layout in layouts]}; "
+        "serve without --kv-compression, or choose another --attention-backend"
     )

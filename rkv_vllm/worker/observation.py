@@ -5,6 +5,7 @@ a ring of `ring_len` positions per layer, keyed by logical position, so a reject
 token overwrites itself. Next: attention_hook.py, which calls `record` once per layer.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +21,15 @@ class ObservationPool:
         ring_len: positions per slot, >= window + tokens in flight.
         num_heads: query heads of one layer on this rank.
         head_size: elements of one query.
+        max_num_tokens: most tokens of one step.
         dtype: dtype of the queries.
         device: where the model runs.
+
+    Attributes:
+        queries: [num_slots, num_layers, ring_len, num_heads, head_size].
+        token_rows: int32 [max_num_tokens], where each token of the step is recorded, -1 = nowhere
+            (`observe_naive` has the formula). Captured graphs hold its address.
+        ring_len: see above.
     """
 
     def __init__(
@@ -31,42 +39,33 @@ class ObservationPool:
         ring_len: int,
         num_heads: int,
         head_size: int,
+        max_num_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.queries = torch.zeros(
             num_slots, num_layers, ring_len, num_heads, head_size, dtype=dtype, device=device
         )
-        self._ring_len = ring_len
-        self._rows: tuple[Tensor, Tensor, Tensor] | None = None
+        self.token_rows = torch.full((max_num_tokens,), -1, dtype=torch.int32, device=device)
+        self.ring_len = ring_len
 
     def watch(self, rows: list[tuple[int, int, int, int]]) -> None:
-        """Say which tokens of the coming forward to record.
+        """Say which tokens of the coming forward to record, all others not.
 
         Args:
             rows: one (slot, first token index, number of tokens, first logical position) per
                 watched request. Of a row longer than the ring its last tokens are recorded.
         """
-        token_idx: list[int] = []
-        slot_ids: list[int] = []
-        ring_idx: list[int] = []
+        self.unwatch()
+        token_rows = self.token_rows.numpy()
         for slot, first_token, num_tokens, first_position in rows:
-            for i in range(max(0, num_tokens - self._ring_len), num_tokens):
-                token_idx.append(first_token + i)
-                slot_ids.append(slot)
-                ring_idx.append((first_position + i) % self._ring_len)
-        if not token_idx:
-            self._rows = None
-            return
-        self._rows = (
-            torch.tensor(token_idx, device=self.queries.device),
-            torch.tensor(slot_ids, device=self.queries.device),
-            torch.tensor(ring_idx, device=self.queries.device),
-        )
+            recorded = np.arange(max(0, num_tokens - self.ring_len), num_tokens)
+            ring_idx = (first_position + recorded) % self.ring_len
+            token_rows[first_token + recorded] = slot * self.ring_len + ring_idx
 
     def unwatch(self) -> None:
         """Record nothing: dummy and profile runs must not touch live windows."""
-        self._rows = None
+        self.token_rows.fill_(-1)
 
     def record(self, layer_idx: int, query: Tensor) -> None:
         """Record the watched tokens of one layer's forward.
@@ -75,14 +74,4 @@ class ObservationPool:
             layer_idx: layer of the pool.
             query: [num_tokens, num_heads, head_size] after RoPE.
         """
-        if self._rows is not None:
-            observe(self.queries, layer_idx, query, *self._rows)
-
-    def window(self, slot: int, end: int, window: int, layers: slice) -> Tensor:
-        """The queries of the `window` logical positions before `end`, in temporal order.
-
-        Returns:
-            [num_layers, num_heads, window, head_size]
-        """
-        positions = torch.arange(end - window, end, device=self.queries.device)
-        return self.queries[slot, layers][:, positions % self._ring_len].transpose(1, 2)
+        observe(self.queries, layer_idx, query, self.token_rows)

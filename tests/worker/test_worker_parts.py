@@ -1,27 +1,30 @@
-"""Parts of the worker on their own: observation pool, cache views, refusals, errors, counts."""
+"""Parts of the worker on their own: observation pool, cache views, refusals, errors."""
 
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from rkv_vllm.config import KVCompressionConfig
-from rkv_vllm.kernels.paged import PagedStates
-from rkv_vllm.scheduling.directive import EvictionDirective, StepPlan
 from rkv_vllm.worker.attention_hook import observe_queries
-from rkv_vllm.worker.cache_views import CacheViews, known_packings, stack_layers
-from rkv_vllm.worker.compactor import Compactor
+from rkv_vllm.worker.cache_views import stack_layers
 from rkv_vllm.worker.observation import ObservationPool
-from rkv_vllm.worker.runner_v1 import CompressionCPURunner
+from rkv_vllm.worker.runner import CompressionRunner
 
-LAYERS, HEADS, GROUP, HEAD_SIZE, BLOCK_SIZE = 2, 3, 2, 32, 32
+LAYERS, HEADS, GROUP, HEAD_SIZE = 2, 3, 2, 32
 
 
 def new_pool(num_slots=3, ring_len=5) -> ObservationPool:
     pool = ObservationPool(
-        num_slots, LAYERS, ring_len, HEADS * GROUP, HEAD_SIZE, torch.float32, torch.device("cpu")
+        num_slots=num_slots,
+        num_layers=LAYERS,
+        ring_len=ring_len,
+        num_heads=HEADS * GROUP,
+        head_size=HEAD_SIZE,
+        max_num_tokens=16,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
     )
     pool.queries.fill_(math.nan)
     return pool
@@ -46,8 +49,10 @@ def test_of_a_row_longer_than_the_ring_the_last_tokens_stay():
     pool.watch([(1, 0, 12, 100)])
     for layer in range(LAYERS):
         pool.record(layer, query)
-    window = pool.window(1, 112, 5, slice(0, LAYERS))
-    assert torch.equal(window, query[7:].transpose(0, 1).expand(LAYERS, -1, -1, -1))
+    for token in range(7, 12):
+        recorded = pool.queries[1, :, (100 + token) % 5]
+        assert torch.equal(recorded, query[token].expand(LAYERS, -1, -1))
+    assert pool.queries[0].isnan().all()
 
 
 def test_nothing_is_recorded_when_nobody_is_watched():
@@ -98,72 +103,53 @@ def test_layers_that_cannot_be_stacked_are_refused(fault):
         stack_layers(caches)
 
 
-def test_layers_that_share_a_cache_are_refused(monkeypatch):
-    monkeypatch.setattr(CPUModelRunner, "get_kv_cache_spec", lambda self: {})
-    runner = CompressionCPURunner.__new__(CompressionCPURunner)
-    runner.shared_kv_cache_layers = {"layers.3": "layers.1"}
+class LoadedRunner:
+    """A model runner of vLLM, as far as loading goes."""
+
+    def __init__(self, layers) -> None:
+        self.layers = layers
+
+    def load_model(self) -> None:
+        pass
+
+
+class LoadedCompressionRunner(CompressionRunner, LoadedRunner):
+    __abstractmethods__ = frozenset()
+    __init__ = LoadedRunner.__init__
+    _follow_physical_positions = _exchange_rows = _live_ids = _lengths = None
+
+    def _attention_layers(self):
+        return self.layers
+
+
+def test_layers_that_share_a_cache_are_refused():
+    layers = {
+        "layers.1": SimpleNamespace(kv_sharing_target_layer_name=None),
+        "layers.3": SimpleNamespace(kv_sharing_target_layer_name="layers.1"),
+    }
     with pytest.raises(ValueError, match=r"share another layer's cache.*layers\.3"):
-        runner.get_kv_cache_spec()
+        LoadedCompressionRunner(layers).load_model()
 
 
-def compactor_with(keys_value: float) -> Compactor:
-    blocks = torch.randn(LAYERS, 6, HEADS, BLOCK_SIZE * HEAD_SIZE)
-    blocks[1, :, 2] = keys_value
-    states = PagedStates(blocks, known_packings(BLOCK_SIZE, HEAD_SIZE)["vec"][0], BLOCK_SIZE)
-    names = [f"model.layers.{i}.attn" for i in range(LAYERS)]
-    views = CacheViews(states, states, names)
-    pool = new_pool(ring_len=9)
-    pool.queries.normal_()
-    return Compactor(KVCompressionConfig(budget=20, buffer=10), views, pool)
+def test_layers_with_different_heads_are_refused():
+    layers = {
+        f"layers.{n}": SimpleNamespace(
+            kv_sharing_target_layer_name=None, num_heads=n, head_size=HEAD_SIZE
+        )
+        for n in (2, 4)
+    }
+    with pytest.raises(ValueError, match=r"same \(query heads, head size\).*\(2, 32\), \(4, 32\)"):
+        LoadedCompressionRunner(layers).load_model()
 
 
-def directive(req_id="a", before=0) -> EvictionDirective:
-    return EvictionDirective(
-        req_id, before, 40, 41, 20, slot=1, old_block_ids=[3, 1], new_block_ids=[3]
-    )
+def test_an_observation_pool_that_does_not_fit_is_refused(monkeypatch):
+    def too_large(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-
-@pytest.mark.parametrize("max_elements", [1, 64 << 20])
-def test_a_nan_in_the_cache_ends_the_step_with_the_layer_named(monkeypatch, max_elements):
-    monkeypatch.setattr("rkv_vllm.worker.compactor._MAX_DENSE_ELEMENTS", max_elements)
-    compactor = compactor_with(math.nan)
-    compactor.begin_step(StepPlan(directives=[directive()]))
-    with pytest.raises(RuntimeError, match=r"request a in layer model\.layers\.1\.attn, KV head 2"):
-        compactor.flush()
-    assert compactor.stats()["compactions"] == 0
-
-
-def test_layers_compacted_in_chunks_end_as_layers_compacted_at_once(monkeypatch):
-    caches = []
-    for max_elements in (1, 64 << 20):
-        monkeypatch.setattr("rkv_vllm.worker.compactor._MAX_DENSE_ELEMENTS", max_elements)
-        torch.manual_seed(0)
-        compactor = compactor_with(1.0)
-        before = compactor._views.keys.blocks.clone()
-        compactor.begin_step(StepPlan(directives=[directive()]))
-        compactor.flush()
-        assert compactor.stats()["compactions"] == 1
-        assert not compactor._views.keys.blocks[:, 3].equal(before[:, 3])
-        caches.append(compactor._views.keys.blocks)
-    assert caches[0].equal(caches[1])
-
-
-def test_counts_follow_the_work_and_forget_with_the_request():
-    compactor = compactor_with(1.0)
-    compactor.begin_step(StepPlan(directives=[directive("a"), directive("b")], num_deferred=2))
-    assert compactor.stats()["compactions"] == 0
-    assert [done.req_id for done in compactor.flush()] == ["a", "b"]
-    assert compactor.flush() == []
-    compactor.readmit("a")
-    assert (compactor.num_evicted("a"), compactor.num_evicted("b")) == (0, 20)
-    compactor.begin_step(StepPlan(directives=[directive("a")]))
-    compactor.flush()
-    stats = compactor.stats()
-    assert stats["compactions"] == 3
-    assert stats["evicted_tokens"] == 60
-    assert stats["freed_blocks"] == 3
-    assert stats["deferred"] == 2
-    assert stats["requests_compacted"] == 2
-    assert compactor.num_compactions("a") == 2
-    compactor.forget("a")
-    assert (compactor.num_evicted("a"), compactor.num_compactions("a")) == (0, 0)
+    monkeypatch.setattr("rkv_vllm.worker.runner.ObservationPool", too_large)
+    runner = LoadedCompressionRunner({})
+    runner.compression = KVCompressionConfig(observation_slots=4096)
+    runner.vllm_config = SimpleNamespace(max_concurrent_batches=2)
+    runner.max_num_tokens, runner.dtype, runner.device = 64, torch.bfloat16, "cuda:0"
+    with pytest.raises(ValueError, match=r"--kv-observation-slots 4096 needs 10240 MiB.*lower it"):
+        runner._allocate_pool(num_layers=32, num_heads=32, head_size=128)

@@ -1,0 +1,27 @@
+"""vLLM's GPU worker with compaction (`worker_cls` of the engine).
+
+Next: runner_v2.py.
+"""
+
+from typing import Any
+
+import torch
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
+
+from rkv_vllm.worker.rpc import CompressionRPC
+from rkv_vllm.worker.runner import compression_runner
+
+
+class CompressionGPUWorker(CompressionRPC, Worker):
+    """GPU worker whose model runner compacts."""
+
+    def _make_model_runner(self) -> Any:
+        # A V1 runner on a GPU is refused before the engine starts (support.py).
+        return compression_runner(GPUModelRunner, use_v2=True)(self.vllm_config, self.device)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Compile the kernels of a compaction too, before vLLM starts to watch for late ones."""
+        with torch.inference_mode():
+            self.model_runner.compactor.warm_up()
+        return super().compile_or_warm_up_model()
