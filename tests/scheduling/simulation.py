@@ -21,7 +21,7 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -47,6 +47,7 @@ class Setting:
     max_num_seqs: int = 16
     prefix_caching: bool = True
     steps_ahead: int = 0
+    drafts: int = 0
 
     @property
     def config(self) -> KVCompressionConfig:
@@ -60,7 +61,7 @@ class Setting:
 
     @property
     def ring_len(self) -> int:
-        return self.window + self.steps_ahead + 1
+        return self.window + (self.steps_ahead + 1) * (self.drafts + 1)
 
 
 @cache
@@ -93,6 +94,12 @@ class WorkerRequest:
     admission: int
     num_evicted: int = 0
     states: list[Hashable] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
+
+    def reject(self, num_rejected: int) -> None:
+        """Forget the last drafts: their cells stay, nobody reads them again."""
+        self.num_computed -= num_rejected
+        del self.states[len(self.states) - num_rejected :]
 
 
 class SimulatedWorker:
@@ -114,6 +121,8 @@ class SimulatedWorker:
         self.pending = list(plan.directives)
         self._update_requests(output)
         for req_id, num_tokens in output.num_scheduled_tokens.items():
+            num_drafts = len(output.scheduled_spec_decode_tokens.get(req_id, ()))
+            self.requests[req_id].drafts = [1000 + i for i in range(num_drafts)]
             self._write(req_id, num_tokens, plan.watched.get(req_id))
         for req_id in output.num_scheduled_tokens:
             self._attend(req_id)
@@ -144,7 +153,9 @@ class SimulatedWorker:
                 self._admit(req_id, new_ids, cached.num_computed_tokens[i], tokens)
             else:
                 request.block_ids = request.block_ids + new_ids
-                assert request.num_computed == cached.num_computed_tokens[i]
+                # Steps ahead of the outputs, the scheduler takes all drafts for accepted.
+                assert request.num_computed <= cached.num_computed_tokens[i]
+                assert self.setting.drafts or request.num_computed == cached.num_computed_tokens[i]
 
     def _admit(self, req_id: str, block_ids: list[int], num_computed: int, tokens) -> None:
         self.admissions += 1
@@ -157,7 +168,7 @@ class SimulatedWorker:
         """Names what a forward writes: a function of the token prefix while nothing was evicted."""
         if request.num_evicted:
             return ("after eviction", req_id, request.admission, position)
-        return ("prefix", tuple(request.tokens[: position + 1]))
+        return ("prefix", tuple([*request.tokens, *request.drafts][: position + 1]))
 
     def _write(self, req_id: str, num_tokens: int, slot: int | None) -> None:
         request = self.requests[req_id]
@@ -177,12 +188,16 @@ class SimulatedWorker:
         for physical, state in enumerate(request.states):
             read = self.cells[self.slot(request.block_ids, physical)]
             assert read == state, f"{req_id} reads {read} at {physical}, not {state}"
-        assert len(request.block_ids) == -(-len(request.states) // BLOCK_SIZE)
+        needed = -(-len(request.states) // BLOCK_SIZE)
+        # Rejected drafts may leave a block behind that the next tokens will fill.
+        spare = -(-self.setting.drafts * (self.setting.steps_ahead + 1) // BLOCK_SIZE)
+        assert needed <= len(request.block_ids) <= needed + spare
 
     def _compact(self, directive: EvictionDirective) -> None:
         self.compactions += 1
+        # Behind a rejection that the scheduler had not seen lie cells that nobody has written.
         cells = [
-            self.cells[self.slot(directive.old_block_ids, physical)]
+            self.cells.get(self.slot(directive.old_block_ids, physical))
             for physical in range(directive.total_len)
         ]
         keep = self._select(directive)
@@ -192,11 +207,13 @@ class SimulatedWorker:
         request = self.requests.get(directive.req_id)
         if request is None:
             return
-        assert request.states == cells, "the cells changed between the directive and its flush"
+        length = len(request.states)
+        assert length == len(cells) or self.setting.drafts
+        assert request.states == cells[:length], "the cells changed before the flush"
         self._check_window(directive, request)
         assert request.num_evicted == directive.num_evicted_before
         assert request.block_ids == directive.old_block_ids
-        request.states = survivors
+        request.states = survivors[: length - directive.num_evict]
         request.num_evicted += directive.num_evict
         request.block_ids = list(directive.new_block_ids)
 
@@ -240,6 +257,8 @@ class SimulatedEngine:
             log_stats=True,
         )
         assert isinstance(self.scheduler, CompressionAsyncScheduler) == (setting.steps_ahead > 0)
+        # The option itself is refused; the counters it moves are the scheduler's own.
+        self.scheduler.num_spec_tokens = setting.drafts
         self.manager = self.scheduler._block_manager
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.worker = SimulatedWorker(setting)
@@ -250,6 +269,7 @@ class SimulatedEngine:
         self.prefill_lens: dict[tuple[str, int], int] = {}
         self.max_running = 0
         self.num_deferred = 0
+        self.num_rejected = 0
         self.directives: list[EvictionDirective] = []
         self.last_output: SchedulerOutput | None = None
         # Set by tests that take blocks away from the pool themselves.
@@ -312,6 +332,8 @@ class SimulatedEngine:
             sampled_token_ids=sampled,
         )
         engine_outputs = self.scheduler.update_from_output(output, result)
+        if self.setting.drafts and not self.setting.steps_ahead:
+            self._propose(req_ids)
         for outputs in engine_outputs.values():
             for item in outputs.outputs:
                 self.outputs[item.request_id].extend(item.new_token_ids)
@@ -320,12 +342,23 @@ class SimulatedEngine:
         self.audit()
 
     def _sample(self, req_id: str) -> list[int]:
-        """One token when the step reached the end of the worker's tokens, else none."""
+        """Accepted drafts and one more token when the step reached the end, else none."""
         request = self.worker.requests[req_id]
         if request.num_computed < len(request.tokens):
             return []
-        request.tokens.append(self.random.randrange(100))
-        return [request.tokens[-1]]
+        num_accepted = self.random.randint(0, len(request.drafts))
+        rejected = len(request.drafts) - num_accepted
+        request.reject(rejected)
+        self.num_rejected += rejected
+        sampled = [*request.drafts[:num_accepted], self.random.randrange(100)]
+        request.tokens.extend(sampled)
+        request.drafts = []
+        return sampled
+
+    def _propose(self, req_ids: list[str]) -> None:
+        """Drafts for the next step; ahead of the outputs the scheduler makes them up itself."""
+        drafts = [[7] * self.random.randint(0, self.setting.drafts) for _ in req_ids]
+        self.scheduler.update_draft_token_ids(DraftTokenIds(req_ids, drafts))
 
     def _note_prefill_lens(self, output: SchedulerOutput) -> None:
         for req_id in output.num_scheduled_tokens:
@@ -383,5 +416,8 @@ class SimulatedEngine:
                 continue
             physical = request.num_computed_tokens - self.manager.num_evicted(request.request_id)
             prefill_len = self.prefill_lens[request.request_id, request.num_preemptions]
-            bound = max(prefill_len, self.setting.budget) + self.setting.buffer
+            # Accepted drafts settle together, so the step before may end that far behind the mark.
+            bound = (
+                max(prefill_len, self.setting.budget) + self.setting.buffer + self.setting.drafts
+            )
             assert physical <= bound + request.num_in_flight_tokens, request.request_id

@@ -112,6 +112,42 @@ def test_books_rows_and_cells_agree_in_any_sequence(model, setting, operations):
     SEEN["deferred"] += engine.num_deferred
 
 
+REJECTED = {"compactions": 0, "drafts": 0}
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(
+    setting=settings_(),
+    drafts=st.integers(1, 3),
+    steps_ahead=st.integers(0, 1),
+    operations=st.lists(st.one_of(REQUESTS, STEPS, ABORTS), min_size=1, max_size=12),
+)
+def test_directives_stay_right_when_rejected_drafts_roll_lengths_back(
+    model, setting, drafts, steps_ahead, operations
+):
+    """Speculative decoding is refused, but the arithmetic of a directive must not rely on it."""
+    setting = replace(setting, drafts=drafts, steps_ahead=steps_ahead, num_blocks=1000)
+    engine = SimulatedEngine(model, setting)
+    wanted = play(engine, operations)
+    for req_id, max_tokens in wanted.items():
+        assert len(engine.outputs[req_id]) == max_tokens
+    engine.worker.flush()
+    assert engine.worker.compactions == len(engine.directives)
+    assert engine.pool.get_num_free_blocks() == setting.num_blocks - 1
+    REJECTED["compactions"] += engine.worker.compactions
+    REJECTED["drafts"] += engine.num_rejected
+
+
+def test_the_rejections_reached_what_they_are_for():
+    # Runs after the sequences above; without them it fails.
+    assert REJECTED["compactions"] > 100, REJECTED
+    assert REJECTED["drafts"] > 300, REJECTED
+
+
 def test_the_random_sequences_reached_what_they_are_for():
     # Runs after the sequences; without them it has nothing to look at and fails.
     assert SEEN["compactions"] > 500, SEEN
