@@ -52,6 +52,10 @@ def engine_args(method: str = KVCompressionConfig.method, **options: int | float
 def stats(llm: "LLM") -> dict[str, int]:
     """Returns what compression has done in an offline engine so far, counted by its workers.
 
+    Every tensor-parallel rank and every pipeline stage carries out the same compactions on its part
+    of the cache, so one rank's numbers are the engine's. Data-parallel engines count for
+    themselves: over HTTP, `collective_rpc` asks the first one only.
+
     Args:
         llm: an engine made with `engine_args()`.
 

@@ -294,18 +294,9 @@ def test_json_schema_holds_across_compactions(server):
     assert compactions == num_compactions(used.prompt_tokens, used.completion_tokens) >= 1
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        pytest.param(["--no-enforce-eager", "--api-server-count=2"], id="compiled-2-api-servers"),
-        pytest.param(["--tensor-parallel-size=2"], id="tensor-parallel-2"),
-    ],
-)
-def test_other_ways_to_run_say_the_same(model, reference, flags, tmp_path):
+def test_compiled_and_behind_two_api_servers_it_says_the_same(model, reference, tmp_path):
+    flags = ("--no-enforce-eager", "--api-server-count=2")
     # An own cache: what an earlier version of this package compiled must not answer.
     with serving(model, *FLAGS, *flags, env={"VLLM_CACHE_ROOT": str(tmp_path)}) as server:
         assert_says_what_the_reference_says(server, reference)
-        if "--api-server-count=2" in flags:
-            assert "Started 2 API server processes" in server.log
-        if "--tensor-parallel-size=2" in flags:
-            assert len(server.rpc("kv_compression_stats")) == 2
+        assert "Started 2 API server processes" in server.log
