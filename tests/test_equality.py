@@ -5,6 +5,8 @@ import torch
 
 import rkv_vllm
 from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.kernels.observe.triton import observe_triton
+from rkv_vllm.kernels.select.triton import select_triton
 from tests.engine import Engine, running_engine
 from tests.models import assert_varied, random_prompt
 from tests.reference import ReferenceResult, generate_reference
@@ -152,3 +154,29 @@ def test_a_head_size_of_80_is_packed_otherwise_and_compacted_as_well(random_mode
     reference = generate_reference(model, prompt, 120, CONFIG)
     assert_same(engine, "a", reference)
     assert stats["compactions"] == len(reference.compactions) == 3
+
+
+@pytest.mark.parametrize("runner", ["v2-async"], indirect=True)
+def test_with_every_kernel_in_triton_output_equals_explicit_eviction(
+    random_model_dir, runner, monkeypatch
+):
+    """All that a GPU would launch, interpreted: slots, observe, score, select, compact."""
+    for module in ("kernels.score", "kernels.compact", "worker.compactor"):
+        monkeypatch.setattr(f"rkv_vllm.{module}.backend", lambda states: "triton")
+    monkeypatch.setattr("rkv_vllm.kernels.select.select_cpu", select_triton)
+    monkeypatch.setattr("rkv_vllm.worker.observation.observe", observe_triton)
+    model = random_model_dir("qwen3", 3)
+    prompts = {f"r{i}": random_prompt(60 + i, seed=i) for i in range(2)}
+    with running_engine(model, **OPTIONS) as engine:
+        for req_id, prompt in prompts.items():
+            engine.add(req_id, prompt, 72)
+        engine.run()
+        stats = engine.stats()
+        engine.assert_pool_is_empty()
+    for req_id, prompt in prompts.items():
+        reference = generate_reference(
+            model, prompt, 72, CONFIG, unprocessed_steps=runner.unprocessed_steps
+        )
+        assert_same(engine, req_id, reference)
+        assert len(reference.compactions) == 2
+    assert stats["compactions"] == 4

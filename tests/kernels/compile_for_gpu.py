@@ -15,9 +15,12 @@ from triton.runtime.jit import JITFunction
 
 from rkv_vllm.kernels.compact.triton import compact_triton
 from rkv_vllm.kernels.eviction import EvictionBatch
+from rkv_vllm.kernels.observe.triton import observe_triton
 from rkv_vllm.kernels.paged import PagedStates
 from rkv_vllm.kernels.score.triton import score_triton
 from rkv_vllm.kernels.select.triton import select_triton
+from rkv_vllm.kernels.slots import StepRows, StepSlots
+from rkv_vllm.kernels.slots.triton import slots_triton
 from tests.kernels.cases import new_case, random_keep
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -38,10 +41,12 @@ def main() -> None:
     model = {"head_size": 128, "dtype": torch.bfloat16, "group": 4, "num_heads": 8}
     case = new_case([(100, 103, 50)], num_layers=4, **model)
     launch_all(case.states, case.batch, case.queries)
+    launch_step(case.queries, layer_idx=0, num_tokens=1)
     other = new_case([(90, 90, 40), (112, 112, 96), (17, 17, 16)], num_layers=4, **model)
     first_layer = slice(0, 1)
     part = other.batch.part(slice(1, 3))
     launch_all(other.states.layers(first_layer), part, other.queries[:, first_layer])
+    launch_step(case.queries, layer_idx=3, num_tokens=7)
     half = len(launches) // 2
     for first, second in zip(launches[:half], launches[half:], strict=True):
         kernel, specialization = first[0], specialize(*first)
@@ -56,6 +61,23 @@ def main() -> None:
 def launch_all(states: PagedStates, batch: EvictionBatch, queries: torch.Tensor) -> None:
     select_triton(score_triton(states, batch, queries), batch)
     compact_triton(states, batch, random_keep(batch, states.num_layers * states.num_heads))
+
+
+def launch_step(pool: torch.Tensor, layer_idx: int, num_tokens: int) -> None:
+    """What every step launches: slots once, observe per layer."""
+    int32 = {"dtype": torch.int32}
+    table = torch.zeros(16, 8, **int32)
+    rows = StepRows(
+        torch.zeros(num_tokens, dtype=torch.int64),
+        torch.zeros(num_tokens + 1, **int32),
+        torch.zeros(16, **int32),
+        torch.zeros(16, **int32),
+        ring_len=pool.shape[2],
+    )
+    out = StepSlots(torch.zeros(64, dtype=torch.int64), torch.zeros(64, **int32), table[:, 0])
+    slots_triton(rows, torch.zeros(64, dtype=torch.int64), table, 16, out)
+    query = torch.zeros(num_tokens, 3, *pool.shape[3:], dtype=pool.dtype)[:, 0]
+    observe_triton(pool, layer_idx, query, out.token_rows)
 
 
 def options_of(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

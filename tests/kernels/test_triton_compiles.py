@@ -17,6 +17,8 @@ KERNELS = [
     "finish_kernel",
     "select_kernel",
     "compact_kernel",
+    "slots_kernel",
+    "observe_kernel",
 ]
 
 

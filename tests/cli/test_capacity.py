@@ -1,0 +1,163 @@
+"""Blocks, requests and crossovers of `plan`, against vLLM and against counting."""
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from rkv_vllm.cli.capacity import IN_FLIGHT, Machine, Workload, make_capacity
+from rkv_vllm.cli.checkpoint import read_decoder
+from rkv_vllm.cli.errors import CommandError
+from rkv_vllm.config import KVCompressionConfig
+from tests.checkpoint_configs import LLAMA, write_config
+from tests.scheduling.simulation import BLOCK_SIZE, Setting, SimulatedEngine
+
+SMOLLM2 = {
+    **LLAMA,
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+
+
+def machine(cache=None, memory=0, **changes):
+    settings = {"reserved": 0, "weights": 0, "tensor_parallel": 1, **changes}
+    return Machine(memory, 1.0, kv_cache_memory=cache, **settings)
+
+
+def capacity(fields=LLAMA, block_size=16, dtype="auto", on=None, **options):
+    on = on or machine(cache=2**24)
+    return make_capacity(
+        read_decoder(fields), on, dtype, block_size, KVCompressionConfig(**options)
+    )
+
+
+def test_pool_is_the_one_that_vllm_logs():
+    """SmolLM2 with --kv-cache-memory-bytes 100000000 --block-size 32: 135 blocks, 4,320 tokens."""
+    stock = capacity(SMOLLM2, block_size=32, on=machine(cache=100_000_000)).stock
+    assert (stock.num_blocks, stock.num_blocks * stock.block_size) == (135, 4320)
+    assert read_decoder(SMOLLM2).weight_bytes("auto") == 2 * 134_515_008
+
+
+@pytest.mark.parametrize(
+    ("dtype", "side"), [("bfloat16", "stock"), ("float32", "stock"), ("bfloat16", "fp8")]
+)
+def test_a_block_has_the_size_that_vllm_gives_it(dtype, side):
+    cache_dtype = torch.float8_e4m3fn if side == "fp8" else getattr(torch, dtype)
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=3, head_size=64, dtype=cache_dtype)
+    block = 16 * getattr(capacity(SMOLLM2, dtype=dtype), side).bytes_per_token
+    assert block == 30 * spec.page_size_bytes
+
+
+def test_tensor_parallel_ranks_share_heads_and_weights():
+    fields = {**LLAMA, "num_attention_heads": 8, "num_key_value_heads": 2}
+    one = capacity(fields, on=machine(memory=2**24, weights=2**22))
+    two = capacity(fields, on=machine(memory=2**24, weights=2**22, tensor_parallel=2))
+    four = capacity(fields, on=machine(memory=2**24, weights=2**22, tensor_parallel=4))
+    assert one.stock.bytes_per_token == 2 * two.stock.bytes_per_token
+    assert four.stock.bytes_per_token == two.stock.bytes_per_token
+    assert one.observation_bytes == 4 * four.observation_bytes
+    assert two.stock.cache_bytes == 2**24 - 2**21
+
+
+@pytest.mark.parametrize("ranks", [3, 5])
+def test_heads_that_cannot_be_shared_are_refused(ranks):
+    fields = {**LLAMA, "num_attention_heads": 8, "num_key_value_heads": 2}
+    with pytest.raises(CommandError, match=f"--tensor-parallel-size: got {ranks}, wanted"):
+        capacity(fields, on=machine(cache=2**24, tensor_parallel=ranks))
+
+
+def test_the_observation_pool_is_taken_from_the_cache_of_rkv_alone():
+    on = machine(memory=2**26, weights=1000, reserved=500)
+    found = capacity(on=on, window=6, buffer=8, budget=96, observation_slots=3)
+    assert found.observation_bytes == 3 * 2 * (6 + IN_FLIGHT) * 2 * 32 * 2
+    assert found.stock.cache_bytes == found.fp8.cache_bytes == 2**26 - 1500
+    assert found.rkv.cache_bytes == 2**26 - 1500 - found.observation_bytes
+
+
+def test_a_given_cache_is_taken_as_it_is():
+    found = capacity(on=machine(cache=2**24, memory=1, weights=2**40))
+    assert {side.cache_bytes for side in found.sides} == {2**24}
+
+
+@pytest.mark.parametrize(
+    ("on", "message"),
+    [
+        (machine(memory=2**20, weights=2**21), "--gpu-memory: got 1.00 MiB, .* smaller model"),
+        (machine(memory=2**20), "--gpu-memory: got 1.00 MiB, .* lower --observation-slots"),
+        (machine(cache=100), "--kv-cache-memory-bytes: got 100 B"),
+    ],
+)
+def test_memory_without_room_for_a_cache_is_refused(on, message):
+    with pytest.raises(CommandError, match=message) as error:
+        capacity(on=on, observation_slots=1024)
+    assert error.value.exit_code == 1
+
+
+@pytest.mark.parametrize(("prompt_len", "output_len", "num_blocks"), [(5, 60, 40), (20, 70, 61)])
+def test_the_scheduler_runs_as_many_requests_as_planned(
+    tmp_path_factory, prompt_len, output_len, num_blocks
+):
+    """In vLLM's scheduler with ours on top, asynchronous as on a GPU."""
+    model = write_config(tmp_path_factory.mktemp("model"), LLAMA)
+    setting = Setting(steps_ahead=IN_FLIGHT - 1, num_blocks=num_blocks, max_num_seqs=64)
+    engine = SimulatedEngine(model, setting)
+    for number in range(40):
+        engine.add(f"request-{number}", [number + i for i in range(prompt_len)], output_len)
+    engine.run()
+    block_bytes = BLOCK_SIZE * 2 * 2 * 32 * 2
+    planned = capacity(
+        block_size=BLOCK_SIZE,
+        on=machine(cache=num_blocks * block_bytes),
+        budget=setting.budget,
+        buffer=setting.buffer,
+        window=setting.window,
+    )
+    assert planned.rkv.num_blocks == num_blocks
+    assert engine.max_running == planned.rkv.at_once_by_peak(Workload(prompt_len, output_len))
+
+
+def test_a_pool_that_cannot_hold_one_whole_request_holds_none():
+    side = capacity(on=machine(cache=2**16 * 10)).rkv
+    tokens = side.usable_blocks * 16
+    assert (
+        side.at_once_by_peak(Workload(1, tokens)) == side.at_once_by_mean(Workload(1, tokens)) == 1
+    )
+    assert side.at_once_by_peak(Workload(1, tokens + 1)) == 0
+    assert side.at_once_by_mean(Workload(1, tokens + 1)) == 0
+
+
+@pytest.mark.parametrize("prompt_len", [1, 40, 130])
+@pytest.mark.parametrize("cache", [2**20, 2**22])
+def test_crossover_is_the_first_length_from_which_rkv_holds_more(prompt_len, cache):
+    found = capacity(
+        on=machine(memory=cache),
+        budget=64,
+        buffer=16,
+        window=2,
+        observation_slots=3,
+    )
+    lengths = range(1, found.longest_output(prompt_len) + 1)
+    for side in (found.stock, found.fp8):
+        for count in (side.at_once_by_peak, side.at_once_by_mean):
+            more = [
+                found.rkv.at_once_by_peak(Workload(prompt_len, n)) > count(Workload(prompt_len, n))
+                for n in lengths
+            ]
+            first = more.index(True) + 1 if any(more) else None
+            assert found.crossover(prompt_len, count) == first
+            assert first is None or all(more[first - 1 :])
+
+
+def test_no_crossover_where_the_pool_ends_before_the_first_compaction():
+    found = capacity(on=machine(cache=2**17 * 3), budget=2048)
+    assert found.crossover(1, found.stock.at_once_by_peak) is None
+
+
+def test_watched_requests_share_the_slots_in_turns():
+    found = capacity(budget=96, buffer=40, window=8, observation_slots=5)
+    assert found.watched_requests() == 5 * 40 // (8 + IN_FLIGHT)

@@ -1,0 +1,198 @@
+"""The benchmarks run, check before they boast, and refuse a ratio that would mean nothing."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu.children import Nursery
+from benchmarks.gpu.comparisons import compare_outputs, compare_runs
+from benchmarks.pairs_visited import share_visited, similar_and_newest
+from benchmarks.released_formulation import released_scores
+from rkv_vllm.methods.rkv import scores
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+
+# Keeps the best candidate twice and another one not at all.
+WRONG_SELECT = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import bench_kernels, kernel_versions
+right = kernel_versions.select
+def wrong(scores, batch):
+    keep = right(scores, batch)
+    keep[:, :, 1] = keep[:, :, 0]
+    return keep
+kernel_versions.select = wrong
+bench_kernels.main(sys.argv[1:])
+"""
+
+
+def run_child(*command: str) -> tuple[int, str, dict]:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=os.environ, capture_output=True, text=True
+    )
+    assert done.stdout, done.stderr
+    return done.returncode, done.stdout, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_kernel_benchmark_checks_then_times_and_ends_with_json():
+    rc, shown, document = run_child(str(BENCHMARKS / "bench_kernels.py"), "--smoke")
+    assert rc == 0
+    assert document["failed_checks"] == []
+    (case,) = document["cases"]
+    assert set(case["checks"].values()) == {"ok"}
+    assert case["speedup"].keys() == {"naive", "released", "released, by head"}
+    assert "x faster than released" in shown
+    assert {row["keys"] for row in document["pairs_visited"]} == {"random", "clustered"}
+    assert document["observe"][0]["failed_checks"] == []
+
+
+def test_a_wrong_kernel_gets_no_speedup_and_a_failing_exit_code():
+    rc, shown, document = run_child("-c", WRONG_SELECT, str(BENCHMARKS), "--smoke")
+    assert rc == 1
+    (case,) = document["cases"]
+    assert "select" in document["failed_checks"]
+    assert case["speedup"] is None
+    assert "x faster" not in shown
+
+
+def test_the_n_by_n_version_that_does_not_fit_is_reported_with_its_bytes():
+    limit = ["--memory-limit-gib", "0.00001"]
+    rc, shown, document = run_child(str(BENCHMARKS / "bench_kernels.py"), "--smoke", *limit)
+    assert rc == 0
+    (case,) = document["cases"]
+    assert case["speedup"].keys() == {"naive"}
+    assert "does not fit" in shown
+    assert case["released_bytes_per_head"] == 96 * 96 * 9
+
+
+def test_the_released_formulation_scores_like_ours():
+    generator = torch.Generator().manual_seed(3)
+    keys = torch.randn(6, 150, 32, generator=generator) + torch.randn(6, 1, 32, generator=generator)
+    queries = torch.randn(18, 8, 32, generator=generator)
+    for heads_at_once in (6, 4):
+        got = released_scores(keys, queries, window=8, heads_at_once=heads_at_once)
+        torch.testing.assert_close(got, scores(keys, queries), rtol=1e-4, atol=1e-7)
+
+
+def test_pairs_visited_are_counted_per_tile():
+    keys = torch.eye(8)
+    keys[7] = keys[5]
+    similar, newest = similar_and_newest(keys)
+    assert newest.tolist() == [-1, -1, -1, -1, -1, 7, -1, 5]
+    assert similar == pytest.approx(2 / 56)
+    # Rows 0 to 3 find nothing; rows 4 and 6 make rows 5 and 7 go on to the end.
+    assert share_visited(newest, 4, 2) == 1.0
+    # Alone, row 5 sees columns 6 and 7, row 7 sees 4 to 7.
+    assert share_visited(newest, 1, 2) == pytest.approx((6 * 8 + 2 + 4) / 64)
+
+
+def new_run(**changes) -> dict:
+    run = {"pool_tokens": 100, "tokens_per_s": 50.0, "lost_requests": 0, "compactions": 0}
+    return {**run, **changes}
+
+
+@pytest.mark.parametrize(
+    ("stock", "ours", "problem"),
+    [
+        ({}, {"compactions": 0}, "nothing was compacted"),
+        ({"lost_requests": 1}, {}, "stock: 1 requests lost"),
+        ({}, {"lost_requests": 2}, "rkv: 2 requests lost"),
+        ({"compactions": 4}, {}, "stock: 4 compactions"),
+        ({"pool_tokens": 90}, {}, "pools of 90 and 100 tokens"),
+    ],
+)
+def test_no_ratio_of_runs_that_cannot_be_compared(stock, ours, problem):
+    ours = new_run(compactions=5, tokens_per_s=75.0) | ours
+    found = compare_runs(new_run(**stock), ours)
+    assert found["ratio"] is None
+    assert problem in "; ".join(found["problems"])
+
+
+def test_the_ratio_is_ours_over_stock():
+    found = compare_runs(new_run(), new_run(compactions=5, tokens_per_s=75.0))
+    assert (found["ratio"], found["problems"]) == (1.5, [])
+
+
+def new_output(token_ids: list[int], logprobs: list[float], compactions: int = 3) -> dict:
+    return {"token_ids": [token_ids], "logprobs": [logprobs], "compactions": compactions}
+
+
+EXPECTED = new_output([1, 2, 3], [-1.0, -2.0, -3.0])
+
+
+@pytest.mark.parametrize(
+    ("got", "dtype", "is_equal"),
+    [
+        (EXPECTED, "float32", True),
+        (new_output([1, 2, 4], [-1.0, -2.0, -3.0]), "float32", False),
+        (new_output([1, 2, 3], [-1.0, -2.1, -3.0]), "float32", False),
+        (new_output([1, 2, 3], [-1.0, -2.0, -3.0], compactions=2), "float32", False),
+        # A toss-up, and what follows it is another text.
+        (new_output([1, 4, 9], [-1.0, -2.1, -9.0]), "bfloat16", True),
+        (new_output([1, 4, 9], [-1.0, -3.0, -9.0]), "bfloat16", False),
+    ],
+)
+def test_outputs_are_equal_token_for_token_but_for_tossups_of_bf16(got, dtype, is_equal):
+    assert (not compare_outputs(got, EXPECTED, dtype)["problems"]) == is_equal
+
+
+def test_nothing_compacted_is_not_equal():
+    idle = new_output([1, 2, 3], [-1.0, -2.0, -3.0], compactions=0)
+    assert compare_outputs(idle, idle, "float32")["problems"] == ["nothing was compacted"]
+
+
+WRITE = "from pathlib import Path; Path('name.json').write_text('{}')"
+
+
+@pytest.mark.parametrize(
+    ("code", "limit", "rc", "problem"),
+    [
+        (WRITE, 60, 0, None),
+        (f"{WRITE}; raise OSError('no disk')", 60, 1, "exit status 1: .*no disk"),
+        (f"{WRITE}; import time; time.sleep(600)", 3, None, "stopped after [3-9] s"),
+        ("print(3)", 60, 0, "no result"),
+    ],
+)
+def test_a_child_that_fails_keeps_its_partial_result_and_says_why(
+    tmp_path, code, limit, rc, problem
+):
+    script = tmp_path / "child.py"
+    script.write_text(code)
+    child = Nursery(tmp_path, {}, deadline=time.monotonic() + 100).run("name", script, [], limit)
+    assert child.rc == rc
+    assert child.result == (None if problem == "no result" else {})
+    assert (child.problem is None) if problem is None else re.search(problem, child.problem)
+
+
+def test_a_package_from_elsewhere_is_a_problem(tmp_path):
+    script = tmp_path / "child.py"
+    nursery = Nursery(tmp_path, {}, deadline=time.monotonic() + 100)
+    for package, is_right in ((tmp_path / "site" / "a.py", True), ("/elsewhere/a.py", False)):
+        script.write_text(f"""print('{{"package": "{package}"}}')""")
+        child = nursery.run("name", script, [], 60)
+        assert (child.problem is None) == is_right
+
+
+def test_verify_checks_a_copy_of_the_package_and_keeps_document_and_logs(tmp_path):
+    """Children fail unless they import the copy, which is found without being installed."""
+    script = str(BENCHMARKS / "gpu" / "verify.py")
+    done = subprocess.run(
+        [sys.executable, script, "--rehearse", "--phases", "sanitizer"],
+        env={**os.environ, "OUT": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert [(check["name"], check["ok"]) for check in document["checks"]] == [("sanitizer", True)]
+    assert json.loads((tmp_path / "verify.json").read_text()) == document
+    assert (tmp_path / "logs" / "sanitizer.log").exists()
