@@ -29,7 +29,8 @@ lint: venv  ## check format and style
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 
-bench: model  ## stock against compression, same prompts, same pool
+bench: model  ## kernels against two baselines, then serving: stock against compression
+	@$(BIN)/python benchmarks/bench_kernels.py
 	@$(BIN)/python benchmarks/bench_serving.py
 
 clean:  ## remove build leftovers and caches; .venv and .models stay

@@ -1,0 +1,172 @@
+"""Every check that needs a GPU, in one call; the last line of its output is one JSON document.
+
+Needs vLLM, this checkout, and neither pip nor a network: the package is put on the path as it lies
+here. Each check runs in a child process with its own time limit and log, so one crash loses nothing
+else. `--rehearse` runs all of it in miniature on a CPU. README.md beside this file says how to call
+it; phases.py has the checks.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from children import ROOT, Nursery
+from phases import PHASES, SKIPPED, Plan
+from site_folder import make_site_folder
+
+DISTRIBUTIONS = ("torch", "triton", "vllm", "transformers", "flashinfer-python")
+REHEARSAL_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+}
+
+
+def main() -> None:
+    """Run the phases; the exit code is 1 when a check fails."""
+    args = parse()
+    started = time.monotonic()
+    out = Path(os.environ["OUT"]) if os.environ.get("OUT") else None
+    folder = Path(tempfile.mkdtemp(prefix="verify-"))
+    nursery = Nursery(folder, _environment(folder, args), started + args.budget_s)
+    document: dict[str, Any] = {"card": card(args), "checks": []}
+    for name in args.phases:
+        phase, least = PHASES[name]
+        if nursery.seconds_left < (5 if args.rehearse else least):
+            reason = f"{nursery.seconds_left:.0f} s left, it takes {least:.0f} or more"
+            document["checks"].append({"name": name, "ok": SKIPPED, "reason": reason})
+            continue
+        tell(f"{name}: {nursery.seconds_left:.0f} s left")
+        try:
+            for check in phase(nursery, plan_of(args, folder)):
+                document["checks"].append(check)
+                report(check)
+        except Exception as error:
+            # The phases after this one are worth having all the same.
+            problem = f"{type(error).__name__}: {error}"
+            document["checks"].append({"name": name, "ok": False, "problems": [problem]})
+            report(document["checks"][-1])
+        document["seconds"] = round(time.monotonic() - started, 1)
+        save(document, nursery, out)
+    save(document, nursery, out)
+    if out is None:
+        tell(f"logs in {folder}")
+    else:
+        shutil.rmtree(folder)
+    print(json.dumps(document))
+    sys.exit(any(check["ok"] is False for check in document["checks"]))
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="example: python3 benchmarks/gpu/verify.py --phases kernels,equality",
+    )
+    add = parser.add_argument
+    names = lambda text: text.split(",")  # noqa: E731
+    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
+    add("--phases", type=names, default=list(PHASES), help=f"of {','.join(PHASES)}; default all")
+    add("--budget-s", type=float, default=560, help="seconds for everything (default: 560)")
+    add("--rehearse", action="store_true", help="in miniature on a CPU")
+    add("--commit", default="", help="of the checkout, where there is no git to ask")
+    add("--jobs", type=int, default=4, help="tiny engines at the same time (default: 4)")
+    add("--model", default="/tmp/kit/models/llama8b", help="8B-shaped folder; weights are random")
+    add("--requests", type=int, default=256, help="ample and starved (default: 256)")
+    add("--output-len", type=int, default=1024, help="ample and starved, tokens (default: 1024)")
+    add("--pools", type=numbers, default=[430_000, 282_000, 134_000, 60_000], help="tokens")
+    add("--fresh-engines", action="store_true", help="an engine per pool size; slower")
+    add("--long-scale", type=int, default=8, help="divides all lengths of `long` (default: 8)")
+    add("--long-requests", type=int, default=400, help="default: 400")
+    add("--long-pool", type=int, default=430_000, help="tokens before scaling (default: 430000)")
+    args = parser.parse_args()
+    if unknown := set(args.phases) - set(PHASES):
+        parser.error(f"--phases: got {', '.join(sorted(unknown))}, wanted some of {list(PHASES)}")
+    return args
+
+
+def plan_of(args: argparse.Namespace, folder: Path) -> Plan:
+    """What the phases have to know of the command line."""
+    small = args.rehearse
+    return Plan(
+        rehearse=small,
+        jobs=1 if small else args.jobs,
+        model=str(folder / "random-model") if small else args.model,
+        pools=[2048, 1024] if small else args.pools,
+        requests=8 if small else args.requests,
+        output_len=80 if small else args.output_len,
+        fresh_engines=args.fresh_engines,
+        long_scale=64 if small else args.long_scale,
+        long_requests=6 if small else args.long_requests,
+        long_pool=64 * 1024 if small else args.long_pool,
+    )
+
+
+def _environment(folder: Path, args: argparse.Namespace) -> dict[str, str]:
+    site = make_site_folder(folder / "site")
+    # Both sides run in one process, so that scheduler and compactor can be watched.
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+    env["PYTHONPATH"] = ":".join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+    return {**env, **(REHEARSAL_ENV if args.rehearse else {})}
+
+
+def card(args: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers depend on."""
+    found = {"python": platform.python_version(), "argv": sys.argv[1:], "cpus": os.cpu_count()}
+    found["commit"] = args.commit or _ask("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+    query = "--query-gpu=name,driver_version,memory.total"
+    found["gpu"] = _ask("nvidia-smi", query, "--format=csv,noheader")
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def _ask(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def report(check: dict[str, Any]) -> None:
+    """One line per check while the rest is running."""
+    verdict = {True: "ok", False: "FAILED"}.get(check["ok"], check["ok"])
+    reasons = "; ".join([*check.get("problems", []), check.get("reason", "")]).strip("; ")
+    ratio = check.get("numbers", {}).get("ratio")
+    tell(f"{verdict:8} {check['name']}" + (f" ratio {ratio:.3f}" if ratio else ""))
+    if reasons:
+        tell(f"         {reasons[:600]}")
+
+
+def tell(message: str) -> None:
+    """Progress, beside the document."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def save(document: dict[str, Any], nursery: Nursery, out: Path | None) -> None:
+    """Write what is known so far, and the logs, to where they are kept."""
+    if out is None:
+        return
+    (out / "verify.json").write_text(json.dumps(document, indent=1))
+    (out / "logs").mkdir(exist_ok=True)
+    for log in nursery.logs:
+        shutil.copy(log, out / "logs" / log.name)
+
+
+if __name__ == "__main__":
+    main()
