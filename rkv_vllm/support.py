@@ -99,13 +99,14 @@ def check_engine_args(engine_args: "EngineArgs") -> None:
 def check(vllm_config: "VllmConfig") -> None:
     """Raises ValueError naming every unsupported feature of a finished engine config.
 
-    Logs a warning when no request can grow long enough to be compacted.
+    Logs a warning when no request can grow long enough to be compacted, and on a GPU.
 
     Args:
         vllm_config: the engine config that vLLM has made, with our options in it.
     """
     _raise_if_any(*(rule(vllm_config) for rule in REFUSALS))
     _warn_if_never_due(vllm_config)
+    _warn_if_unproven()
 
 
 def _raise_if_any(*refusals: Refusal | None) -> None:
@@ -125,6 +126,20 @@ def _warn_if_never_due(vllm_config: "VllmConfig") -> None:
             config.budget,
             config.buffer,
             max_model_len,
+        )
+
+
+def _warn_if_unproven() -> None:
+    """To go with the first run of benchmarks/gpu/verify.py that passes."""
+    from vllm.platforms import current_platform
+
+    from rkv_vllm.log import init_logger
+
+    if current_platform.device_name == "cuda":
+        init_logger(__name__).warning(
+            "This release of KV cache compression was tested under Triton's interpreter and "
+            "compiled for GPUs, but has not run on one: compare its output with your own "
+            "uncompressed run first (benchmarks/gpu/verify.py does)"
         )
 
 

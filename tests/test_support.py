@@ -1,6 +1,7 @@
 """What compression does not support is refused by name before the model loads, in one sentence."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import vllm
@@ -159,6 +160,18 @@ def test_all_refusals_are_named_at_once(arguments):
     engine_args = arguments(kv_sharing_fast_prefill=True, kv_cache_dtype="fp8")
     with pytest.raises(ValueError, match=r"(?s)KV cache in another dtype.*\n.*fast prefill"):
         engine_args.create_engine_config()
+
+
+def test_a_gpu_is_warned_of(arguments, monkeypatch):
+    vllm_config = arguments().create_engine_config()
+    warnings: list[str] = []
+    logger = SimpleNamespace(warning=lambda message, *_: warnings.append(message))
+    monkeypatch.setattr("rkv_vllm.log.init_logger", lambda name: logger)
+    support.check(vllm_config)
+    assert warnings == []
+    monkeypatch.setattr(type(current_platform), "device_name", "cuda")
+    support.check(vllm_config)
+    assert "has not run on one" in warnings[0]
 
 
 def test_the_v1_runner_on_a_gpu_is_refused(arguments, monkeypatch):

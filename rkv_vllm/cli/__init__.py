@@ -1,44 +1,26 @@
-"""The `rkv-vllm` command: what stands beside `vllm serve`, one file per subcommand to come.
+"""The `rkv-vllm` command: what stands beside `vllm serve`, one file per subcommand.
 
-Importing this module imports neither torch nor vLLM, so that `--help` answers at once.
+Importing this module imports neither torch nor vLLM, so that `--help` answers at once; a command
+imports them when it runs. What several commands need: `errors.py`, `checkpoint.py`, `sizes.py`.
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
 import typer
-from rich.console import Console
-from rich.table import Table
 
-VERSIONED_DISTRIBUTIONS = ("rkv-vllm", "vllm", "torch")
+from rkv_vllm.cli.doctor import show_diagnosis
+from rkv_vllm.cli.plan import show_plan
+from rkv_vllm.cli.version import show_version
 
 app = typer.Typer(
     name="rkv-vllm",
     help="R-KV cache eviction for vLLM. To serve: vllm serve MODEL --kv-compression rkv",
     no_args_is_help=True,
     add_completion=False,
+    # Wraps the paragraphs of docstrings and keeps the lines of code blocks.
+    rich_markup_mode="markdown",
 )
-
-
-@app.callback()
-def group() -> None:
-    """Keep `version` a subcommand: a typer app with a single command would swallow its name."""
-
-
-@app.command("version")
-def show_version() -> None:
-    """Print the versions of the plugin, of vLLM and of torch."""
-    table = Table.grid(padding=(0, 2))
-    missing = []
-    for name in VERSIONED_DISTRIBUTIONS:
-        try:
-            table.add_row(name, version(name))
-        except PackageNotFoundError:
-            missing.append(name)
-            table.add_row(name, "not installed")
-    Console(highlight=False).print(table)
-    if missing:
-        typer.echo(f"missing: {', '.join(missing)}; run `make venv`", err=True)
-        raise typer.Exit(code=1)
+app.command("version")(show_version)
+app.command("doctor")(show_diagnosis)
+app.command("plan")(show_plan)
 
 
 def main() -> None:

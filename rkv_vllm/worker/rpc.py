@@ -17,5 +17,9 @@ class CompressionRPC:
         return self.model_runner.compactor.stats()
 
     def kv_compression_requests(self) -> list[dict[str, int | str]]:
-        """Lengths and blocks of the live and the last finished requests."""
+        """Lengths and blocks of the live and the last finished requests.
+
+        Of several ranks the last one is up to date: an earlier pipeline stage learns a token only
+        with the next step.
+        """
         return self.model_runner.request_reports()

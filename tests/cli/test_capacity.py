@@ -98,15 +98,19 @@ def test_memory_without_room_for_a_cache_is_refused(on, message):
     assert error.value.exit_code == 1
 
 
-@pytest.mark.parametrize(("prompt_len", "output_len", "num_blocks"), [(5, 60, 40), (20, 70, 61)])
+@pytest.mark.parametrize(
+    ("prompt_len", "output_len", "num_blocks", "tolerance"),
+    # A prompt above the budget of 8 tokens: how many are before their first compaction varies.
+    [(5, 60, 40, 0), (8, 70, 93, 0), (20, 70, 61, 1), (40, 200, 161, 2)],
+)
 def test_the_scheduler_runs_as_many_requests_as_planned(
-    tmp_path_factory, prompt_len, output_len, num_blocks
+    tmp_path_factory, prompt_len, output_len, num_blocks, tolerance
 ):
     """In vLLM's scheduler with ours on top, asynchronous as on a GPU."""
     model = write_config(tmp_path_factory.mktemp("model"), LLAMA)
     setting = Setting(steps_ahead=IN_FLIGHT - 1, num_blocks=num_blocks, max_num_seqs=64)
     engine = SimulatedEngine(model, setting)
-    for number in range(40):
+    for number in range(60):
         engine.add(f"request-{number}", [number + i for i in range(prompt_len)], output_len)
     engine.run()
     block_bytes = BLOCK_SIZE * 2 * 2 * 32 * 2
@@ -118,21 +122,21 @@ def test_the_scheduler_runs_as_many_requests_as_planned(
         window=setting.window,
     )
     assert planned.rkv.num_blocks == num_blocks
-    assert engine.max_running == planned.rkv.at_once_by_peak(Workload(prompt_len, output_len))
+    at_once = planned.rkv.at_once_by_peak(Workload(prompt_len, output_len))
+    assert at_once <= engine.max_running <= at_once + tolerance
 
 
 def test_a_pool_that_cannot_hold_one_whole_request_holds_none():
-    side = capacity(on=machine(cache=2**16 * 10)).rkv
+    side = capacity(on=machine(cache=2**16 * 10)).stock
     tokens = side.usable_blocks * 16
-    assert (
-        side.at_once_by_peak(Workload(1, tokens)) == side.at_once_by_mean(Workload(1, tokens)) == 1
-    )
+    assert side.at_once_by_peak(Workload(1, tokens)) == 1
+    assert side.at_once_by_mean(Workload(1, tokens)) == 1
     assert side.at_once_by_peak(Workload(1, tokens + 1)) == 0
     assert side.at_once_by_mean(Workload(1, tokens + 1)) == 0
 
 
 @pytest.mark.parametrize("prompt_len", [1, 40, 130])
-@pytest.mark.parametrize("cache", [2**20, 2**22])
+@pytest.mark.parametrize("cache", [2**20, 2**21])
 def test_crossover_is_the_first_length_from_which_rkv_holds_more(prompt_len, cache):
     found = capacity(
         on=machine(memory=cache),

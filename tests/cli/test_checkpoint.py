@@ -128,14 +128,14 @@ def test_a_hub_id_is_found_in_the_local_cache(tmp_path, monkeypatch):
     assert read_config(find_config("someone/model")) == LLAMA
 
 
-@pytest.mark.parametrize("model", ["no/such/folder/here", "no-such-model", "a//b", "", "~nobody/x"])
+@pytest.mark.parametrize("model", ["no/such/folder/here", "no-such-model", "a//b", "~nobody/x"])
 def test_unknown_models_are_refused_by_name(model):
-    with pytest.raises(CommandError, match="^MODEL: got .*, wanted a folder with config.json .*; "):
-        find_config(model or "missing")
+    with pytest.raises(CommandError, match=r"^MODEL: got .*, wanted a folder with .*; "):
+        find_config(model)
 
 
 def test_a_folder_without_config_is_refused(tmp_path):
-    with pytest.raises(CommandError, match="a folder without config.json"):
+    with pytest.raises(CommandError, match="a folder without config"):
         find_config(str(tmp_path))
 
 

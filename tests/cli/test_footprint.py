@@ -74,10 +74,17 @@ def test_peak_and_means_are_those_of_the_lengths(prompt_len, output_len, block_s
         assert life.peak_len == max(lengths)
         assert life.mean_len == pytest.approx(sum(lengths) / output_len)
         blocks = sum(-(-length // block_size) for length in lengths)
-        assert life.mean_blocks(block_size) == pytest.approx(blocks / output_len)
+        assert life.block_steps(block_size) == blocks
 
 
 def test_repeated_ramps_count_every_time():
     life = Life((Ramp(1, 3), Ramp(2, 3, times=4)))
     assert life.num_steps == 3 + 8
     assert life.mean_len == pytest.approx((1 + 2 + 3 + 4 * 5) / 11)
+
+
+def test_room_for_a_long_prompt_is_needed_until_its_first_compaction_only():
+    life = rkv_life(prompt_len=50, output_len=30, budget=8, buffer=4, in_flight=2)
+    assert life.ramps[0] == Ramp(50, 56)
+    assert life.reserved_block_steps(4) == 7 * 14 + (30 - 7) * 4
+    assert stock_life(50, 30).reserved_block_steps(4) == 30 * 20
