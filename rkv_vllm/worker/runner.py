@@ -56,6 +56,8 @@ class CompressionRunner(ABC):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        # None while there is no cache: vLLM profiles with dummy batches first.
+        self.compactor = None
         self.compression = KVCompressionConfig.from_dict(
             self.vllm_config.additional_config[CONFIG_KEY]
         )
@@ -99,15 +101,17 @@ class CompressionRunner(ABC):
         for layer_idx, layer in enumerate(layers.values()):
             observe_queries(layer, layer_idx, self.observation_pool)
 
-    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args, **kwargs) -> None:
-        """Allocate the cache, then view it and make slots follow physical positions.
-
-        vLLM calls this twice where it measures captured graphs first; views of the first cache
-        would keep it alive beside the second.
-        """
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs
+    ) -> None:
+        """Allocate the cache, then view it and make slots follow physical positions."""
+        # Views would keep an older cache alive beside the new one.
         self.compactor = None
-        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
         self._follow_physical_positions()
+        if is_profiling:
+            # A small cache on which vLLM measures captured graphs, and throws away.
+            return
         block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         views = view_caches(self._attention_layers(), block_size)
         self.compactor = Compactor(self.compression, views, self.observation_pool)
@@ -132,7 +136,7 @@ class CompressionRunner(ABC):
     @torch.inference_mode()
     def flush_compaction(self) -> None:
         """Compact what the last step's plan named and exchange the rows of those requests."""
-        if directives := self.compactor.flush():
+        if self.compactor is not None and (directives := self.compactor.flush()):
             self._exchange_rows(directives)
 
     def request_reports(self) -> list[dict[str, int | str]]:
@@ -215,7 +219,7 @@ class CompressionRunner(ABC):
     def _log_progress(self) -> None:
         """One INFO line per logging interval while steps run."""
         now = time.monotonic()
-        if now - self._logged_at < envs.VLLM_LOG_STATS_INTERVAL:
+        if self.compactor is None or now - self._logged_at < envs.VLLM_LOG_STATS_INTERVAL:
             return
         self._logged_at = now
         stats = self.compactor.stats()

@@ -1,5 +1,8 @@
 """The V2 runner under captured graphs: fixed addresses, and nobody's rows in dummy batches."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -47,9 +50,10 @@ def test_captured_dummy_and_real_runs_share_addresses_and_nothing_else(
 ):
     from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 
-    recorder = Recorder(monkeypatch)
     model = random_model_dir("qwen3", 3)
     with running_engine(model, **rkv_vllm.engine_args(budget=48, buffer=16)) as engine:
+        # Not before the start, which compares vLLM's functions with what we know of them.
+        recorder = Recorder(monkeypatch)
         model_runner = engine.model_runner
         rows = model_runner.physical_rows
         for i in range(2):
@@ -122,3 +126,26 @@ def test_graph_padding_behind_a_real_batch_belongs_to_nobody(random_model_dir, r
         assert rows.pool.token_rows[0] >= 0
         assert rows.seq_lens[0] == 16
         assert not rows.seq_lens[2:].any()
+
+
+@pytest.mark.parametrize("runner", ["v2"], indirect=True)
+def test_vllm_profiles_before_there_is_a_cache_and_on_one_that_it_throws_away(
+    random_model_dir, runner
+):
+    """As on a GPU: the memory of a dummy batch is measured first, then that of captured graphs."""
+    model = random_model_dir("qwen3", 3)
+    options = rkv_vllm.engine_args(budget=48, buffer=16)
+    # Without a given size vLLM runs its largest dummy batch before it allocates the cache.
+    sizes = {"kv_cache_memory_bytes": None, "gpu_memory_utilization": 0.3}
+    with running_engine(model, 64, **sizes, num_gpu_blocks_override=64, **options) as engine:
+        model_runner = engine.model_runner
+        config = model_runner.kv_cache_config
+        thrown_away = weakref.ref(model_runner.compactor)
+        model_runner.initialize_kv_cache(config, is_profiling=True)
+        gc.collect()
+        assert thrown_away() is None
+        model_runner._dummy_run(4)
+        model_runner.initialize_kv_cache(config)
+        engine.add("a", random_prompt(50, seed=1), 40)
+        engine.run()
+        assert engine.stats()["compactions"] == 2
