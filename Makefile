@@ -22,8 +22,9 @@ model: venv  ## unpack and convert SmolLM2-135M-Instruct into .models
 demo: model  ## serve SmolLM2 with compression, chat with it, show the books
 	@$(BIN)/python examples/demo.py
 
-test: model  ## run the tests; PYTEST_ARGS="-k name -x" narrows them down
-	@$(BIN)/python -m pytest -v $(PYTEST_ARGS)
+# Engines of the tests run on one thread each, so two files at a time fill a small machine.
+test: model  ## run the tests; PYTEST_ARGS="-n 0 -k name -x" narrows them down
+	@$(BIN)/python -m pytest -v -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: venv  ## check format and style
 	@$(BIN)/ruff format --check .

@@ -197,6 +197,12 @@ def test_crowd_with_a_third_hanging_up_leaves_an_empty_pool(server):
     assert metrics["kv_cache_usage_perc"] == 0
     assert after["free_blocks"] == after["total_blocks"] == NUM_BLOCKS - 1
     assert metrics["prefix_cache_hits_total"] > metrics_before["prefix_cache_hits_total"]
+    for counter in ("compactions", "evicted_tokens", "freed_blocks", "deferred"):
+        shown = [
+            m[f"kv_compression_{counter}_total"] for m in (metrics_before, *crowd.metrics, metrics)
+        ]
+        assert shown == sorted(shown)
+        assert shown[-1] == after[counter]
     # Whoever is preempted or has to wait loses one compaction at most; nobody gains one.
     preempted = metrics["num_preemptions_total"] - metrics_before["num_preemptions_total"]
     waited = after["deferred"] - before["deferred"]

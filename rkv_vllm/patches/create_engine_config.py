@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rkv_vllm import support
 from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
+from rkv_vllm.metrics.discovery import show_stat_logger
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -25,7 +26,10 @@ def apply() -> None:
 
     @functools.wraps(original)
     def create_engine_config(self: "EngineArgs", *args: Any, **kwargs: Any) -> "VllmConfig":
-        if not is_switched_on(self):
+        switched_on = is_switched_on(self)
+        # Said every time: an earlier engine of this process may have been of the other kind.
+        show_stat_logger(switched_on and not self.disable_log_stats)
+        if not switched_on:
             return original(self, *args, **kwargs)
         switch_on(self)
         vllm_config = original(self, *args, **kwargs)

@@ -146,7 +146,9 @@ class CompressionPlanner:
             return -1
         directive = self._book_eviction(request, progress, settled)
         if directive is None:
-            plan.num_deferred += not progress.deferred
+            if not progress.deferred:
+                plan.num_deferred += 1
+                plan.num_short_of_blocks += self._window_is_warm(progress, settled)
             progress.deferred = True
             return -1
         plan.directives.append(directive)
@@ -161,7 +163,7 @@ class CompressionPlanner:
         self, request: ScheduledRequest, progress: _Progress, settled: int
     ) -> EvictionDirective | None:
         """Book the eviction, or return None when the window is not warm or blocks are short."""
-        if progress.slot is None or settled - progress.watched_from < self._config.window:
+        if not self._window_is_warm(progress, settled):
             return None
         before = self._books.num_evicted(request.req_id)
         num_evict = settled - before - self._config.budget
@@ -179,6 +181,10 @@ class CompressionPlanner:
             old_block_ids=blocks[0],
             new_block_ids=blocks[1],
         )
+
+    def _window_is_warm(self, progress: _Progress, settled: int) -> bool:
+        """Whether the slot holds the queries of the last settled tokens."""
+        return progress.slot is not None and settled - progress.watched_from >= self._config.window
 
     def _hand_out_slots(self, near: list[ScheduledRequest]) -> None:
         """Give free slots to the requests that wait for one, first come first served."""

@@ -11,10 +11,12 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import SchedulerInterface
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
 from rkv_vllm.log import init_logger
+from rkv_vllm.metrics.step_stats import StepStats
 from rkv_vllm.scheduling.block_manager import CompressedAttentionManager
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE
 from rkv_vllm.scheduling.planner import CompressionPlanner, ScheduledRequest
@@ -40,6 +42,10 @@ class CompressionSchedulerMixin:
         self._max_in_flight = self.vllm_config.max_concurrent_batches
         # Until requests have finished, all are expected to be long.
         self._share_compacted = 1.0
+        self._forget_growth()
+        self._step_stats = StepStats()
+        # Tokens that the running requests' caches are shorter than their texts.
+        self._num_evicted = 0
         logger.info("KV cache compression is on: %s", self._compression.to_dict())
 
     def _find_block_manager(self) -> CompressedAttentionManager:
@@ -52,11 +58,19 @@ class CompressionSchedulerMixin:
             "serve this model without --kv-compression"
         )
 
+    def _forget_growth(self) -> None:
+        self._num_weighed = 0
+        self._weighed_growth = 0.0
+
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         # Every allocation of the step is done here, so blocks given back now cannot be handed
         # out before the workers have read them (they flush first thing in the next step).
         super()._update_after_schedule(scheduler_output)
+        self._forget_growth()
         plan = self._planner.plan_step(self._scheduled_requests(scheduler_output))
+        self._num_evicted += sum(directive.num_evict for directive in plan.directives)
+        if self.log_stats:
+            self._step_stats.add(plan)
         pool = self.kv_cache_manager.block_pool
         plan.num_free_blocks = pool.get_num_free_blocks()
         plan.num_total_blocks = pool.num_gpu_blocks - 1
@@ -66,8 +80,20 @@ class CompressionSchedulerMixin:
         if request.is_finished() and self._is_bounded(request):
             was_compacted = self._block_manager.num_evicted(request.request_id) > 0
             self._share_compacted += _SHARE_STEP * (was_compacted - self._share_compacted)
+        self._num_evicted -= self._block_manager.num_evicted(request.request_id)
         super()._free_request_blocks(request)
         self._planner.forget(request.request_id)
+
+    def make_stats(self, *args, **kwargs) -> SchedulerStats | None:
+        """The statistics that vLLM makes of a step, with ours; None when nobody asked for any."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            step, self._step_stats = self._step_stats, StepStats()
+            step.logical_tokens = sum(request.num_computed_tokens for request in self.running)
+            step.physical_tokens = step.logical_tokens - self._num_evicted
+            step.observation_slots_in_use = self._planner.num_slots_in_use
+            step.attach_to(stats)
+        return stats
 
     def _scheduled_requests(self, scheduler_output: SchedulerOutput) -> list[ScheduledRequest]:
         scheduled = []
@@ -100,13 +126,22 @@ class CompressionSchedulerMixin:
         growth = self._share_compacted * self._growth(
             newcomer, cdiv(newcomer.num_tokens, self.block_size)
         )
-        for request in self.running:
+        return math.ceil(growth + self._running_growth())
+
+    def _running_growth(self) -> float:
+        """Blocks that the running requests are expected to grow into.
+
+        Within a step requests only join, so each is weighed once per step: otherwise a thousand
+        requests that are admitted together would weigh each other half a million times.
+        """
+        for request in self.running[self._num_weighed :]:
             held = len(self._block_manager.req_to_blocks[request.request_id])
             weight = 1.0
             if self._block_manager.num_evicted(request.request_id) == 0:
                 weight = self._share_compacted
-            growth += weight * self._growth(request, held)
-        return math.ceil(growth)
+            self._weighed_growth += weight * self._growth(request, held)
+        self._num_weighed = len(self.running)
+        return self._weighed_growth
 
     def _growth(self, request: Request, held: int) -> int:
         """Blocks a request may need beyond the `held` ones; 0 if compaction does not bound it."""

@@ -39,6 +39,14 @@ _OFFLINE = {
         *_members("vllm.entrypoints.llm:LLM", "collective_rpc", "llm_engine"),
         "vllm.v1.engine.llm_engine:LLMEngine.vllm_config",
     ),
+    "cli/diagnosis.py": (
+        "vllm.envs:VLLM_USE_V2_MODEL_RUNNER",
+        "vllm.config:VllmConfig",
+        "vllm.engine.arg_utils:AsyncEngineArgs",
+        "vllm.platforms:current_platform",
+        "vllm.triton_utils:HAS_TRITON",
+        "vllm.utils.argparse_utils:FlexibleArgumentParser",
+    ),
 }
 
 _ENGINE = {

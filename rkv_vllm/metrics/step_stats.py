@@ -1,0 +1,64 @@
+"""What one engine step did, on its way from the scheduler to the API server that hears of it.
+
+Knows the StepPlan and the one field of vLLM's `SchedulerStats` that carries it; knows nothing of
+Prometheus. Next: stat_logger.py.
+"""
+
+import json
+from dataclasses import dataclass, field
+
+from vllm.v1.metrics.stats import SchedulerStats
+
+from rkv_vllm.scheduling.directive import StepPlan
+
+_PREFIX = "kv_compression "
+
+
+@dataclass
+class StepStats:
+    """Booked since the last message, and the state after it.
+
+    Attributes:
+        evicted_tokens: tokens that each compaction evicts, per layer and head.
+        freed_blocks: blocks that the compacted requests hold less of.
+        deferred_for_slot: compactions that wait for an observation slot or for its window.
+        deferred_for_blocks: compactions that wait for a private copy of a shared block.
+        logical_tokens: tokens that the running requests have computed.
+        physical_tokens: tokens of these that their caches hold.
+        observation_slots_in_use: slots that belong to a request.
+    """
+
+    evicted_tokens: list[int] = field(default_factory=list)
+    freed_blocks: int = 0
+    deferred_for_slot: int = 0
+    deferred_for_blocks: int = 0
+    logical_tokens: int = 0
+    physical_tokens: int = 0
+    observation_slots_in_use: int = 0
+
+    def add(self, plan: StepPlan) -> None:
+        """Count what a plan books; the workers will do exactly that, whoever finishes meanwhile."""
+        for directive in plan.directives:
+            self.evicted_tokens.append(directive.num_evict)
+            self.freed_blocks += directive.num_freed_blocks
+        self.deferred_for_blocks += plan.num_short_of_blocks
+        self.deferred_for_slot += plan.num_deferred - plan.num_short_of_blocks
+
+    def attach_to(self, stats: SchedulerStats) -> None:
+        """Write this message into vLLM's own, where `take_from` finds it.
+
+        vLLM encodes the declared fields only. Of these, the counts of KV fetches by stage are the
+        one with free keys, and stages with a count of zero are ignored by all of vLLM's loggers: so
+        the numbers stand in the key.
+        """
+        stats.num_kv_fetch_reqs_by_stage[_PREFIX + json.dumps(vars(self))] = 0
+
+    @classmethod
+    def take_from(cls, stats: SchedulerStats) -> "StepStats | None":
+        """Remove and return the message; None when there is none."""
+        stages = stats.num_kv_fetch_reqs_by_stage
+        for stage in stages:
+            if stage.startswith(_PREFIX):
+                del stages[stage]
+                return cls(**json.loads(stage.removeprefix(_PREFIX)))
+        return None
