@@ -17,6 +17,7 @@ NUM_REQUESTS = 4
 MODES: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
     "full": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL"}},
+    "unsynced": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL"}},
     "piecewise": {"compilation_config": {"mode": 3, "cudagraph_mode": "PIECEWISE"}},
     "default": {},
 }
