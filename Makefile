@@ -24,7 +24,7 @@ demo: model  ## serve SmolLM2 with compression, chat with it, show the books
 
 # Engines of the tests run on one thread each, so two files at a time fill a small machine.
 test: model  ## run the tests; PYTEST_ARGS="-n 0 -k name -x" narrows them down
-	@$(BIN)/python -m pytest -v -n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -v -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: venv  ## check format and style
 	@$(BIN)/ruff format --check .
