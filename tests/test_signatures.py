@@ -262,9 +262,9 @@ CHANGES = {
     ),
     "parameter was renamed": (
         Part.V2_RUNNER,
-        BlockTables,
-        "get_dummy_slot_mappings",
-        lambda self, num_tokens_padded: None,
+        GPUModelRunner,
+        "add_requests",
+        lambda self, output: None,
     ),
     "parameter became keyword-only": (
         Part.V2_RUNNER,

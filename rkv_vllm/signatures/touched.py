@@ -307,7 +307,6 @@ _V2 = {
             "block_tables",
             "compute_slot_mappings",
             "device",
-            "get_dummy_slot_mappings",
             "num_blocks",
             "slot_mappings",
         ),

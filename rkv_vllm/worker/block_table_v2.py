@@ -115,11 +115,6 @@ class PhysicalBlockTables(BlockTables):
         )
         return slot_mappings[:, :num_tokens_padded]
 
-    def get_dummy_slot_mappings(self, num_tokens: int) -> torch.Tensor:
-        """Slots of a captured or dummy run: none, and nothing to observe."""
-        self.rows.pool.unwatch()
-        return super().get_dummy_slot_mappings(num_tokens)
-
     def exchange_rows(self, directives: list[EvictionDirective], state_idx: list[int]) -> None:
         """Give compacted requests their new blocks, in stream order.
 

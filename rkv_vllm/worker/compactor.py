@@ -2,7 +2,7 @@
 
 Shared by all model runners. Knows the method, the observation pool, the cache views and the
 counters; knows neither vLLM's batch nor its rows: a runner calls `flush` before anything of the
-next step and updates its own rows with what comes back. Next: runner_v1.py.
+next step and updates its own rows with what comes back. Next: runner.py.
 """
 
 from collections import deque
