@@ -29,8 +29,8 @@ def engine_args(method: str = KVCompressionConfig.method, **options: int | float
 
     Args:
         method: name of the method that chooses what to keep.
-        **options: the other fields of `KVCompressionConfig`: budget, buffer, window, lam, pool,
-            threshold, observation_slots; lengths in tokens. What is left out has its default.
+        **options: the other fields of `KVCompressionConfig`, as `budget` and `buffer`; lengths in
+            tokens. What is left out has its default.
 
     Returns:
         `additional_config` (plain JSON), `scheduler_cls` and `worker_cls`. To set other keys of

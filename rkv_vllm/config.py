@@ -56,24 +56,22 @@ class Option:
 
 
 class MethodOption(Option):
-    """The option whose accepted values are the methods installed at the time."""
+    """The option that names a class: one that is registered, or any that can be imported."""
 
     def check(self, value: object) -> str:
-        """Returns the name of the method.
+        """Returns the name of the method; imports its module.
 
         Raises:
-            ValueError: not a string, or no such method.
+            ValueError: not a string, or it names no method.
         """
         # Deferred: the package of the methods imports torch.
-        from rkv_vllm.methods import available_methods
+        from rkv_vllm.methods import get_method
 
         name = super().check(value)
-        if name not in available_methods():
-            raise ValueError(
-                f"{self.flag} ({self.name}): got {name!r}, wanted one of "
-                f"{', '.join(available_methods())}; correct the name or install the package that "
-                "brings the method"
-            )
+        try:
+            get_method(name)
+        except ValueError as error:
+            raise ValueError(f"{self.flag} ({self.name}): {error}") from error
         return name
 
 
@@ -83,7 +81,7 @@ OPTIONS = (
         "--kv-compression",
         "METHOD",
         str,
-        "the name of an installed method",
+        "the name of an installed method or of a class, as package.module.Class",
         lambda name: True,
         "Switches compression on and names the method that chooses the tokens to keep; `rkv` is "
         "R-KV. The other --kv-... options of this group need it.",
@@ -155,6 +153,26 @@ OPTIONS = (
         "Requests whose queries are recorded at the same time; it caps the compactions per step "
         "and the memory of the recordings.",
     ),
+    Option(
+        "max_request_tokens",
+        "--kv-max-request-tokens",
+        "TOKENS",
+        int,
+        "a whole number of tokens, 0 for no limit",
+        lambda tokens: tokens >= 0,
+        "Most tokens, budget plus buffer, that a request may set for itself by kv_budget and "
+        "kv_buffer (`vllm_xargs`); with a limit no request can switch compression off.",
+    ),
+    Option(
+        "min_request_buffer",
+        "--kv-min-request-buffer",
+        "TOKENS",
+        int,
+        "a whole number of tokens, at least 1",
+        lambda tokens: tokens >= 1,
+        "Smallest kv_buffer that a request may set for itself: the smaller the buffer, the more "
+        "often its cache is compacted. The window is the least in any case.",
+    ),
 )
 OPTIONS_BY_NAME = {option.name: option for option in OPTIONS}
 
@@ -164,7 +182,7 @@ class KVCompressionConfig:
     """What to keep of a request's KV cache, and when; checked when it is made.
 
     Attributes:
-        method: name of the method that chooses what to keep.
+        method: the method that chooses what to keep: a registered name or package.module.Class.
         budget: tokens kept per request after a compaction, window included.
         buffer: tokens that pile up between two compactions.
         window: newest tokens, always kept, whose queries judge the others.
@@ -172,6 +190,9 @@ class KVCompressionConfig:
         pool: width of the max-pooling over importance in tokens, odd.
         threshold: cosine above which two keys count as similar, -1 to 1.
         observation_slots: requests whose queries are recorded at the same time.
+        max_request_tokens: most tokens, budget plus buffer, that a request may set for itself; 0
+            for no limit.
+        min_request_buffer: smallest buffer that a request may set for itself.
 
     Raises:
         ValueError: a value of the wrong type or out of range, or values that contradict each other.
@@ -187,6 +208,8 @@ class KVCompressionConfig:
     pool: int = 7
     threshold: float = 0.5
     observation_slots: int = 64
+    max_request_tokens: int = 0
+    min_request_buffer: int = 1
 
     def __post_init__(self) -> None:
         """Checks every field, then the fields against each other."""
@@ -201,6 +224,22 @@ class KVCompressionConfig:
             raise ValueError(
                 f"--kv-buffer (buffer): got {self.buffer}, wanted at least as many tokens as "
                 f"--kv-window (window) = {self.window}; raise the buffer or lower the window"
+            )
+        self._check_request_limits()
+
+    def _check_request_limits(self) -> None:
+        """What requests get by default must be what they may ask for."""
+        default = self.budget + self.buffer
+        if 0 < self.max_request_tokens < default:
+            raise ValueError(
+                f"--kv-max-request-tokens (max_request_tokens): got {self.max_request_tokens}, "
+                f"wanted at least --kv-budget + --kv-buffer = {default}, or 0 for no limit; raise "
+                "it or lower those"
+            )
+        if self.min_request_buffer > self.buffer:
+            raise ValueError(
+                f"--kv-min-request-buffer (min_request_buffer): got {self.min_request_buffer}, "
+                f"wanted at most --kv-buffer (buffer) = {self.buffer}; lower it or raise the buffer"
             )
 
     def to_dict(self) -> dict[str, str | int | float]:

@@ -21,6 +21,8 @@ DEFAULTS = {
     "pool": 7,
     "threshold": 0.5,
     "observation_slots": 64,
+    "max_request_tokens": 0,
+    "min_request_buffer": 1,
 }
 BAD_VALUES = [
     ("method", "h2o"),
@@ -53,6 +55,9 @@ BAD_VALUES = [
     ("observation_slots", True),
     ("pool", True),
     ("observation_slots", 1.5),
+    ("max_request_tokens", -1),
+    ("max_request_tokens", None),
+    ("min_request_buffer", 0),
 ]
 GOOD_EDGES = [
     {"budget": 9},
@@ -64,6 +69,8 @@ GOOD_EDGES = [
     {"threshold": -1.0},
     {"threshold": 1.0},
     {"observation_slots": 1},
+    {"max_request_tokens": 1024 + 128},
+    {"min_request_buffer": 128},
 ]
 
 
@@ -97,8 +104,24 @@ def test_buffer_must_hold_a_window():
 
 
 def test_unknown_method_error_lists_the_installed_ones():
-    with pytest.raises(ValueError, match=r"got 'h2o', wanted one of .*rkv"):
+    with pytest.raises(ValueError, match=r"got 'h2o', wanted one of rkv or .*package.module.Class"):
         KVCompressionConfig(method="h2o")
+
+
+def test_a_class_is_a_method_by_its_qualified_name():
+    config = KVCompressionConfig(method="rkv_vllm.methods.rkv.RKV")
+    assert KVCompressionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert rkv_vllm.engine_args(config.method)["additional_config"]["kv_compression"] == {
+        **DEFAULTS,
+        "method": "rkv_vllm.methods.rkv.RKV",
+    }
+
+
+@pytest.mark.parametrize("name", ["json.JSONDecoder", "json.JSON", "no.such.Method"])
+def test_a_class_that_is_no_method_is_refused_before_anything_starts(name):
+    message = rf"^--kv-compression \(method\): got '{name}', wanted a class .*; "
+    with pytest.raises(ValueError, match=message):
+        KVCompressionConfig(method=name)
 
 
 def test_json_round_trip_keeps_every_option():

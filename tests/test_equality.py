@@ -1,7 +1,10 @@
 """A served request says what explicit eviction says, token for token."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from vllm.exceptions import VLLMValidationError
 
 import rkv_vllm
 from rkv_vllm.config import KVCompressionConfig
@@ -90,6 +93,60 @@ def test_long_prompt_chunked_prefill_and_staggered_arrivals(random_model_dir, ru
         # A long prompt is cached whole and first trimmed after `buffer` decoded tokens.
         assert reference.compactions[0].settled_len == max(64, len(prompt)) + 32
     assert stats["compactions"] == compactions
+
+
+@pytest.mark.parametrize(
+    ("runner", "num_tokens"), [("v1", 150), ("v2-async", 75)], indirect=["runner"]
+)
+def test_each_request_is_evicted_by_its_own_budget_or_not_at_all(
+    random_model_dir, runner, num_tokens
+):
+    """One batch of mixed budgets says what each request says alone, by its own lengths."""
+    model = random_model_dir("qwen3", 3)
+    own = {
+        "server's": CONFIG,
+        "small": replace(CONFIG, budget=40),
+        "large": replace(CONFIG, budget=80),
+        "often": replace(CONFIG, buffer=11),
+        "both": replace(CONFIG, budget=50, buffer=20),
+        "off": None,
+    }
+    prompts = {r: [*SHARED, *random_prompt(3 + 5 * i, seed=i)] for i, r in enumerate(own)}
+    with running_engine(model, **OPTIONS) as engine:
+        for req_id, config in own.items():
+            engine.add(req_id, prompts[req_id], num_tokens, extra_args=extra_args(config))
+        engine.run()
+        stats = engine.stats()
+        engine.assert_pool_is_empty()
+    compactions = 0
+    for req_id, config in own.items():
+        reference = generate_reference(
+            model, prompts[req_id], num_tokens, config, unprocessed_steps=runner.unprocessed_steps
+        )
+        assert_same(engine, req_id, reference)
+        assert (len(reference.compactions) >= 2) == (config is not None)
+        compactions += len(reference.compactions)
+    assert stats["compactions"] == compactions
+    assert stats["requests_compacted"] == len(own) - 1
+
+
+def extra_args(config: KVCompressionConfig | None) -> dict[str, int | str] | None:
+    """What a request sends to get this config from a server that runs `CONFIG`."""
+    if config is None:
+        return {"kv_compression": "off"}
+    lengths = {"kv_budget": config.budget, "kv_buffer": config.buffer}
+    default = {"kv_budget": CONFIG.budget, "kv_buffer": CONFIG.buffer}
+    return dict(lengths.items() - default.items()) or None
+
+
+def test_offline_a_bad_request_option_is_refused_and_the_engine_lives_on(random_model_dir):
+    with running_engine(random_model_dir("qwen3", 3), **OPTIONS) as engine:
+        with pytest.raises(VLLMValidationError, match="kv_budget: got 8, wanted more tokens than"):
+            engine.add("bad", SHARED, 100, extra_args={"kv_budget": 8})
+        assert not engine.llm.llm_engine.has_unfinished_requests()
+        engine.add("good", SHARED, 100, extra_args={"kv_budget": 9})
+        engine.run()
+        assert engine.stats()["compactions"] == 3
 
 
 def test_bfloat16_output_equals_explicit_eviction_while_scores_agree(random_model_dir):

@@ -28,6 +28,8 @@ FLAGS = [
     "--kv-pool=5",
     "--kv-threshold=0.75",
     "--kv-observation-slots=3",
+    "--kv-max-request-tokens=200",
+    "--kv-min-request-buffer=16",
 ]
 OPTIONS_OF_FLAGS = {
     "method": "rkv",
@@ -38,6 +40,8 @@ OPTIONS_OF_FLAGS = {
     "pool": 5,
     "threshold": 0.75,
     "observation_slots": 3,
+    "max_request_tokens": 200,
+    "min_request_buffer": 16,
 }
 
 
@@ -154,6 +158,7 @@ def test_other_keys_of_additional_config_behave_as_in_vllm(cli):
     ("arguments", "message"),
     [
         (["--kv-compression", "h2o"], "--kv-compression (method): got 'h2o', wanted one of"),
+        (["--kv-compression", "no.such.Method"], "'no.such' says: No module named 'no'; correct"),
         (["--kv-compression"], "expected one argument"),
         (["--kv-budget", "many"], "--kv-budget (budget): got 'many', wanted a whole number"),
         (["--kv-budget", "64.5"], "--kv-budget (budget): got '64.5', wanted a whole number"),

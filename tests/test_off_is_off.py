@@ -45,6 +45,8 @@ TOUCHED_MODULES = [
     "vllm.model_executor.layers.attention.attention",
     "vllm.v1.metrics.stats",
     "vllm.v1.metrics.loggers",
+    "vllm.v1.engine.async_llm",
+    "vllm.v1.engine.input_processor",
 ]
 
 # Runs in a process of its own: one that other tests have not registered the plugin in. Compares by
@@ -120,7 +122,8 @@ def comparison(tmp_path_factory):
 
 
 def test_no_vllm_symbol_differs_but_the_listed_ones(comparison):
-    assert comparison["different"] == sorted(patch.symbol for patch in patches.PATCHES)
+    listed = sorted(patch.symbol for patch in patches.PATCHES if not patch.only_when_on)
+    assert comparison["different"] == listed
     assert comparison["compared"] > 1000
     assert comparison["registered_specs"] > 1
 
@@ -142,7 +145,7 @@ def test_nothing_of_scheduler_worker_or_kernels_is_imported(comparison):
 def test_patch_table_lists_the_files_of_its_folder():
     files = {path.stem for path in Path(patches.__file__).parent.glob("*.py")} - {"__init__"}
     assert sorted(files) == sorted(patch.module for patch in patches.PATCHES)
-    assert all(all(patch) for patch in patches.PATCHES)
+    assert all(patch.why and patch.since and patch.until for patch in patches.PATCHES)
 
 
 def help_of_serve(plugins: dict[str, str]) -> list[str]:

@@ -5,7 +5,7 @@ import json
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import openai
@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 CONFIG = KVCompressionConfig(budget=64, buffer=32)
 FLAGS = ("--kv-compression=rkv", "--kv-budget=64", "--kv-buffer=32")
+OFF = {"kv_compression": "off"}
 MAX_MODEL_LEN = 512
 NUM_BLOCKS = 49
 LOGPROB_TOLERANCE = 1e-3
@@ -234,6 +235,50 @@ def test_prompt_beyond_max_model_len_gets_400_and_the_server_lives_on(server):
     assert broken.status_code == 400
     assert server.health() == 200
     assert server.complete(PROMPT, 3).usage.completion_tokens == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("endpoint", ["completions", "chat/completions"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("kv_budget", 8),
+        ("kv_budget", "64"),
+        ("kv_buffer", 1),
+        ("kv_compression", "on"),
+        ("kv_window", 4),
+    ],
+)
+def test_a_bad_request_option_gets_400_with_its_name_and_is_not_run(
+    server, endpoint, stream, key, value
+):
+    before = server.metrics()["request_success_total"]
+    text = {"completions": {"prompt": "x"}}.get(
+        endpoint, {"messages": [{"role": "user", "content": "x"}]}
+    )
+    answer = requests.post(
+        f"{server.base_url}/v1/{endpoint}",
+        json={"model": server.model, "stream": stream, "vllm_xargs": {key: value}, **text},
+        timeout=60,
+    )
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == key
+    assert error["message"].startswith(f"{key}: got {value!r}, wanted ")
+    metrics = server.metrics()
+    assert metrics["request_success_total"] == before
+    assert metrics["num_requests_running"] == metrics["num_requests_waiting"] == 0
+
+
+def test_a_request_sets_its_own_budget_or_keeps_its_whole_cache(server, model):
+    small = replace(CONFIG, budget=40, buffer=20)
+    for own, config in (({"kv_budget": 40, "kv_buffer": 20}, small), (OFF, None)):
+        before = server.stats()["compactions"]
+        response = server.complete(PROMPT, 100, extra_body={"vllm_xargs": own})
+        expected = generate_reference(model, PROMPT, 100, config)
+        assert response.choices[0].token_ids == expected.token_ids
+        compactions = server.stats()["compactions"] - before
+        assert compactions == len(expected.compactions) == (0 if config is None else 4)
 
 
 def test_two_choices_of_one_prompt_are_both_compacted(server):

@@ -1,11 +1,15 @@
 """Registry of compression methods: which tokens of a request's KV cache to keep.
 
 A method is one file with one class derived from ``CompressionMethod`` (see ``base.py``; ``rkv.py``
-is the first). Other distributions add theirs through the entry point group ``rkv_vllm.methods``.
-Nothing here knows vLLM, blocks or requests.
+is the first). A class is found by a registered name, which other distributions add through the
+entry point group ``rkv_vllm.methods``, or by its qualified name, spelled as vLLM spells those of
+schedulers: ``package.module.Class``. Nothing here knows vLLM, blocks or requests.
 """
 
+import inspect
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from operator import attrgetter
 
 from rkv_vllm.methods.base import CompressionMethod
 
@@ -18,7 +22,7 @@ __all__ = ["CompressionMethod", "available_methods", "get_method"]
 
 
 def available_methods() -> list[str]:
-    """Return the names that ``get_method`` accepts, sorted; imports none of the methods."""
+    """Return the registered names, sorted; imports none of the methods."""
     return sorted(_registered())
 
 
@@ -26,26 +30,29 @@ def get_method(name: str) -> type[CompressionMethod]:
     """Load the class of a compression method.
 
     Args:
-        name: A name from ``available_methods``, for example ``"rkv"``.
+        name: A name from ``available_methods``, for example ``"rkv"``, or the qualified name of a
+            class, for example ``"rkv_vllm.methods.rkv.RKV"``. Its module is imported.
 
     Returns:
         The class; ``get_method(name).from_config(config)`` makes a method object.
 
     Raises:
-        ValueError: ``name`` is unknown, or two distributions register it for different classes.
-        TypeError: What is registered under ``name`` is not a ``CompressionMethod`` class.
+        ValueError: The name is unknown, two distributions register it for different classes, or
+            what it names cannot be imported or is no complete ``CompressionMethod``. The message
+            starts with what was got, so that callers can put the option's name before it.
     """
-    registered = _registered()
-    if name not in registered:
+    if entry := _registered().get(name):
+        module_name, class_name = entry.module, entry.attr
+    else:
+        module_name, _, class_name = name.rpartition(".")
+    if not module_name:
         raise ValueError(
-            f"unknown compression method {name!r}; available: {', '.join(sorted(registered))}"
+            f"got {name!r}, wanted one of {', '.join(available_methods())} or the qualified name "
+            "of a class such as package.module.Class; correct the name or install the package "
+            "that brings the method"
         )
-    method = registered[name].load()
-    if not (isinstance(method, type) and issubclass(method, CompressionMethod)):
-        raise TypeError(
-            f"compression method {name!r} is {registered[name].value}, "
-            "which is not a class derived from rkv_vllm.methods.CompressionMethod"
-        )
+    method = _load(name, module_name, class_name)
+    _check_complete(name, method)
     return method
 
 
@@ -55,7 +62,39 @@ def _registered() -> dict[str, EntryPoint]:
         known = found.setdefault(entry.name, entry)
         if known.value != entry.value:
             raise ValueError(
-                f"compression method {entry.name!r} is registered twice, as {known.value} "
-                f"and as {entry.value}; uninstall one of the two distributions"
+                f"got {entry.name!r}, wanted one method of that name, but both {known.value} and "
+                f"{entry.value} are registered; uninstall one of the two distributions"
             )
     return found
+
+
+def _load(name: str, module_name: str, class_name: str) -> object:
+    try:
+        module = import_module(module_name)
+    # A leading dot is a TypeError: there is no package that it could be relative to.
+    except (ImportError, TypeError) as error:
+        raise ValueError(
+            f"got {name!r}, wanted a class that every process can import, but importing "
+            f"{module_name!r} says: {error}; correct the name, install the package that brings "
+            "the module, or put its folder into PYTHONPATH"
+        ) from error
+    try:
+        return attrgetter(class_name)(module)
+    except AttributeError as error:
+        raise ValueError(
+            f"got {name!r}, wanted a class of {module_name!r}, which has no {class_name!r}; write "
+            "the name as package.module.Class"
+        ) from error
+
+
+def _check_complete(name: str, method: object) -> None:
+    if not (isinstance(method, type) and issubclass(method, CompressionMethod)):
+        raise ValueError(
+            f"got {name!r}, wanted a class derived from rkv_vllm.methods.CompressionMethod, but it "
+            f"names {method!r}; derive the class or name another one"
+        )
+    if inspect.isabstract(method):
+        raise ValueError(
+            f"got {name!r}, wanted a class with all methods of CompressionMethod, but it lacks "
+            f"{', '.join(sorted(method.__abstractmethods__))}; add them"
+        )

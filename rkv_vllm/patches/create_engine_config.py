@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rkv_vllm import support
 from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
 from rkv_vllm.metrics.discovery import show_stat_logger
+from rkv_vllm.patches import generate, process_inputs
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -34,6 +35,8 @@ def apply() -> None:
         switch_on(self)
         vllm_config = original(self, *args, **kwargs)
         support.check(vllm_config)
+        process_inputs.apply()
+        generate.apply()
         return vllm_config
 
     EngineArgs.create_engine_config = create_engine_config

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.request_options import RequestOptions
 from rkv_vllm.scheduling.directive import EvictionDirective, StepPlan
 
 
@@ -22,6 +23,7 @@ class ScheduledRequest(NamedTuple):
         num_scheduled: tokens that this step computes.
         num_in_flight: tokens whose step has not been processed yet, this step included.
         is_prefilling: this step does not reach the end of the prefill.
+        options: the budget and buffer that hold for this request.
     """
 
     req_id: str
@@ -29,6 +31,7 @@ class ScheduledRequest(NamedTuple):
     num_scheduled: int
     num_in_flight: int
     is_prefilling: bool
+    options: RequestOptions
 
 
 class Books(Protocol):
@@ -103,15 +106,16 @@ class CompressionPlanner:
         self._free_slots.extend(released)
         return plan
 
-    def due_at(self, req_id: str, num_tokens: int) -> int:
+    def due_at(self, req_id: str, num_tokens: int, options: RequestOptions) -> int:
         """Settled logical length at which the request is due next.
 
         Args:
             req_id: vLLM's request id.
             num_tokens: its tokens so far; all of them are prefilled if it is not decoding yet.
+            options: the request's budget and buffer.
         """
         progress = self._progress.get(req_id)
-        return self._first_due_at(num_tokens) if progress is None else progress.due_at
+        return _first_due_at(num_tokens, options) if progress is None else progress.due_at
 
     def forget(self, req_id: str) -> None:
         """Drop all state of a request that left the batch (finished, aborted or preempted)."""
@@ -127,12 +131,10 @@ class CompressionPlanner:
         progress = self._progress.get(request.req_id)
         if progress is None:
             # The first step that reaches the end of the prefill ends exactly there.
-            self._progress[request.req_id] = _Progress(self._first_due_at(request.num_computed))
+            due_at = _first_due_at(request.num_computed, request.options)
+            self._progress[request.req_id] = _Progress(due_at)
             return False
         return self._needs_watching(request, progress)
-
-    def _first_due_at(self, prefill_len: int) -> int:
-        return max(self._config.budget, prefill_len) + self._config.buffer
 
     def _compact_if_due(self, request: ScheduledRequest, plan: StepPlan) -> int:
         """Compact the request if rules 1 and 2 hold and nothing is missing.
@@ -152,7 +154,7 @@ class CompressionPlanner:
             progress.deferred = True
             return -1
         plan.directives.append(directive)
-        progress.due_at = settled + self._config.buffer
+        progress.due_at = settled + request.options.buffer
         progress.deferred = False
         if self._needs_watching(request, progress):
             return -1
@@ -166,7 +168,7 @@ class CompressionPlanner:
         if not self._window_is_warm(progress, settled):
             return None
         before = self._books.num_evicted(request.req_id)
-        num_evict = settled - before - self._config.budget
+        num_evict = settled - before - request.options.budget
         total_len = request.num_computed - before
         blocks = self._books.compact(request.req_id, num_evict, total_len)
         if blocks is None:
@@ -205,3 +207,7 @@ class CompressionPlanner:
 
     def _needs_watching(self, request: ScheduledRequest, progress: _Progress) -> bool:
         return request.num_computed > progress.due_at - self._config.window
+
+
+def _first_due_at(prefill_len: int, options: RequestOptions) -> int:
+    return max(options.budget, prefill_len) + options.buffer

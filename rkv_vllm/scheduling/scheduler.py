@@ -17,6 +17,7 @@ from vllm.v1.request import Request
 from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
 from rkv_vllm.log import init_logger
 from rkv_vllm.metrics.step_stats import StepStats
+from rkv_vllm.request_options import RequestOptions, read_request_options
 from rkv_vllm.scheduling.block_manager import CompressedAttentionManager
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE
 from rkv_vllm.scheduling.planner import CompressionPlanner, ScheduledRequest
@@ -39,6 +40,8 @@ class CompressionSchedulerMixin:
         self._block_manager = self._find_block_manager()
         self._block_manager.admission_reserve = self._admission_reserve
         self._planner = CompressionPlanner(self._compression, self._block_manager)
+        # Of every request that vLLM knows; None: its cache is kept whole.
+        self._options: dict[str, RequestOptions | None] = {}
         self._max_in_flight = self.vllm_config.max_concurrent_batches
         # Until requests have finished, all are expected to be long.
         self._share_compacted = 1.0
@@ -57,6 +60,19 @@ class CompressionSchedulerMixin:
             f"KV cache compression needs one KV-cache group of full attention, got {names}; "
             "serve this model without --kv-compression"
         )
+
+    def add_request(self, request: Request) -> None:
+        """Take a request in; the front end has refused what its options could not be."""
+        params = request.sampling_params
+        # The further inputs of a session come under the id of the first.
+        if request.request_id not in self.requests:
+            # A pooling request decodes nothing.
+            self._options[request.request_id] = (
+                None
+                if params is None
+                else read_request_options(params.extra_args, self._compression)
+            )
+        super().add_request(request)
 
     def _forget_growth(self) -> None:
         self._num_weighed = 0
@@ -77,9 +93,11 @@ class CompressionSchedulerMixin:
         setattr(scheduler_output, STEP_PLAN_ATTRIBUTE, plan)
 
     def _free_request_blocks(self, request: Request) -> None:
-        if request.is_finished() and self._is_bounded(request):
-            was_compacted = self._block_manager.num_evicted(request.request_id) > 0
-            self._share_compacted += _SHARE_STEP * (was_compacted - self._share_compacted)
+        if request.is_finished():
+            if self._is_bounded(request):
+                was_compacted = self._block_manager.num_evicted(request.request_id) > 0
+                self._share_compacted += _SHARE_STEP * (was_compacted - self._share_compacted)
+            del self._options[request.request_id]
         self._num_evicted -= self._block_manager.num_evicted(request.request_id)
         super()._free_request_blocks(request)
         self._planner.forget(request.request_id)
@@ -99,7 +117,8 @@ class CompressionSchedulerMixin:
         scheduled = []
         for req_id, num_scheduled in scheduler_output.num_scheduled_tokens.items():
             request = self.requests[req_id]
-            if _is_compressible(request):
+            options = self._options_of(request)
+            if options is not None:
                 scheduled.append(
                     ScheduledRequest(
                         req_id,
@@ -107,9 +126,17 @@ class CompressionSchedulerMixin:
                         num_scheduled,
                         request.num_in_flight_tokens,
                         request.is_prefill_chunk,
+                        options,
                     )
                 )
         return scheduled
+
+    def _options_of(self, request: Request) -> RequestOptions | None:
+        """Budget and buffer of a request; None if its cache is kept whole.
+
+        A resumable (streaming-input) session rewrites its computed tokens between inputs.
+        """
+        return None if request.resumable else self._options[request.request_id]
 
     def _admission_reserve(self, new_request_id: str) -> int:
         """Blocks to keep back for growth when `new_request_id` asks to be admitted.
@@ -147,37 +174,33 @@ class CompressionSchedulerMixin:
         """Blocks a request may need beyond the `held` ones; 0 if compaction does not bound it."""
         if not self._is_bounded(request):
             return 0
+        req_id = request.request_id
         growth = max(cdiv(self._peak_len(request), self.block_size) - held, 0)
-        if self._block_manager.num_evicted(request.request_id) == 0:
-            growth += self._block_manager.num_shared_blocks(
-                request.request_id, self._compression.budget + self._max_in_flight
-            )
+        if self._block_manager.num_evicted(req_id) == 0:
+            survivors = self._options[req_id].budget + self._max_in_flight
+            growth += self._block_manager.num_shared_blocks(req_id, survivors)
         return growth
 
     def _is_bounded(self, request: Request) -> bool:
         """Whether compaction keeps this request shorter than its full length."""
-        if not _is_compressible(request):
+        if self._options_of(request) is None:
             return False
         if self._block_manager.num_evicted(request.request_id) > 0:
             return True
-        due_at = self._planner.due_at(request.request_id, request.num_tokens)
-        return due_at + self._max_in_flight < self._final_len(request)
+        return self._due_at(request) + self._max_in_flight < self._final_len(request)
+
+    def _due_at(self, request: Request) -> int:
+        options = self._options[request.request_id]
+        return self._planner.due_at(request.request_id, request.num_tokens, options)
 
     def _peak_len(self, request: Request) -> int:
         """Most physical tokens the request holds before its next compaction or its end."""
-        due_at = self._planner.due_at(request.request_id, request.num_tokens)
-        peak = min(due_at + self._max_in_flight, self._final_len(request))
+        peak = min(self._due_at(request) + self._max_in_flight, self._final_len(request))
         return peak - self._block_manager.num_evicted(request.request_id)
 
     def _final_len(self, request: Request) -> int:
         """Most logical tokens that the request can reach."""
         return min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
-
-
-def _is_compressible(request: Request) -> bool:
-    # A resumable (streaming-input) session rewrites its computed tokens between inputs and a
-    # pooling request decodes nothing; both keep their whole cache.
-    return request.sampling_params is not None and not request.resumable
 
 
 class CompressionScheduler(CompressionSchedulerMixin, Scheduler):

@@ -18,7 +18,7 @@ class Part(Enum):
     # starts, or never.
     OFFLINE = "asks an offline engine for its counters"
     BACKENDS = "attention backends"
-    FRONTEND = "API server with statistics"
+    FRONTEND = "takes requests in and answers /metrics"
 
 
 def _members(owner: str, *names: str) -> tuple[str, ...]:
@@ -158,6 +158,7 @@ _ENGINE = {
             "__init__",
             "_free_request_blocks",
             "_update_after_schedule",
+            "add_request",
             "block_size",
             "kv_cache_manager",
             "log_stats",
@@ -172,6 +173,7 @@ _ENGINE = {
             "__init__",
             "_free_request_blocks",
             "_update_after_schedule",
+            "add_request",
             "make_stats",
         ),
         "vllm.v1.metrics.stats:SchedulerStats",
@@ -196,6 +198,7 @@ _ENGINE = {
             "resumable",
             "sampling_params",
         ),
+        "vllm.sampling_params:SamplingParams.extra_args",
         "vllm.utils.math_utils:cdiv",
     ),
 }
@@ -367,6 +370,13 @@ _BACKENDS = {
 }
 
 _FRONTEND = {
+    "patches/generate.py": _members("vllm.v1.engine.async_llm:AsyncLLM", "generate", "vllm_config"),
+    "patches/process_inputs.py": (
+        *_members("vllm.v1.engine.input_processor:InputProcessor", "process_inputs", "vllm_config"),
+        "vllm.config:VllmConfig.additional_config",
+        "vllm.exceptions:VLLMValidationError.__init__",
+        "vllm.sampling_params:SamplingParams.extra_args",
+    ),
     "metrics/discovery.py": (
         "vllm.plugins:STAT_LOGGER_PLUGINS_GROUP",
         "vllm.v1.metrics.loggers:load_stat_logger_plugin_factories",

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from rkv_vllm.cli.footprint import Life, Ramp, rkv_life, stock_life
 from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.request_options import RequestOptions
 from rkv_vllm.scheduling.planner import CompressionPlanner, ScheduledRequest
 
 
@@ -27,13 +28,16 @@ def planned_lengths(prompt_len, output_len, config, in_flight):
     """Tokens that one request holds in every step, before the step's own compaction."""
     books = Books()
     planner = CompressionPlanner(config, books)
+    options = RequestOptions(config.budget, config.buffer)
     scheduled, lengths = [], []
     for step in range(output_len):
         scheduled.append(prompt_len if step == 0 else 1)
         num_computed = sum(scheduled)
         lengths.append(num_computed - books.evicted)
         unsettled = sum(scheduled[-in_flight:])
-        planner.plan_step([ScheduledRequest("a", num_computed, scheduled[-1], unsettled, False)])
+        planner.plan_step(
+            [ScheduledRequest("a", num_computed, scheduled[-1], unsettled, False, options)]
+        )
     return lengths
 
 

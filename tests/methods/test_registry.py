@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -21,12 +22,21 @@ class Newest(CompressionMethod):
         raise NotImplementedError
 
 
+class Half(CompressionMethod):
+    """A method that nobody can make."""
+
+    def keep_indices(self, keys, values, queries, budget):
+        raise NotImplementedError
+
+
 @pytest.fixture
 def register(monkeypatch):
     """Pretend that exactly the given name=value pairs are installed."""
     module = ModuleType("other_distribution")
     module.Newest = Newest
     module.number = 7
+    module.ModuleType = ModuleType
+    module.Half = Half
     monkeypatch.setitem(sys.modules, "other_distribution", module)
 
     def pretend(**values):
@@ -59,7 +69,7 @@ def test_another_distribution_adds_a_method(register):
 
 def test_unknown_name_lists_the_available_ones(register):
     register(newest="other_distribution:Newest")
-    with pytest.raises(ValueError, match=r"unknown .* 'snap'; available: newest, rkv"):
+    with pytest.raises(ValueError, match=r"got 'snap', wanted one of newest, rkv or .*; correct"):
         get_method("snap")
 
 
@@ -72,14 +82,58 @@ def test_the_group_of_the_entry_points_is_the_documented_one(monkeypatch):
 
 def test_a_name_registered_twice_is_refused(register):
     register(rkv="other_distribution:Newest")
-    with pytest.raises(ValueError, match="'rkv' is registered twice"):
+    with pytest.raises(ValueError, match="got 'rkv', wanted one method of that name, but both"):
         get_method("rkv")
 
 
-def test_an_entry_that_is_no_method_is_refused(register):
-    register(newest="other_distribution:number")
-    with pytest.raises(TypeError, match="other_distribution:number"):
-        get_method("newest")
+def test_a_qualified_name_needs_no_registration(register):
+    register()
+    assert get_method("other_distribution.Newest") is Newest
+    assert get_method("rkv_vllm.methods.rkv.RKV") is RKV
+
+
+def test_a_registered_name_with_dots_is_no_qualified_name(register):
+    register(**{"other_distribution.Newest": "rkv_vllm.methods.rkv:RKV"})
+    assert get_method("other_distribution.Newest") is RKV
+
+
+# The same classes under the names of an entry point and of an import.
+BAD_CLASSES = {
+    "missing.module.Newest": "importing 'missing.module' says: No module named 'missing'; .*PYTHON",
+    "other_distribution.Oldest": "class of 'other_distribution', which has no 'Oldest'; ",
+    "other_distribution.number": "derived from rkv_vllm.methods.CompressionMethod, .*names 7; ",
+    "other_distribution.ModuleType": r"derived from .*<class 'module'>; ",
+    "other_distribution.Half": "with all methods of .*, but it lacks from_config; add",
+}
+
+
+@pytest.mark.parametrize(("name", "message"), BAD_CLASSES.items())
+@pytest.mark.parametrize("registered", [True, False], ids=["entry-point", "qualified"])
+def test_what_is_no_method_is_refused_by_name(register, name, message, registered):
+    register(**({"newest": ":".join(name.rsplit(".", 1))} if registered else {}))
+    name = "newest" if registered else name
+    with pytest.raises(ValueError, match=f"^got '{name}', wanted .*{message}"):
+        get_method(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", ".Newest", "rkv.", "..rkv.RKV", "other_distribution:Newest"]
+)
+def test_what_is_neither_name_is_refused(register, name):
+    register()
+    with pytest.raises(ValueError, match=f"^got '{re.escape(name)}', wanted .*; "):
+        get_method(name)
+
+
+def test_a_module_that_fails_shows_its_own_error(register, monkeypatch, tmp_path):
+    register()
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "needs_more.py").write_text("import not_installed_anywhere\n")
+    with pytest.raises(ValueError, match="'needs_more' says: No module named 'not_installed_any"):
+        get_method("needs_more.Method")
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        get_method("broken.Method")
 
 
 def test_a_method_must_implement_the_interface():

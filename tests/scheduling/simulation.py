@@ -267,6 +267,10 @@ class SimulatedEngine:
         self.outputs: dict[str, list[int]] = {}
         self.finished: set[str] = set()
         self.prefill_lens: dict[tuple[str, int], int] = {}
+        # What each request asked for, else what holds for all.
+        self.is_off: dict[str, bool] = {}
+        self.budgets: dict[str, int] = {}
+        self.buffers: dict[str, int] = {}
         self.max_running = 0
         self.num_deferred = 0
         self.num_rejected = 0
@@ -275,8 +279,20 @@ class SimulatedEngine:
         # Set by tests that take blocks away from the pool themselves.
         self.allow_foreign_blocks = False
 
-    def add(self, req_id: str, prompt: list[int], max_tokens: int) -> None:
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0)
+    def add(
+        self,
+        req_id: str,
+        prompt: list[int],
+        max_tokens: int,
+        extra_args: dict[str, int | str] | None = None,
+    ) -> None:
+        params = SamplingParams(
+            max_tokens=max_tokens, ignore_eos=True, temperature=0, extra_args=extra_args
+        )
+        own = extra_args or {}
+        self.is_off[req_id] = own.get("kv_compression") == "off"
+        self.budgets[req_id] = own.get("kv_budget", self.setting.budget)
+        self.buffers[req_id] = own.get("kv_buffer", self.setting.buffer)
         params.update_from_generation_config({}, 0)
         request = Request(req_id, prompt, params, None, block_hasher=self.hasher)
         self.outputs[req_id] = []
@@ -370,12 +386,13 @@ class SimulatedEngine:
     def _check_plan(self, output: SchedulerOutput) -> None:
         """SPEC section 3 and properties 1 and 2, recomputed from vLLM's own counters."""
         plan: StepPlan = getattr(output, STEP_PLAN_ATTRIBUTE)
-        setting = self.setting
         for directive in plan.directives:
             request = self.scheduler.requests[directive.req_id]
+            budget = self.budgets[directive.req_id]
+            assert not self.is_off[directive.req_id], "compacted against its will"
             assert not request.is_prefill_chunk, "compacted in the middle of a prefill"
-            assert directive.settled_len - directive.num_evict == setting.budget
-            assert directive.settled_len >= setting.budget + setting.buffer
+            assert directive.settled_len - directive.num_evict == budget
+            assert directive.settled_len >= budget + self.buffers[directive.req_id]
             settled = request.num_computed_tokens - request.num_in_flight_tokens
             assert directive.settled_logical_len == settled
             kept = directive.total_len - directive.num_evict
@@ -417,7 +434,6 @@ class SimulatedEngine:
             physical = request.num_computed_tokens - self.manager.num_evicted(request.request_id)
             prefill_len = self.prefill_lens[request.request_id, request.num_preemptions]
             # Accepted drafts settle together, so the step before may end that far behind the mark.
-            bound = (
-                max(prefill_len, self.setting.budget) + self.setting.buffer + self.setting.drafts
-            )
+            bound = max(prefill_len, self.budgets[request.request_id])
+            bound += self.buffers[request.request_id] + self.setting.drafts
             assert physical <= bound + request.num_in_flight_tokens, request.request_id

@@ -51,7 +51,17 @@ def settings_(draw) -> Setting:
     )
 
 
-REQUESTS = st.tuples(st.just("add"), st.integers(0, 2), st.integers(1, 40), st.integers(1, 60))
+# What a request sets for itself; the window is 3 at most.
+OWN_OPTIONS = st.one_of(
+    st.none(),
+    st.just({"kv_compression": "off"}),
+    st.fixed_dictionaries(
+        {}, optional={"kv_budget": st.integers(4, 30), "kv_buffer": st.integers(3, 12)}
+    ),
+)
+REQUESTS = st.tuples(
+    st.just("add"), st.integers(0, 2), st.integers(1, 40), st.integers(1, 60), OWN_OPTIONS
+)
 STEPS = st.tuples(st.just("step"), st.integers(1, 30))
 ABORTS = st.tuples(st.just("abort"), st.integers(0, 30))
 PREEMPTIONS = st.tuples(st.just("preempt"))
@@ -69,9 +79,9 @@ def play(engine: SimulatedEngine, operations) -> dict[str, int]:
     wanted: dict[str, int] = {}
     for number, (name, *arguments) in enumerate(operations):
         if name == "add":
-            prefix, length, max_tokens = arguments
+            prefix, length, max_tokens, *own_options = arguments
             req_id = f"request-{number}"
-            engine.add(req_id, prompt_of(prefix, length, number), max_tokens)
+            engine.add(req_id, prompt_of(prefix, length, number), max_tokens, *own_options)
             wanted[req_id] = max_tokens
         elif name == "step":
             for _ in range(arguments[0]):
@@ -88,7 +98,7 @@ def play(engine: SimulatedEngine, operations) -> dict[str, int]:
     return wanted
 
 
-SEEN = {"compactions": 0, "preemptions": 0, "deferred": 0}
+SEEN = {"compactions": 0, "preemptions": 0, "deferred": 0, "own budgets": 0, "off": 0}
 
 
 @settings(
@@ -107,7 +117,10 @@ def test_books_rows_and_cells_agree_in_any_sequence(model, setting, operations):
     assert engine.pool.get_num_free_blocks() == setting.num_blocks - 1
     assert engine.scheduler._planner.num_slots_in_use == 0
     assert not engine.scheduler._planner._slot_queue
+    assert not engine.scheduler._options
     SEEN["compactions"] += engine.worker.compactions
+    SEEN["own budgets"] += len({d.budget for d in engine.directives} - {setting.budget})
+    SEEN["off"] += sum(engine.is_off.values())
     SEEN["preemptions"] += engine.worker.resumes
     SEEN["deferred"] += engine.num_deferred
 
@@ -153,6 +166,8 @@ def test_the_random_sequences_reached_what_they_are_for():
     assert SEEN["compactions"] > 500, SEEN
     assert SEEN["preemptions"] > 10, SEEN
     assert SEEN["deferred"] > 10, SEEN
+    assert SEEN["own budgets"] > 50, SEEN
+    assert SEEN["off"] > 50, SEEN
 
 
 @STEPS_AHEAD
@@ -278,6 +293,44 @@ def test_a_resumed_request_starts_from_zero(model, steps_ahead):
     assert engine.directives[already].num_evicted_before == 0
     assert engine.directives[already].settled_logical_len == resumed_len + setting.buffer
     assert len(engine.outputs["a"]) == 60
+
+
+@STEPS_AHEAD
+def test_a_request_is_due_by_its_own_lengths_whoever_runs_beside_it(model, steps_ahead):
+    setting = Setting(budget=8, buffer=4, window=2, steps_ahead=steps_ahead)
+    engine = SimulatedEngine(model, setting)
+    engine.add("server's", [1] * 5, 49)
+    engine.add("budget", [2] * 5, 49, {"kv_budget": 20})
+    engine.add("buffer", [3] * 5, 49, {"kv_buffer": 9})
+    engine.add("both", [4] * 5, 49, {"kv_budget": 3, "kv_buffer": 5, "session_id": "x"})
+    engine.add("off", [5] * 5, 49, {"kv_compression": "off"})
+    engine.run()
+    last_settled = 5 + 49 - 2 - steps_ahead
+    lengths = {req_id: [] for req_id in engine.outputs}
+    for directive in engine.directives:
+        lengths[directive.req_id].append(directive.settled_logical_len)
+    assert lengths == {
+        "server's": list(range(12, last_settled + 1, 4)),
+        "budget": list(range(24, last_settled + 1, 4)),
+        "buffer": list(range(17, last_settled + 1, 9)),
+        "both": list(range(10, last_settled + 1, 5)),
+        "off": [],
+    }
+
+
+def test_admission_keeps_room_for_what_each_running_request_asked_for(model):
+    """Small budgets beside a server whose own budget would admit one request at a time."""
+    setting = Setting(budget=200, buffer=4, window=2, num_blocks=70)
+    few, many = SimulatedEngine(model, setting), SimulatedEngine(model, setting)
+    for number in range(10):
+        few.add(f"request-{number}", [number] * 5, 240)
+        many.add(f"request-{number}", [number] * 5, 240, {"kv_budget": 8})
+    few.run()
+    many.run()
+    assert few.max_running < 3
+    assert many.max_running == 10
+    assert many.worker.resumes == 0
+    assert many.worker.compactions > 10 * 40
 
 
 @STEPS_AHEAD

@@ -1,0 +1,33 @@
+"""Replaces `AsyncLLM.generate`: a bad request option is refused before an answer has begun.
+
+The original is an async generator, so whatever it refuses comes to light when a server asks it for
+the first token: too late for a status code if the client wants the answer streamed.
+"""
+
+import functools
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
+
+from rkv_vllm.patches.process_inputs import check_request_options
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.outputs import RequestOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+
+@functools.cache
+def apply() -> None:
+    """Puts the replacement in place; a second call does nothing."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    original = AsyncLLM.generate
+
+    @functools.wraps(original)
+    def generate(
+        self: "AsyncLLM", prompt: Any, sampling_params: "SamplingParams", *args: Any, **kwargs: Any
+    ) -> "AsyncGenerator[RequestOutput, None]":
+        check_request_options(sampling_params, self.vllm_config)
+        return original(self, prompt, sampling_params, *args, **kwargs)
+
+    AsyncLLM.generate = generate
