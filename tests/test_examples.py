@@ -1,17 +1,31 @@
 """The examples and the demo do what they promise, and the demo cleans up behind itself."""
 
+import json
+import os
 import re
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+import vllm
+from transformers import AutoTokenizer
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.methods import get_method
+from tests import reference
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -25,11 +39,38 @@ def model(random_model_dir) -> Path:
     return random_model_dir("qwen3", 3)
 
 
-def run_example(name: str, *arguments: str) -> str:
+def run_example(
+    name: str,
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    seconds: float = WAIT_SECONDS,
+) -> str:
     command = [sys.executable, str(EXAMPLES / name), *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_SECONDS)
+    environment = {**os.environ, **(env or {})}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
+
+
+@pytest.fixture
+def run_here(model, monkeypatch, capfd) -> Iterator[Callable[[str], str]]:
+    """Runs an example on the model in this process; its engine computes in float32.
+
+    So its text can be compared with the reference's, and starting it is quicker.
+    """
+    monkeypatch.setattr(vllm, "LLM", partial(vllm.LLM, dtype="float32"))
+    monkeypatch.syspath_prepend(EXAMPLES)
+    engines = []
+
+    def run(name: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, str(model)])
+        engines.append(runpy.run_path(str(EXAMPLES / name), run_name="__main__")["llm"])
+        return capfd.readouterr().out
+
+    yield run
+    for llm in engines:
+        llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
 
 
 def test_offline_batch_compacts_every_prompt(model):
@@ -37,6 +78,91 @@ def test_offline_batch_compacts_every_prompt(model):
     printed = run_example("offline_batch.py", f"--model={model}", *options)
     # Three prompts shorter than the budget: due at 96 tokens and every 32 later, up to 200.
     assert SUMMARY.findall(printed) == [(str(3 * 4), str(3 * 4 * 32))]
+
+
+def keep_first_and_newest(
+    keys: torch.Tensor, queries: torch.Tensor, budget: int, **_: float
+) -> torch.Tensor:
+    """What examples/keep_most_recent.py promises, written a second time."""
+    num_heads, n, _ = keys.shape
+    return torch.tensor([[*range(4), *range(n - budget + 4, n)]] * num_heads)
+
+
+def test_method_of_ones_own_says_what_explicit_eviction_says(model, run_here, monkeypatch):
+    printed = run_here("keep_most_recent.py")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    config = KVCompressionConfig(budget=128, buffer=64)
+    prompt = tokenizer("Once upon a time").input_ids
+    monkeypatch.setattr(reference, "keep_indices", keep_first_and_newest)
+    expected = reference.generate_reference(model, prompt, 300, config)
+    # Due at 192 tokens and at 256.
+    assert SUMMARY.findall(printed) == [("2", "128")]
+    assert len(expected.compactions) == 2
+    assert tokenizer.decode(expected.token_ids) in printed
+
+
+def test_method_of_ones_own_keeps_the_window_whatever_the_budget(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    method = get_method("keep_most_recent.KeepMostRecent").from_config(None)
+    keys, queries = torch.zeros(2, 20, 8), torch.zeros(6, 8, 8)
+    for budget, kept in ((9, [0, *range(12, 20)]), (20, [*range(20)])):
+        assert method.keep_indices(keys, keys, queries, budget).tolist() == [kept] * 2
+
+
+@pytest.mark.parametrize("name", [path.name for path in EXAMPLES.glob("*.py")])
+def test_example_is_short_and_says_how_to_run_it(name):
+    lines = (EXAMPLES / name).read_text().splitlines()
+    assert name == "demo.py" or len(lines) < 40
+    assert any(line.startswith((f"python examples/{name}", "`make demo`")) for line in lines)
+
+
+def test_every_request_gets_the_budget_that_it_asks_for(run_here):
+    printed = run_here("per_request_budgets.py")
+    # Prompts of 21, 13 and 12 tokens; the last of 300 output tokens is never computed.
+    assert re.findall(r"^(.*): (\d+) compactions evicted (\d+), kept (\d+)$", printed, re.M) == [
+        ("None", "2", "128", "193"),
+        ("{'kv_budget': 192, 'kv_buffer': 32}", "3", "96", "217"),
+        ("{'kv_compression': 'off'}", "0", "0", "312"),
+    ]
+    assert SUMMARY.findall(printed) == [("5", "224")]
+
+
+# Five processes that import vLLM or Ray: 68 to 175 s, measured on two busy cores.
+@pytest.mark.timeout(600)
+def test_ray_data_job_writes_what_was_evicted_and_ends_its_cluster(model, tmp_path):
+    # Not tmp_path: names of Ray's sockets may have 107 characters.
+    session = tempfile.mkdtemp(prefix="ray-")
+    env = {
+        "RAY_TMPDIR": session,
+        "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(80 * 2**20),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    try:
+        arguments = (str(model), str(tmp_path / "answers"))
+        printed = run_example("ray_data_batch.py", *arguments, env=env, seconds=500)
+        assert any(Path(session).rglob("raylet*"))
+        assert not processes_of(session)
+    finally:
+        for survivor in processes_of(session):
+            survivor.kill()
+        shutil.rmtree(session)
+    assert SUMMARY.findall(printed) == [(str(12 * 2), str(12 * 2 * 64))]
+    files = (tmp_path / "answers").glob("*.json")
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert len({row["prompt"] for row in rows}) == len(rows) == 12
+    for row in rows:
+        assert len(row["answer"]) > 300
+        assert (row["compactions"], row["evicted_tokens"]) == (2, 128)
+
+
+def processes_of(session: str) -> list[psutil.Process]:
+    """Processes of a Ray cluster, whose command lines name its folder; zombies are dead."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(session in argument for argument in process.cmdline()):
+                found.append(process)
+    return found
 
 
 @dataclass

@@ -5,12 +5,13 @@ server is looked at in test_served.py.
 """
 
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 import requests
+from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.models import random_prompt
@@ -20,6 +21,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 OURS = "vllm:kv_compression_"
 CLIENTS = 32
+# Different numbers of compactions that the onlooker waits for, and how long.
+CHANGES_SEEN = 6
+SCRAPE_SECONDS = 120
 SLOTS = 3
 FLAGS = (
     "--kv-compression=rkv",
@@ -29,6 +33,8 @@ FLAGS = (
     "--api-server-count=2",
 )
 GAUGES = ("logical_tokens", "physical_tokens", "observation_slots_in_use")
+# Kept of vLLM's own gauges, to see that the clients are served together.
+IN_FLIGHT = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +49,14 @@ def page(server: Server) -> str:
 
 
 def our_samples(server: Server) -> dict[str, float]:
-    """Samples of this package by name; those with a reason or a bucket as "name:label".
+    """Samples of this package by name, those with a reason or a bucket as "name:label"; IN_FLIGHT.
 
     There is one engine, so further labels must not tell two samples apart.
     """
     samples: dict[str, float] = {}
     for family in text_string_to_metric_families(page(server)):
         for sample in family.samples:
-            if sample.name.startswith(OURS):
+            if sample.name.startswith(OURS) or sample.name in IN_FLIGHT:
                 labels = dict(sample.labels)
                 assert labels.pop("model_name") == server.model
                 assert labels.pop("engine") == "0"
@@ -61,19 +67,35 @@ def our_samples(server: Server) -> dict[str, float]:
     return samples
 
 
-def scrapes_during(server: Server) -> Iterator[dict[str, float]]:
+def scrapes_during(server: Server) -> list[dict[str, float]]:
     """The page, again and again, while clients with long and short requests are served."""
+    scrapes: list[dict[str, float]] = []
+    seen_enough, deadline = Event(), time.monotonic() + SCRAPE_SECONDS
     with ThreadPoolExecutor(CLIENTS) as pool:
-        clients = [
-            pool.submit(server.complete, random_prompt(5 + 11 * i % 80, seed=i), 60 + 17 * i % 120)
-            for i in range(CLIENTS)
-        ]
-        while not all(client.done() for client in clients):
-            yield our_samples(server)
-            time.sleep(0.1)
-        assert [len(client.result().choices[0].token_ids) for client in clients] == [
-            60 + 17 * i % 120 for i in range(CLIENTS)
-        ]
+        clients = [pool.submit(keep_asking, server, i, seen_enough) for i in range(CLIENTS)]
+        try:
+            # On a busy machine one look takes as long as many steps.
+            while len({scrape["compactions_total"] for scrape in scrapes}) < CHANGES_SEEN:
+                assert time.monotonic() < deadline, scrapes
+                for client in filter(Future.done, clients):
+                    client.result()
+                scrapes.append(our_samples(server))
+                time.sleep(0.1)
+        finally:
+            seen_enough.set()
+        for client in clients:
+            client.result()
+    return scrapes
+
+
+def keep_asking(server: Server, client: int, seen_enough: Event) -> None:
+    """One client: a request of its own length, once more until everything was seen."""
+    prompt, num_tokens = random_prompt(5 + 11 * client % 80, seed=client), 60 + 17 * client % 120
+    while True:
+        response = server.complete(prompt, num_tokens)
+        assert len(response.choices[0].token_ids) == num_tokens
+        if seen_enough.is_set():
+            break
 
 
 def counted_by_workers(server: Server) -> dict[str, int]:
@@ -91,6 +113,15 @@ def counted_on_page(samples: dict[str, float]) -> dict[str, float]:
     }
 
 
+def compactions_by_process(directory: Path) -> list[float]:
+    """What each API server process wrote into its own file, zeros left out."""
+    counts = []
+    for file in directory.glob("counter_*.db"):
+        values = MmapedDict.read_all_values_from_file(str(file))
+        counts.append(sum(value for key, value, *_ in values if f"{OURS}compactions_total" in key))
+    return [count for count in counts if count]
+
+
 def wait_until_equal(server: Server) -> dict[str, float]:
     """The page when it says what the workers say; the last step may reach it after the clients."""
     deadline = time.monotonic() + 10
@@ -102,20 +133,24 @@ def wait_until_equal(server: Server) -> dict[str, float]:
         time.sleep(0.1)
 
 
-def test_two_api_servers_show_what_the_workers_did(model):
-    with serving(model, *FLAGS) as server:
+def test_two_api_servers_show_what_the_workers_did(model, tmp_path):
+    with serving(model, *FLAGS, env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}) as server:
         assert "Started 2 API server processes" in server.log
         scrapes = [our_samples(server), *scrapes_during(server)]
         last = wait_until_equal(server)
         assert counted_on_page(last)["compactions"] >= CLIENTS
+        parts = compactions_by_process(tmp_path)
 
+    # A step is reported to one of the two.
+    assert len(parts) == 2
+    assert sum(parts) == last["compactions_total"]
     assert not any(scrapes[0].values())
-    assert len(scrapes) > 5
     for earlier, later in zip(scrapes, [*scrapes[1:], last], strict=True):
-        assert earlier.keys() == later.keys()
-        for name in earlier.keys() - set(GAUGES):
+        # vLLM's own gauges are not there before the first step.
+        assert earlier.keys() ^ later.keys() <= set(IN_FLIGHT)
+        for name in earlier.keys() - {*GAUGES, *IN_FLIGHT}:
             assert later[name] >= earlier[name], name
-    assert len({scrape["compactions_total"] for scrape in scrapes}) > 3
+    assert max(sum(scrape.get(name, 0) for name in IN_FLIGHT) for scrape in scrapes) > CLIENTS / 2
 
     busy = [scrape for scrape in scrapes if scrape["logical_tokens"]]
     assert all(0 < scrape["physical_tokens"] <= scrape["logical_tokens"] for scrape in busy)

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from rkv_vllm.config import KVCompressionConfig
 from tests.engine import BLOCK_SIZE, Engine, Output, running_engine
 from tests.models import assert_varied, kv_cache_bytes, random_model, random_prompt
 from tests.reference import generate_reference
-from tests.server import serving
+from tests.server import Server, serving
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -303,6 +304,14 @@ def test_ray_actors_say_what_one_rank_says(model, one_rank, monkeypatch):
     assert_same_compactions(run, one_rank)
 
 
+def wait_for_compactions(server: Server, count: int) -> None:
+    """/metrics adds up both engines; the news of the last steps may arrive after the answers."""
+    deadline = time.monotonic() + 10
+    while (seen := server.metrics()["kv_compression_compactions_total"]) != count:
+        assert time.monotonic() < deadline, f"/metrics says {seen} compactions, wanted {count}"
+        time.sleep(0.2)
+
+
 def test_two_engines_of_a_server_compact_their_requests(model):
     """Two engines behind one HTTP server; `collective_rpc` asks the first one only."""
     chats = [Chat(0, random_prompt(40 + 9 * i, seed=i), 80) for i in range(8)]
@@ -312,6 +321,7 @@ def test_two_engines_of_a_server_compact_their_requests(model):
         responses = clients.map(lambda c: server.complete(c.prompt, c.max_tokens), chats)
         outputs = [response.choices[0].token_ids for response in responses]
         (first_engine,) = server.rpc("kv_compression_stats")
+        wait_for_compactions(server, sum(map(num_compactions, chats)))
         metrics = requests.get(f"{server.base_url}/metrics", timeout=30).text
     for chat, output in zip(chats, outputs, strict=True):
         reference = generate_reference(model, chat.prompt, chat.max_tokens, CONFIG)
