@@ -6,8 +6,10 @@ imports them when it runs. What several commands need: `errors.py`, `checkpoint.
 
 import typer
 
+from rkv_vllm.cli.bench import run_benchmark
 from rkv_vllm.cli.doctor import show_diagnosis
 from rkv_vllm.cli.plan import show_plan
+from rkv_vllm.cli.trace import show_trace
 from rkv_vllm.cli.version import show_version
 
 app = typer.Typer(
@@ -21,6 +23,8 @@ app = typer.Typer(
 app.command("version")(show_version)
 app.command("doctor")(show_diagnosis)
 app.command("plan")(show_plan)
+app.command("bench")(run_benchmark)
+app.command("trace")(show_trace)
 
 
 def main() -> None:

@@ -122,3 +122,21 @@ class CompressionMethod(ABC):
                 )
             keep[i, :, : eviction.budget] = kept
         return keep
+
+    def score_paged(
+        self, keys: PagedStates, batch: EvictionBatch, observation_queries: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Return the scores behind ``keep_paged``'s choice, for people who look at it.
+
+        Serving never asks. A method that ranks tokens overrides it; this version has no scores.
+
+        Args:
+            keys: As for ``keep_paged``.
+            batch: As for ``keep_paged``.
+            observation_queries: As for ``keep_paged``.
+
+        Returns:
+            float32 [requests, layers * KV heads, most candidates], larger means more worth keeping;
+            of request r the first ``settled_len - window`` of each row count. None without scores.
+        """
+        return None

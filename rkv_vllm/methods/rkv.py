@@ -83,12 +83,20 @@ class RKV(CompressionMethod):
     ) -> torch.Tensor:
         """Choose without a dense copy of the cache. See the base class."""
         # Deferred: the reference versions of the kernels call this module.
-        from rkv_vllm.kernels.score import score
         from rkv_vllm.kernels.select import select
+
+        return select(self.score_paged(keys, batch, observation_queries), batch)
+
+    def score_paged(
+        self, keys: PagedStates, batch: EvictionBatch, observation_queries: torch.Tensor
+    ) -> torch.Tensor:
+        """Weigh importance against redundancy. See the base class."""
+        # Deferred: the reference versions of the kernels call this module.
+        from rkv_vllm.kernels.score import score
 
         if batch.window != self.window:
             raise ValueError(f"batch: expected a window of {self.window}, got {batch.window}")
-        found = score(
+        return score(
             keys,
             batch,
             observation_queries,
@@ -96,7 +104,6 @@ class RKV(CompressionMethod):
             pool=self.pool,
             threshold=self.threshold,
         )
-        return select(found, batch)
 
 
 def scores(

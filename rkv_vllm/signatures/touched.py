@@ -29,6 +29,7 @@ _ENGINE_ARGS = "vllm.engine.arg_utils:EngineArgs"
 _ATTENTION = "vllm.model_executor.layers.attention:Attention"
 _SPEC = "vllm.v1.kv_cache_interface"
 _OUTPUT = "vllm.v1.core.sched.output"
+_LLM_ENGINE = "vllm.v1.engine.llm_engine:LLMEngine"
 _BLOCK_POOL = "vllm.v1.core.block_pool:BlockPool"
 _MANAGER = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
 _V1_RUNNER = "vllm.v1.worker.cpu_model_runner:CPUModelRunner"
@@ -37,7 +38,7 @@ _V2_RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 _OFFLINE = {
     "__init__.py": (
         *_members("vllm.entrypoints.llm:LLM", "collective_rpc", "llm_engine"),
-        "vllm.v1.engine.llm_engine:LLMEngine.vllm_config",
+        f"{_LLM_ENGINE}.vllm_config",
     ),
     "cli/diagnosis.py": (
         "vllm.envs:VLLM_USE_V2_MODEL_RUNNER",
@@ -45,6 +46,21 @@ _OFFLINE = {
         "vllm.engine.arg_utils:AsyncEngineArgs",
         "vllm.platforms:current_platform",
         "vllm.triton_utils:HAS_TRITON",
+        "vllm.utils.argparse_utils:FlexibleArgumentParser",
+    ),
+    "trace/capture.py": (
+        "vllm:LLM",
+        "vllm:SamplingParams",
+        *_members(_LLM_ENGINE, "add_request", "engine_core", "has_unfinished_requests", "step"),
+        "vllm.distributed.parallel_state:cleanup_dist_env_and_memory",
+        "vllm.outputs:CompletionOutput",
+    ),
+    "cli/traced_run.py": ("vllm:SamplingParams", "vllm.tokenizers:get_tokenizer"),
+    "bench/offline_side.py": (
+        "vllm:LLM",
+        "vllm:SamplingParams",
+        f"{_ENGINE_ARGS}.from_cli_args",
+        "vllm.plugins:load_general_plugins",
         "vllm.utils.argparse_utils:FlexibleArgumentParser",
     ),
 }
@@ -373,6 +389,7 @@ _FRONTEND = {
     "patches/generate.py": _members("vllm.v1.engine.async_llm:AsyncLLM", "generate", "vllm_config"),
     "patches/process_inputs.py": (
         *_members("vllm.v1.engine.input_processor:InputProcessor", "process_inputs", "vllm_config"),
+        "vllm:SamplingParams",
         "vllm.config:VllmConfig.additional_config",
         "vllm.exceptions:VLLMValidationError.__init__",
         "vllm.sampling_params:SamplingParams.extra_args",

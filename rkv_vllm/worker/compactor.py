@@ -8,7 +8,7 @@ next step and updates its own rows with what comes back. Next: runner.py.
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -16,6 +16,7 @@ from rkv_vllm.config import KVCompressionConfig
 from rkv_vllm.kernels.compact import compact
 from rkv_vllm.kernels.dispatch import backend
 from rkv_vllm.kernels.eviction import ALL_FINITE, Eviction, EvictionBatch
+from rkv_vllm.kernels.paged import PagedStates
 from rkv_vllm.log import init_logger
 from rkv_vllm.methods import get_method
 from rkv_vllm.methods.base import CompressionMethod, NonFiniteScoreError
@@ -62,8 +63,41 @@ class CompactionStats:
     total_blocks: int = 0
 
 
+class Choice(NamedTuple):
+    """What a method chose in some layers of some requests; the cache has not moved yet.
+
+    Attributes:
+        directives: the requests.
+        first_layer: index of the first of these layers among all compressed ones.
+        keys: the cache of these layers.
+        batch: the requests as the method saw them.
+        queries: [slots, these layers, ring_len, query heads, head_size], the observed queries.
+        keep: int32 [requests, these layers * KV heads, largest budget], physical positions.
+    """
+
+    directives: list[EvictionDirective]
+    first_layer: int
+    keys: PagedStates
+    batch: EvictionBatch
+    queries: torch.Tensor
+    keep: torch.Tensor
+
+
+class ChoiceObserver(Protocol):
+    """Looks on while requests are compacted."""
+
+    def chosen(self, choice: Choice, method: CompressionMethod) -> None:
+        """Take note of a choice before the survivors move; must not write to any tensor of it."""
+
+
 class Compactor:
-    """Evicts and compacts the requests that the scheduler names."""
+    """Evicts and compacts the requests that the scheduler names.
+
+    Attributes:
+        observer: is shown every choice; None outside `rkv-vllm trace`.
+    """
+
+    observer: ChoiceObserver | None = None
 
     def __init__(
         self, config: KVCompressionConfig, views: CacheViews, pool: ObservationPool
@@ -164,6 +198,9 @@ class Compactor:
             keep = self._method.keep_paged(keys, values, batch, queries)
         except NonFiniteScoreError as error:
             raise self._non_finite(directives[error.request], layers, error.head) from error
+        if self.observer is not None:
+            choice = Choice(directives, layers.start, keys, batch, queries, keep)
+            self.observer.chosen(choice, self._method)
         for states in (keys, values):
             compact(states, batch, keep)
         if keys.device.type != "cpu":
