@@ -4,6 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTEST_ARGS ?=
 
 BIN := .venv/bin
+MODEL := .models/SmolLM2-135M-Instruct
 # Progress must show live, also through a pipe.
 export PYTHONUNBUFFERED := 1
 
@@ -30,9 +31,10 @@ lint: venv  ## check format and style
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 
-bench: model  ## kernels against two baselines, then serving: stock against compression
+bench: model  ## kernels against two baselines, then stock vLLM against compression
 	@$(BIN)/python benchmarks/bench_kernels.py
-	@$(BIN)/python benchmarks/bench_serving.py
+	@$(BIN)/rkv-vllm bench $(MODEL) --scenario ample
+	@$(BIN)/rkv-vllm bench $(MODEL) --scenario starved
 
 clean:  ## remove build leftovers and caches; .venv and .models stay
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

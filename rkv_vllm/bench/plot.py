@@ -1,0 +1,101 @@
+"""The plot of `rkv-vllm bench`, drawn from its JSON document: speed, and what fits at once."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Distinguishable without colour vision and on paper; as in the plot of `plan`.
+_STOCK = "#d55e00"
+_COMPRESSED = "#009e73"
+_PEAK = "#444444"
+_DOT = "#000000"
+
+
+def draw(path: Path, document: dict[str, Any]) -> None:
+    """Draw one row per mode: tokens per second, and requests running at once.
+
+    Args:
+        path: the PNG to write.
+        document: what `report.make_document` returns, with at least one result.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    results = document["results"]
+    rows = max(len(result["sides"]) for result in results)
+    height = 1.6 + len(results) * (1.2 + 0.5 * rows)
+    figure = Figure(figsize=(10, height), layout="constrained")
+    axes = figure.subplots(len(results), 2, squeeze=False)
+    for (left, right), result in zip(axes, results, strict=True):
+        _draw_speed(left, result)
+        _draw_running(right, result)
+    figure.suptitle(_title(document), fontsize=11)
+    figure.savefig(path, dpi=150)
+
+
+def _title(document: dict[str, Any]) -> str:
+    workload = document["workload"]
+    pool = f"{workload['pool_tokens']:,}-token pool" if workload["pool_tokens"] else "vLLM's pool"
+    model = Path(document["card"]["model"]).name
+    return (
+        f"{model}: {workload['num_prompts']} requests x {workload['output_len']:,} output tokens, "
+        f"{pool}, buffer {workload['buffer']}, {workload['dtype']}"
+    )
+
+
+def _draw_speed(axes: "Axes", result: dict[str, Any]) -> None:
+    """Bars of medians, a dot for each run, the ratio in words."""
+    _bars(axes, result, [side["tokens_per_s"]["median"] for side in result["sides"]])
+    ratios = result["ratios"] or {}
+    for row, side in enumerate(result["sides"]):
+        speeds = [run["tokens_per_s"] for run in result["runs"] if run["side"] == side["side"]]
+        axes.plot(speeds, [row] * len(speeds), "o", color=_DOT, ms=4, alpha=0.7, zorder=3)
+        text = f"{side['tokens_per_s']['median']:,.1f}"
+        if side["side"] in ratios:
+            text += f"  ({ratios[side['side']]['median']:.2f} x)"
+        _label(axes, max(speeds), row, text)
+    axes.set_xlabel("output tokens per second (median; dots: single runs)")
+    title = result["mode"] if ratios else f"{result['mode']}: no ratio, a check failed"
+    axes.set_title(title, loc="left", fontweight="bold")
+
+
+def _draw_running(axes: "Axes", result: dict[str, Any]) -> None:
+    """Bars of means, a mark for the peak; peak blocks and preemptions in words."""
+    _bars(axes, result, [side["running_mean"] for side in result["sides"]])
+    for row, side in enumerate(result["sides"]):
+        axes.plot([side["running_peak"]], [row], "|", color=_PEAK, ms=16, mew=2, zorder=3)
+        text = f"{side['running_mean']:.1f}, peak {side['running_peak']:g}"
+        _label(axes, max(side["running_peak"], side["running_mean"]), row, text)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("requests running at once (mean; line: peak)")
+    axes.set_yticklabels(
+        [
+            f"preemptions: {side['preemptions']:g}\nblocks, peak: {side['peak_blocks']:g} of "
+            f"{side['pool_blocks']}"
+            for side in result["sides"]
+        ]
+    )
+
+
+def _bars(axes: "Axes", result: dict[str, Any], values: list[float]) -> None:
+    names = [side["side"] for side in result["sides"]]
+    colours = [_STOCK if side["budget"] is None else _COMPRESSED for side in result["sides"]]
+    axes.barh(range(len(names)), values, color=colours, height=0.6)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _label(axes: "Axes", right_of: float, row: int, text: str) -> None:
+    """Text right of a bar, with room for it on the axis."""
+    axes.annotate(
+        text, (right_of, row), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9
+    )
+    axes.set_xlim(right=max(axes.get_xlim()[1], right_of * 1.45))

@@ -1,0 +1,150 @@
+"""Child processes that never outlive the benchmark: started in groups of their own, ended whole.
+
+Knows nothing of what they run.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+LOG_TAIL_LINES = 30
+STOP_SECONDS = 10
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class ChildError(Exception):
+    """A child that did not do its work.
+
+    Attributes:
+        log_tail: the last lines that it printed.
+    """
+
+    def __init__(self, problem: str, log_file: Path) -> None:
+        super().__init__(problem)
+        lines = log_file.read_text(errors="replace").splitlines()
+        self.log_tail = lines[-LOG_TAIL_LINES:]
+
+
+class InterruptedBySignal(KeyboardInterrupt):
+    """Ctrl-C, or another signal that ends a program.
+
+    Attributes:
+        exit_code: what shells expect of a program that the signal ended.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + signum
+
+
+def _interrupt(signum: int, _: FrameType | None) -> None:
+    raise InterruptedBySignal(signum)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Turns SIGINT, SIGTERM and SIGHUP into an exception; the old handlers come back after it.
+
+    A shell starts background jobs with SIGINT ignored; it ends the benchmark there as well.
+    """
+    before = {signum: signal.signal(signum, _interrupt) for signum in _SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Lets nothing interrupt a block; the first signal that came meanwhile acts after it."""
+    came: list[int] = []
+    before = {
+        signum: signal.signal(signum, lambda signum, _: came.append(signum)) for signum in _SIGNALS
+    }
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
+@contextmanager
+def process_group(
+    command: Sequence[str], log_file: Path, environment: Mapping[str, str]
+) -> Iterator[subprocess.Popen]:
+    """Runs a command in a process group of its own and ends the whole group afterwards.
+
+    Args:
+        command: program and arguments.
+        log_file: takes stdout and stderr.
+        environment: the whole environment.
+    """
+    process = None
+    try:
+        # A signal between the start and the assignment would leave an orphan.
+        with _signals_held(), log_file.open("w") as log:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        yield process
+    finally:
+        if process is not None:
+            with _signals_held():
+                _end_group(process)
+
+
+def _end_group(process: subprocess.Popen) -> None:
+    """Ends the process, lets its children clean up, and kills what is left of the group."""
+    process.terminate()
+    _wait_until_gone(process)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    _wait_until_gone(process)
+
+
+def _wait_until_gone(process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + STOP_SECONDS
+    # Asking for its exit code also keeps the process itself from staying behind as a zombie.
+    while (process.poll() is None or _living(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _living(pgid: int) -> bool:
+    """Whether the group has a process; zombies, which nobody may be there to reap, are dead."""
+    # Comes with vLLM, which other commands do without.
+    import psutil
+
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(process.pid) == pgid and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
+
+
+def free_port() -> int:
+    """A port that nobody listened on a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """The environment of this process, with what makes vLLM quiet, offline and unbound."""
+    return {
+        # vLLM would bind all threads of an engine to the first core of a small machine.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+        **os.environ,
+        **changes,
+    }

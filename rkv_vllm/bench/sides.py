@@ -1,0 +1,136 @@
+"""The sides of a benchmark: stock vLLM and one budget each, their flags, and who runs when.
+
+Knows the flags of vLLM by name only. Next: offline.py and served.py, which run one side once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rkv_vllm.config import CONFIG_KEY, OPTIONS, KVCompressionConfig
+
+STOCK = "stock"
+_OWN_SERVER = "leave it out: bench starts its own server on a free port"
+# Flags of vLLM that would contradict what bench decides for all sides, with the way out.
+_TAKEN = {
+    "--model": "name the model before the options",
+    "--dtype": "pass --dtype before `--`",
+    "--seed": "pass --seed before `--`",
+    "--block-size": "pass --block-size before `--`",
+    "--max-model-len": "leave it out: it is the longest prompt plus --output-len",
+    "--kv-cache-memory-bytes": "pass --pool-tokens before `--`",
+    "--num-gpu-blocks-override": "pass --pool-tokens before `--`",
+    "--kv-budget": "pass --budget before `--`",
+    "--kv-buffer": "pass --buffer before `--`",
+    "--disable-log-stats": "leave it out: the counts come from /metrics",
+    "--ignore-eos": "leave it out: all outputs have --output-len tokens",
+    **dict.fromkeys(("--host", "--port", "--uds", "--api-key", "--ssl-keyfile"), _OWN_SERVER),
+}
+_COMPRESSION_FLAGS = {option.flag for option in OPTIONS}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to serve the workload.
+
+    Attributes:
+        budget: `--kv-budget`; None for stock vLLM.
+        flags: of this side alone.
+    """
+
+    budget: int | None
+    flags: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """How tables and JSON call it."""
+        return STOCK if self.budget is None else f"budget {self.budget}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one side: `mode` is "offline" or "served", `repeat` counts from 1."""
+
+    mode: str
+    side: Side
+    repeat: int
+
+
+def split_engine_flags(flags: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits what follows `--` into flags of every side and flags of the compressed sides.
+
+    Args:
+        flags: as for `vllm serve`; `--kv-window` and its like only make sense with compression.
+
+    Raises:
+        ValueError: a flag that bench itself decides about.
+    """
+    common: list[str] = []
+    compressed: list[str] = []
+    target = common
+    for flag in flags:
+        # Anything else is the value of the flag before it.
+        if flag.startswith("-"):
+            name = flag.partition("=")[0].replace("_", "-")
+            if name in _TAKEN:
+                raise ValueError(
+                    f"{name}: got it among the flags for vLLM, wanted none that bench decides "
+                    f"about; {_TAKEN[name]}"
+                )
+            target = compressed if name in _COMPRESSION_FLAGS else common
+        if CONFIG_KEY in flag:
+            raise ValueError(
+                f"--additional-config: got {CONFIG_KEY!r} in it, wanted the stock side without "
+                "compression; pass --budget, --buffer or the --kv-... flags"
+            )
+        target.append(flag)
+    return common, compressed
+
+
+def compression_options(flags: Sequence[str]) -> dict[str, str | int | float]:
+    """Returns the options behind flags of the compressed sides, by their names in the config.
+
+    Args:
+        flags: each with its value, `--flag value` or `--flag=value`.
+
+    Raises:
+        ValueError: a flag without a value, or a value of another type.
+    """
+    options = {}
+    rest = list(flags)
+    while rest:
+        name, is_joined, value = rest.pop(0).partition("=")
+        option = next(each for each in OPTIONS if each.flag == name.replace("_", "-"))
+        if not is_joined:
+            value = rest.pop(0) if rest else ""
+        try:
+            options[option.name] = option.type(value)
+        except ValueError as error:
+            raise ValueError(
+                f"{option.flag}: got {value!r}, wanted {option.wanted}; correct it"
+            ) from error
+    return options
+
+
+def make_sides(budgets: Sequence[int], buffer: int, compressed_flags: Sequence[str]) -> list[Side]:
+    """Returns the stock side and one for each budget, in the order of the tables."""
+    sides = [Side(None, ())]
+    for budget in budgets:
+        method = f"--kv-compression={KVCompressionConfig.method}"
+        own = (method, f"--kv-budget={budget}", f"--kv-buffer={buffer}")
+        # The last one of equal flags holds.
+        sides.append(Side(budget, (*own, *compressed_flags)))
+    return sides
+
+
+def make_schedule(modes: Sequence[str], sides: Sequence[Side], repeats: int) -> list[Run]:
+    """Returns the runs in their order: sides take turns, and the order turns round each time.
+
+    The compressed sides begin, so that what compression refuses is refused before anything was
+    measured.
+    """
+    return [
+        Run(mode, side, repeat)
+        for mode in modes
+        for repeat in range(1, repeats + 1)
+        for side in (sides if repeat % 2 == 0 else reversed(sides))
+    ]

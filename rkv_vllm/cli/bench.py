@@ -1,0 +1,259 @@
+"""`rkv-vllm bench`: what compression buys here, measured against stock vLLM.
+
+Reads the options and prints the answer; what is refused stands in `bench_input.py`, the measuring
+in `rkv_vllm/bench/`.
+"""
+
+import json
+import math
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rkv_vllm.bench.card import make_card
+from rkv_vllm.bench.checks import Result
+from rkv_vllm.bench.processes import ChildError, InterruptedBySignal, ended_by_signals
+from rkv_vllm.bench.report import make_document, print_report
+from rkv_vllm.bench.sides import make_schedule, make_sides, split_engine_flags
+from rkv_vllm.bench.workload import SCENARIOS
+from rkv_vllm.cli.bench_input import (
+    check_options,
+    check_packages,
+    make_workload,
+    override,
+    read_budgets,
+    usage_errors,
+)
+from rkv_vllm.cli.checkpoint import DTYPES
+from rkv_vllm.cli.errors import REFUSED, CommandError, one_line_errors
+
+ScenarioName = Enum("ScenarioName", {name: name for name in SCENARIOS}, type=str)
+ModeName = Enum("ModeName", {name: name for name in ("offline", "served", "both")}, type=str)
+
+
+def _of_scenario(field: str) -> str:
+    """What a field is in every scenario, for --help."""
+    values = {name: getattr(scenario, field) for name, scenario in SCENARIOS.items()}
+    shown = {
+        name: ",".join(map(str, value)) if isinstance(value, tuple) else value
+        for name, value in values.items()
+    }
+    if len(set(shown.values())) == 1:
+        return f"Default: {next(iter(shown.values()))}."
+    return "Default: " + ", ".join(f"{value} ({name})" for name, value in shown.items()) + "."
+
+
+def _option(panel: str, metavar: str, meaning: str, *flags: str, **settings: Any) -> Any:
+    return typer.Option(*flags, rich_help_panel=panel, metavar=metavar, help=meaning, **settings)
+
+
+_LOAD = "Requests"
+_ENGINE = "Engine, equal on all sides"
+_RKV = "R-KV (as for vllm serve)"
+_CLIENT = "Arrival at a server (as for vllm bench serve)"
+ModelArgument = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or a hub id in the local cache."),
+]
+EngineFlags = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="-- ENGINE_FLAGS",
+        help="Flags of vllm serve, after `--`, for all sides alike; --kv-window and the like, for "
+        "the compressed sides.",
+    ),
+]
+ScenarioOption = Annotated[
+    ScenarioName,
+    typer.Option(
+        help="Preset for SmolLM2-135M on a small CPU machine: starved, where memory decides how "
+        "many requests run at once; ample, where compression can only cost. The other options "
+        "override it."
+    ),
+]
+ModeOption = Annotated[
+    ModeName,
+    typer.Option(help="offline: LLM.generate. served: vllm serve, loaded by vllm bench serve."),
+]
+Repeats = Annotated[int, typer.Option(metavar="RUNS", help="Runs of every side.", min=1)]
+Budgets = Annotated[
+    list[str] | None,
+    _option(
+        _RKV,
+        "TOKENS",
+        "Kept by a compaction; a side for each: repeat it, or put commas between. "
+        + _of_scenario("budgets"),
+        "--budget",
+        "--kv-budget",
+    ),
+]
+Buffer = Annotated[
+    int | None,
+    _option(
+        _RKV,
+        "TOKENS",
+        f"Between two compactions. {_of_scenario('buffer')}",
+        "--buffer",
+        "--kv-buffer",
+    ),
+]
+NumPrompts = Annotated[
+    int | None,
+    _option(
+        _LOAD,
+        "REQUESTS",
+        f"Requests, all different. {_of_scenario('num_prompts')}",
+        "--num-prompts",
+        "--num-requests",
+        min=1,
+    ),
+]
+OutputLen = Annotated[
+    int | None,
+    _option(_LOAD, "TOKENS", f"Forced output of each request. {_of_scenario('output_len')}", min=1),
+]
+DatasetPath = Annotated[
+    Path | None,
+    _option(
+        _LOAD,
+        "FILE.jsonl",
+        'Your prompts, one {"prompt": "..."} per line, without a chat template: the model\'s own '
+        "is applied. Default: tasks in arithmetic, about 70 tokens each.",
+    ),
+]
+Seed = Annotated[int, _option(_LOAD, "NUMBER", "Of the order of the prompts, and of the engines.")]
+PoolTokens = Annotated[
+    int | None,
+    _option(
+        _ENGINE,
+        "TOKENS",
+        f"Held by the pool of KV blocks; 0: vLLM's own size. {_of_scenario('pool_tokens')}",
+        min=0,
+    ),
+]
+BlockSize = Annotated[
+    int | None, _option(_ENGINE, "TOKENS", f"Per block. {_of_scenario('block_size')}", min=1)
+]
+Dtype = Annotated[
+    str | None,
+    _option(
+        _ENGINE,
+        "DTYPE",
+        f"Of weights and cache: {', '.join(DTYPES)}. {_of_scenario('dtype')}",
+    ),
+]
+RequestRate = Annotated[
+    float, _option(_CLIENT, "PER_SECOND", "Requests that arrive per second; inf: all at once.")
+]
+MaxConcurrency = Annotated[
+    int | None, _option(_CLIENT, "REQUESTS", "Open at the same time. Default: all.", min=1)
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one line, the JSON document; no card, no table.")
+]
+PlotFile = Annotated[
+    Path | None, typer.Option(metavar="FILE.png", help="Draw speed and requests running at once.")
+]
+
+
+def run_benchmark(
+    model: ModelArgument,
+    engine_flags: EngineFlags = None,
+    scenario: ScenarioOption = ScenarioName.starved,
+    mode: ModeOption = ModeName.offline,
+    repeats: Repeats = 1,
+    budget: Budgets = None,
+    buffer: Buffer = None,
+    num_prompts: NumPrompts = None,
+    output_len: OutputLen = None,
+    dataset_path: DatasetPath = None,
+    seed: Seed = 0,
+    pool_tokens: PoolTokens = None,
+    block_size: BlockSize = None,
+    dtype: Dtype = None,
+    request_rate: RequestRate = math.inf,
+    max_concurrency: MaxConcurrency = None,
+    as_json: AsJson = False,
+    plot: PlotFile = None,
+) -> None:
+    """Measure stock vLLM against compression: same prompts, same pool, same seeds.
+
+    Stock means none of our options and vLLM's own defaults. Every run is a fresh process, sides
+    take turns, and the order turns round with each repeat. No ratio is given when requests were
+    lost or cut short, when compactions do not add up, or when a request too short to be compacted
+    got another text than from stock.
+
+    Standard output: card, table, ratios and, as its last line, one JSON document. Ctrl-C ends
+    every process and prints the runs that are finished.
+
+    Examples, with the model that `make model` unpacks; the first takes 8 to 12 minutes:
+
+    ```
+    M=.models/SmolLM2-135M-Instruct
+    rkv-vllm bench $M -- --enforce-eager
+    rkv-vllm bench $M --scenario ample --mode both --plot bench.png
+    rkv-vllm bench $M --budget 128,256 --repeats 3 --json
+    ```
+
+    Exit codes: 0 fine; 1 a check or a process failed; 2 the command line is wrong; 130 Ctrl-C.
+    """
+    # Only now: it imports what comes with vLLM.
+    from rkv_vllm.bench.session import run_all
+
+    results: list[Result] = []
+    failure, exit_code = None, 0
+    with one_line_errors():
+        try:
+            with ended_by_signals():
+                with usage_errors():
+                    load = override(
+                        SCENARIOS[scenario.value],
+                        budgets=read_budgets(budget or ()),
+                        buffer=buffer,
+                        num_prompts=num_prompts,
+                        output_len=output_len,
+                        pool_tokens=pool_tokens,
+                        block_size=block_size,
+                        dtype=dtype,
+                    )
+                    common, compressed = split_engine_flags(engine_flags or ())
+                    modes = ("offline", "served") if mode is ModeName.both else (mode.value,)
+                    check_options(load, compressed, request_rate)
+                    check_packages(modes, plot)
+                    workload = make_workload(
+                        model, load, dataset_path, seed, request_rate, max_concurrency
+                    )
+                    sides = make_sides(load.budgets, load.buffer, compressed)
+                card = make_card(model)
+                run_all(workload, make_schedule(modes, sides, repeats), common, results)
+        except ChildError as error:
+            typer.echo("\n".join(error.log_tail), err=True)
+            typer.echo(f"Error: {error}; its log ends as above", err=True)
+            failure, exit_code = str(error), REFUSED
+        except InterruptedBySignal as interruption:
+            typer.echo("Interrupted.", err=True)
+            failure, exit_code = "interrupted", interruption.exit_code
+        if results:
+            document = make_document(card, workload, sides, repeats, results, failure)
+            _show(document, as_json, plot)
+            if exit_code == 0 and any(each["ratios"] is None for each in document["results"]):
+                exit_code = REFUSED
+    raise typer.Exit(exit_code)
+
+
+def _show(document: dict[str, Any], as_json: bool, plot: Path | None) -> None:
+    if not as_json:
+        print_report(document)
+    typer.echo(json.dumps(document))
+    # Last: whatever happens to the plot, what was measured is printed.
+    if plot is not None:
+        from rkv_vllm.bench.plot import draw
+
+        try:
+            draw(plot, document)
+        except OSError as error:
+            raise CommandError(
+                f"--plot: got {error}, wanted a file that can be written; change the path", REFUSED
+            ) from error

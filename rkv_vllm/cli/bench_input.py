@@ -1,0 +1,134 @@
+"""From the options of `rkv-vllm bench` to a workload: refuses what cannot be measured.
+
+Runs before any process starts. Next: `rkv_vllm/bench/workload.py`.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from rkv_vllm.bench.prompts import PROBES, make_renderer, own_prompts, read_prompts
+from rkv_vllm.bench.sides import compression_options
+from rkv_vllm.bench.workload import Scenario, Workload
+from rkv_vllm.cli.checkpoint import DTYPES, find_config, read_config, read_decoder
+from rkv_vllm.cli.errors import REFUSED, CommandError
+from rkv_vllm.config import KVCompressionConfig
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turns the ValueErrors of `rkv_vllm.bench` and of the options into the command's own."""
+    try:
+        yield
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def override(preset: Scenario, **given: Any) -> Scenario:
+    """The preset with the options that were given."""
+    return replace(preset, **{name: value for name, value in given.items() if value is not None})
+
+
+def read_budgets(texts: Sequence[str]) -> tuple[int, ...] | None:
+    """The budgets of all `--budget` options; None when there is none."""
+    parts = [part.strip() for text in texts for part in text.split(",")]
+    try:
+        budgets = tuple(map(int, parts))
+    except ValueError as error:
+        raise CommandError(
+            f"--budget: got {', '.join(texts)!r}, wanted whole numbers of tokens; write it like "
+            "--budget 128,256"
+        ) from error
+    twice = sorted({budget for budget in budgets if budgets.count(budget) > 1})
+    if twice:
+        raise CommandError(
+            f"--budget: got {twice[0]} more than once, wanted a side for each budget; name it once"
+        )
+    return budgets or None
+
+
+def check_options(load: Scenario, compressed_flags: Sequence[str], request_rate: float) -> None:
+    """Refuse what needs neither the model nor its tokenizer to be seen as wrong."""
+    if not request_rate > 0:
+        raise CommandError(
+            f"--request-rate: got {request_rate}, wanted more than 0 requests per second; leave it "
+            "out to send all at once"
+        )
+    if load.dtype not in DTYPES:
+        raise CommandError(
+            f"--dtype: got {load.dtype!r}, wanted one of {', '.join(DTYPES)}; change it"
+        )
+    options = compression_options(compressed_flags)
+    for budget in load.budgets:
+        KVCompressionConfig(**{"budget": budget, "buffer": load.buffer, **options})
+
+
+def check_packages(modes: Sequence[str], plot: Path | None) -> None:
+    """Refuse what would fail at the end, for want of a package or of a place for the plot."""
+    if plot is not None:
+        _check_path(plot)
+        _require("matplotlib", "--plot")
+    if "served" in modes:
+        # vLLM's client reads prompts with it, and has it in an extra of its own.
+        _require("pandas", "--mode served")
+
+
+def _require(package: str, option: str) -> None:
+    try:
+        import_module(package)
+    except ImportError as error:
+        raise CommandError(
+            f"{option}: got an installation in which {package} cannot be imported ({error}), "
+            f"wanted one that has it; run: pip install {package}",
+            REFUSED,
+        ) from error
+
+
+def _check_path(path: Path) -> None:
+    target = path if path.exists() else path.parent
+    is_png = path.suffix.lower() == ".png" and not path.is_dir()
+    if not is_png or not path.parent.is_dir() or not os.access(target, os.W_OK):
+        raise CommandError(
+            f"--plot: got {str(path)!r}, wanted a file that ends in .png and can be written, in a "
+            "folder that exists; change the path"
+        )
+
+
+def make_workload(
+    model: str,
+    load: Scenario,
+    dataset_path: Path | None,
+    seed: int,
+    request_rate: float,
+    max_concurrency: int | None,
+) -> Workload:
+    """The workload, checked against the model."""
+    decoder = read_decoder(read_config(find_config(model)))
+    if dataset_path is None:
+        tasks = own_prompts(load.num_prompts, seed)
+    else:
+        tasks = read_prompts(dataset_path, load.num_prompts)
+    render, count_tokens = make_renderer(model)
+    prompts = tuple(map(render, tasks))
+    elements = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_size
+    workload = Workload(
+        model=model,
+        prompts=prompts,
+        prompt_lens=tuple(map(count_tokens, prompts)),
+        probe_lens=tuple(map(count_tokens, PROBES)),
+        output_len=load.output_len,
+        buffer=load.buffer,
+        pool_tokens=load.pool_tokens,
+        block_size=load.block_size,
+        bytes_per_token=elements * decoder.dtype_bytes(load.dtype),
+        dtype=load.dtype,
+        seed=seed,
+        request_rate=request_rate,
+        max_concurrency=max_concurrency,
+    )
+    workload.check(load.budgets)
+    return workload

@@ -1,0 +1,116 @@
+"""What is shown: medians, ratios or the reasons against them, the plot."""
+
+import json
+from statistics import median
+
+import pytest
+
+from rkv_vllm.bench.plot import draw
+from rkv_vllm.bench.report import make_document, print_report
+from tests.bench.results import SIDES, new_result, new_results, new_workload
+
+STOCK, COMPRESSED = SIDES
+CARD = {"command": "rkv-vllm bench", "model": "folder/of/model", "load_average": [0.5, 0.4]}
+LATENCIES = {"ttft_ms": {"p50": 41.0, "p99": 997.0}, "itl_ms": {"p50": 13.0, "p99": 57.0}}
+
+
+def document_of(results, failure=None):
+    repeats = max(result["repeat"] for result in results)
+    document = make_document(CARD, new_workload(), SIDES, repeats, results, failure)
+    # What is printed as JSON must come back as it is.
+    assert json.loads(json.dumps(document)) == document
+    return document
+
+
+def printed(document, capsys):
+    print_report(document)
+    return capsys.readouterr().out
+
+
+def uneven_results():
+    """Three pairs whose median of ratios is not the ratio of medians."""
+    results = []
+    for repeat, (stock, ours) in enumerate([(100.0, 150.0), (50.0, 200.0), (120.0, 132.0)], 1):
+        results.append(new_result(COMPRESSED, repeat, tokens_per_s=ours))
+        results.append(new_result(STOCK, repeat, tokens_per_s=stock))
+    return results
+
+
+def test_ratios_are_of_pairs_of_the_same_repeat():
+    (result,) = document_of(uneven_results())["results"]
+    pairs = [1.5, 4.0, pytest.approx(1.1)]
+    assert result["ratios"] == {"budget 64": {"pairs": pairs, "median": 1.5}}
+    stock, compressed = result["sides"]
+    assert stock["tokens_per_s"] == {"median": 100.0, "min": 50.0, "max": 120.0}
+    assert compressed["tokens_per_s"]["median"] == median([150.0, 200.0, 132.0])
+    assert (stock["side"], compressed["side"]) == ("stock", "budget 64")
+
+
+def test_the_table_says_what_the_document_says(capsys):
+    shown = printed(document_of(uneven_results()), capsys)
+    for text in (
+        "[min, max]",
+        "100.0 [50.0, 120.0]",
+        "150.0 [132.0, 200.0]",
+        "1.9 (2)",
+        "8 of 16",
+        "budget 64 / stock, tokens/s: 1.50 x (each pair: 1.50, 4.00, 1.10)",
+        "2 requests x 150 output tokens, pool 512 tokens, buffer 32, float32",
+    ):
+        assert text in shown
+    assert "TTFT" not in shown
+
+
+def test_latencies_of_served_runs_are_shown(capsys):
+    results = [result | LATENCIES | {"mode": "served"} for result in new_results()]
+    shown = printed(document_of(results), capsys)
+    assert "41 / 997" in shown
+    assert "13 / 57" in shown
+
+
+@pytest.mark.parametrize(
+    ("results", "failure", "problem"),
+    [
+        (new_results(compactions=0), None, "budget 64, run 1: 0 compactions, wanted 6"),
+        (new_results(2)[:-1], "interrupted", "interrupted"),
+        (new_results()[:1], "stock, offline: the process ended with exit code 1", "exit code 1"),
+    ],
+)
+def test_no_ratio_where_a_check_failed(results, failure, problem, capsys, tmp_path):
+    document = document_of(results, failure)
+    (result,) = document["results"]
+    assert result["ratios"] is None
+    assert problem in result["failed_checks"][0]
+    shown = printed(document, capsys)
+    assert problem in shown
+    assert "No ratio" in shown
+    assert " x (" not in shown
+    # The plot has no number for it either.
+    draw(tmp_path / "plot.png", document)
+
+
+def test_a_failed_mode_leaves_the_ratio_of_the_other(capsys):
+    served = [r | LATENCIES | {"mode": "served"} for r in new_results(deferred=1, compactions=9)]
+    document = document_of([*new_results(), *served])
+    assert [result["ratios"] is None for result in document["results"]] == [False, True]
+    assert "wanted 1 to 6" in printed(document, capsys)
+
+
+def test_an_interrupted_mode_leaves_the_ratio_of_the_complete_one():
+    served = [result | LATENCIES | {"mode": "served"} for result in new_results()[:1]]
+    offline, served = document_of([*new_results(), *served], "interrupted")["results"]
+    assert offline["ratios"] is not None
+    assert served["ratios"] is None
+
+
+def test_all_at_once_is_null_in_json():
+    workload = document_of(new_results())["workload"]
+    assert workload["request_rate"] is None
+    assert "Infinity" not in json.dumps(workload)
+
+
+def test_the_plot_is_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    draw(tmp_path / "plot.png", document_of(uneven_results()))
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "plot.png").stat().st_size > 20_000

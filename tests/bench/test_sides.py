@@ -1,0 +1,63 @@
+"""Who runs when, and with which flags."""
+
+import pytest
+
+from rkv_vllm.bench.sides import (
+    compression_options,
+    make_schedule,
+    make_sides,
+    split_engine_flags,
+)
+
+
+def test_the_stock_side_has_no_flag_of_its_own():
+    stock, first, second = make_sides((64, 128), 32, ["--kv-window=16"])
+    assert (stock.name, stock.flags) == ("stock", ())
+    assert first.name == "budget 64"
+    assert first.flags == (
+        *("--kv-compression=rkv", "--kv-budget=64", "--kv-buffer=32"),
+        "--kv-window=16",
+    )
+    assert "--kv-budget=128" in second.flags
+
+
+def test_sides_take_turns_and_their_order_turns_round():
+    sides = make_sides((64, 128), 32, ())
+    runs = make_schedule(("offline", "served"), sides, 2)
+    names = [(run.mode, run.repeat, run.side.budget) for run in runs]
+    assert names[:6] == [
+        *(("offline", 1, budget) for budget in (128, 64, None)),
+        *(("offline", 2, budget) for budget in (None, 64, 128)),
+    ]
+    assert names[6:] == [("served", *rest) for _, *rest in names[:6]]
+
+
+def test_flags_of_compression_go_to_the_compressed_sides():
+    flags = ["--enforce-eager", "--kv-window", "4", "-tp", "2", "--kv_lambda=0.3", "--swap=1"]
+    common, compressed = split_engine_flags(flags)
+    assert common == ["--enforce-eager", "-tp", "2", "--swap=1"]
+    assert compressed == ["--kv-window", "4", "--kv_lambda=0.3"]
+    assert compression_options(compressed) == {"window": 4, "lam": 0.3}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--kv-budget", "64"],
+        ["--kv_buffer=64"],
+        ["--num-gpu-blocks-override=9"],
+        ["--max_model_len", "99"],
+        ["--port=8000"],
+        ["--additional-config", '{"kv_compression": {"method": "rkv"}}'],
+        ["--additional-config.kv_compression.method", "rkv"],
+    ],
+)
+def test_flags_that_contradict_the_benchmark_are_refused(flags):
+    with pytest.raises(ValueError, match=r"^--.*got .*wanted .*; "):
+        split_engine_flags(["--enforce-eager", *flags])
+
+
+@pytest.mark.parametrize("flags", [["--kv-window"], ["--kv-window", "eight"]])
+def test_a_flag_of_compression_without_its_value_is_refused(flags):
+    with pytest.raises(ValueError, match=r"--kv-window: got '.*', wanted"):
+        compression_options(flags)

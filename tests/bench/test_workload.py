@@ -1,0 +1,118 @@
+"""Lengths: what is expected of a run, what fits a pool, what is refused."""
+
+import pytest
+
+from rkv_vllm.bench.prompts import PROBES, TASKS, own_prompts, read_prompts
+from rkv_vllm.bench.workload import SCENARIOS, num_compactions
+from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.request_options import RequestOptions
+from rkv_vllm.scheduling.planner import CompressionPlanner, ScheduledRequest
+from tests.bench.results import new_workload
+
+
+class FreeBooks:
+    """A pool that never lacks a block."""
+
+    def __init__(self) -> None:
+        self.evicted = 0
+
+    def num_evicted(self, req_id: str) -> int:
+        return self.evicted
+
+    def compact(self, req_id: str, num_evict: int, total_len: int) -> tuple[list[int], list[int]]:
+        self.evicted += num_evict
+        return [], []
+
+
+def planned_compactions(config, prompt_len, output_len, in_flight):
+    """What the scheduler's planner books for one request."""
+    planner = CompressionPlanner(config, FreeBooks())
+    options = RequestOptions(config.budget, config.buffer)
+    count = 0
+    for step in range(output_len):
+        computed = prompt_len + step
+        scheduled = 1 if step else prompt_len
+        unsettled = min(computed, prompt_len + in_flight - 1 if step < in_flight else in_flight)
+        request = ScheduledRequest("r", computed, scheduled, unsettled, False, options)
+        count += len(planner.plan_step([request]).directives)
+    return count
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+@pytest.mark.parametrize(("budget", "buffer"), [(8, 2), (8, 5), (20, 7)])
+def test_expected_compactions_are_those_of_the_planner(budget, buffer, in_flight):
+    config = KVCompressionConfig(budget=budget, buffer=buffer, window=2)
+    counts = set()
+    for prompt_len in (1, 7, 8, 9, 30):
+        for output_len in range(1, 60):
+            expected = num_compactions(prompt_len, output_len, budget, buffer, in_flight)
+            planned = planned_compactions(config, prompt_len, output_len, in_flight)
+            assert expected == planned, (prompt_len, output_len)
+            counts.add(planned)
+    assert len(counts) > 4
+
+
+def test_probes_are_never_due():
+    for scenario in SCENARIOS.values():
+        workload = new_workload(buffer=scenario.buffer)
+        for probe_len in (1, 10, 500):
+            for budget in (9, *scenario.budgets):
+                lengths = (probe_len, workload.probe_len, budget, workload.buffer)
+                assert num_compactions(*lengths, in_flight=1) == 0
+
+
+def test_scenarios_compact_and_fit_and_only_one_lacks_memory():
+    for name, scenario in SCENARIOS.items():
+        workload = new_workload(
+            prompt_lens=(80,) * scenario.num_prompts,
+            prompts=("text",) * scenario.num_prompts,
+            output_len=scenario.output_len,
+            buffer=scenario.buffer,
+            pool_tokens=scenario.pool_tokens,
+            block_size=scenario.block_size,
+        )
+        workload.check(scenario.budgets)
+        whole = scenario.num_prompts * workload.max_model_len
+        assert (scenario.pool_tokens < whole / 4) == (name == "starved")
+        assert (scenario.pool_tokens > whole) == (name == "ample")
+
+
+def test_engine_flags_give_the_pool_in_blocks_with_the_empty_one():
+    flags = new_workload().engine_flags()
+    assert "--num-gpu-blocks-override=17" in flags
+    assert f"--kv-cache-memory-bytes={17 * 32 * 1024}" in flags
+    assert "--max-model-len=180" in flags
+    assert not any("blocks" in flag for flag in new_workload(pool_tokens=0).engine_flags())
+
+
+def test_the_smallest_pool_that_is_named_is_accepted():
+    with pytest.raises(ValueError, match="wanted at least 192"):
+        new_workload(pool_tokens=191).check((64,))
+    new_workload(pool_tokens=192).check((64,))
+    new_workload(pool_tokens=0).check((64,))
+
+
+@pytest.mark.parametrize(("budget", "is_refused"), [(147, True), (145, False)])
+def test_a_budget_under_which_nothing_is_compacted_is_refused(budget, is_refused):
+    # The longest request has 30 + 150 - 3 settled tokens at its end, asynchronously scheduled.
+    workload = new_workload()
+    if is_refused:
+        with pytest.raises(ValueError, match="nothing would ever be compacted"):
+            workload.check((64, budget))
+    else:
+        workload.check((64, budget))
+
+
+def test_own_prompts_are_different_and_follow_the_seed():
+    prompts = own_prompts(3 * len(TASKS), seed=1)
+    assert len({*prompts, *PROBES}) == 3 * len(TASKS) + len(PROBES)
+    assert own_prompts(3 * len(TASKS), seed=1) == prompts
+    other = own_prompts(3 * len(TASKS), seed=2)
+    assert other != prompts
+    assert sorted(other) == sorted(prompts)
+
+
+def test_prompts_of_a_file_are_read_in_order(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a", "output_tokens": 3}\n\n{"prompt": "b"}\n{"prompt": "c"}\n')
+    assert read_prompts(file, 2) == ["a", "b"]
