@@ -15,6 +15,8 @@ METHOD_KEY = "kv_compression"
 BUDGET_KEY = "kv_budget"
 BUFFER_KEY = "kv_buffer"
 OFF = "off"
+# Lengths beyond it do not fit into the kernels' integers, and no context is that long.
+MOST_TOKENS = 2**31 - 1
 
 _REQUEST_KEYS = (METHOD_KEY, BUDGET_KEY, BUFFER_KEY)
 # Spelled like the flags. Silence would let a client believe that it had set them.
@@ -49,6 +51,14 @@ class RequestOptions(NamedTuple):
 
     budget: int
     buffer: int
+
+    def first_due_at(self, prefill_len: int) -> int:
+        """Tokens at which a request is compacted first, if it decodes that far.
+
+        Args:
+            prefill_len: tokens that are computed before the first one is decoded.
+        """
+        return max(self.budget, prefill_len) + self.buffer
 
 
 def read_request_options(
@@ -120,11 +130,11 @@ def _is_off(extra_args: Mapping[str, Any], config: KVCompressionConfig) -> bool:
 def _read_tokens(extra_args: Mapping[str, Any], key: str, default: int) -> int:
     tokens = extra_args.get(key, default)
     # Not isinstance: True is no number of tokens.
-    if type(tokens) is not int:
+    if type(tokens) is not int or tokens > MOST_TOKENS:
         raise RequestOptionError(
             key,
             tokens,
-            "a whole number of tokens",
+            f"a whole number of tokens, at most {MOST_TOKENS}",
             f"change it or leave it out for the server's {default}",
         )
     return tokens

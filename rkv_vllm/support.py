@@ -122,7 +122,7 @@ def _warn_if_never_due(vllm_config: "VllmConfig") -> None:
     if config.budget + config.buffer >= max_model_len:
         init_logger(__name__).warning(
             "--kv-budget %d plus --kv-buffer %d reach --max-model-len %d: no request will ever be "
-            "compacted; lower the budget",
+            "compacted unless it sets a smaller budget itself; lower the budget",
             config.budget,
             config.buffer,
             max_model_len,

@@ -38,6 +38,11 @@ def test_what_is_left_out_is_the_servers(extra_args, expected):
         ({"kv_budget": True}, "kv_budget", "got True, wanted a whole number"),
         ({"kv_budget": None}, "kv_budget", "got None, wanted a whole number"),
         ({"kv_budget": [64]}, "kv_budget", "got [64], wanted a whole number"),
+        (
+            {"kv_budget": 2**31},
+            "kv_budget",
+            "got 2147483648, wanted a whole number of tokens, at most",
+        ),
         ({"kv_budget": 8}, "kv_budget", "got 8, wanted more tokens than this server's --kv-window"),
         ({"kv_budget": -1}, "kv_budget", "got -1, wanted more tokens than"),
         ({"kv_buffer": 7}, "kv_buffer", "got 7, wanted at least 8 tokens on this server"),

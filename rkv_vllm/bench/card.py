@@ -14,6 +14,8 @@ from typing import Any
 PACKAGE = Path(__file__).resolve().parent.parent
 _DISTRIBUTIONS = ("rkv-vllm", "vllm", "torch", "transformers")
 _VARIABLES = ("OMP_", "VLLM_", "CUDA_VISIBLE_DEVICES")
+# In the names of variables whose values nobody wants in a published result.
+_SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
 
 def make_card(model: str) -> dict[str, Any]:
@@ -37,10 +39,15 @@ def make_card(model: str) -> dict[str, Any]:
     if commit := _commit():
         card["commit"] = commit
     card["environment"] = {
-        name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)
+        name: value for name, value in sorted(os.environ.items()) if _is_shown(name)
     }
     card["model"] = model
     return card
+
+
+def _is_shown(variable: str) -> bool:
+    is_secret = any(word in variable.upper() for word in _SECRETS)
+    return variable.startswith(_VARIABLES) and not is_secret
 
 
 def _installed(name: str) -> str:

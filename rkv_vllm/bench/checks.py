@@ -66,7 +66,10 @@ def _differences(workload: Workload, results: Sequence[Result]) -> list[str]:
                 f"{where}: a request too short to be compacted got another text than from {STOCK}, "
                 f"run {stock['repeat']}"
             )
-        wanted = workload.pool_blocks if workload.pool_tokens else stock["pool_blocks"]
+        wanted = stock["pool_blocks"]
+        if workload.pool_tokens:
+            # Engines of data parallelism have a pool each.
+            wanted = workload.pool_blocks * result["engines"]
         if result["pool_blocks"] != wanted:
             problems.append(f"{where}: a pool of {result['pool_blocks']} blocks, wanted {wanted}")
     return problems

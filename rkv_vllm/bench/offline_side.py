@@ -64,6 +64,7 @@ def run(job: dict[str, Any], progress: Path) -> dict[str, Any]:
         "running_peak": counts["running_peak"],
         "preemptions": counts["preemptions"],
         "peak_blocks": counts["peak_blocks"],
+        "engines": 1,
         "pool_blocks": _block_pool(llm).num_gpu_blocks - 1,
         "compactions": compression.get("compactions", 0),
         "deferred": compression.get("deferred", 0),

@@ -1,20 +1,26 @@
 """The plot of `rkv-vllm bench`, drawn from its JSON document: speed, and what fits at once."""
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rkv_vllm.bench.report import grouped
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Distinguishable without colour vision and on paper; as in the plot of `plan`.
 _STOCK = "#d55e00"
 _COMPRESSED = "#009e73"
 _PEAK = "#444444"
 _DOT = "#000000"
+# Characters of a title that fit above one of two plots.
+_TITLE_WIDTH = 56
 
 
 def draw(path: Path, document: dict[str, Any]) -> None:
-    """Draw one row per mode: tokens per second, and requests running at once.
+    """Write the plot.
 
     Args:
         path: the PNG to write.
@@ -22,6 +28,15 @@ def draw(path: Path, document: dict[str, Any]) -> None:
 
     Raises:
         OSError: the file cannot be written.
+    """
+    make_figure(document).savefig(path, dpi=150)
+
+
+def make_figure(document: dict[str, Any]) -> "Figure":
+    """Returns one row per mode: tokens per second, and requests running at once.
+
+    Args:
+        document: as for `draw`.
     """
     from matplotlib.figure import Figure
 
@@ -34,7 +49,7 @@ def draw(path: Path, document: dict[str, Any]) -> None:
         _draw_speed(left, result)
         _draw_running(right, result)
     figure.suptitle(_title(document), fontsize=11)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def _title(document: dict[str, Any]) -> str:
@@ -59,8 +74,11 @@ def _draw_speed(axes: "Axes", result: dict[str, Any]) -> None:
             text += f"  ({ratios[side['side']]['median']:.2f} x)"
         _label(axes, max(speeds), row, text)
     axes.set_xlabel("output tokens per second (median; dots: single runs)")
-    title = result["mode"] if ratios else f"{result['mode']}: no ratio, a check failed"
-    axes.set_title(title, loc="left", fontweight="bold")
+    title = result["mode"]
+    if result["ratios"] is None:
+        why = textwrap.shorten(result["failed_checks"][0], 3 * _TITLE_WIDTH, placeholder=" ...")
+        title += f": no ratio\n{textwrap.fill(why, _TITLE_WIDTH)}"
+    axes.set_title(title, loc="left", fontweight="bold", fontsize=10, parse_math=False)
 
 
 def _draw_running(axes: "Axes", result: dict[str, Any]) -> None:
@@ -68,14 +86,14 @@ def _draw_running(axes: "Axes", result: dict[str, Any]) -> None:
     _bars(axes, result, [side["running_mean"] for side in result["sides"]])
     for row, side in enumerate(result["sides"]):
         axes.plot([side["running_peak"]], [row], "|", color=_PEAK, ms=16, mew=2, zorder=3)
-        text = f"{side['running_mean']:.1f}, peak {side['running_peak']:g}"
+        text = f"{side['running_mean']:.1f}, peak {grouped(side['running_peak'])}"
         _label(axes, max(side["running_peak"], side["running_mean"]), row, text)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("requests running at once (mean; line: peak)")
     axes.set_yticklabels(
         [
-            f"preemptions: {side['preemptions']:g}\nblocks, peak: {side['peak_blocks']:g} of "
-            f"{side['pool_blocks']}"
+            f"preemptions: {grouped(side['preemptions'])}\n"
+            f"blocks, peak: {grouped(side['peak_blocks'])} of {side['pool_blocks']:,}"
             for side in result["sides"]
         ]
     )

@@ -1,6 +1,7 @@
-"""Child processes that never outlive the benchmark: started in groups of their own, ended whole.
+"""Child processes that do not outlive the benchmark: started in groups of their own, ended whole.
 
-Knows nothing of what they run.
+With one exception: a benchmark that is itself ended by SIGKILL cannot end anything. Knows nothing
+of what the children run.
 """
 
 import os
@@ -15,7 +16,7 @@ from types import FrameType
 
 LOG_TAIL_LINES = 30
 STOP_SECONDS = 10
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class ChildError(Exception):
@@ -25,10 +26,11 @@ class ChildError(Exception):
         log_tail: the last lines that it printed.
     """
 
-    def __init__(self, problem: str, log_file: Path) -> None:
+    def __init__(self, problem: str, log_file: Path | None) -> None:
+        """Reads the log, if the child came as far as having one."""
         super().__init__(problem)
-        lines = log_file.read_text(errors="replace").splitlines()
-        self.log_tail = lines[-LOG_TAIL_LINES:]
+        text = "" if log_file is None else log_file.read_text(errors="replace")
+        self.log_tail = text.splitlines()[-LOG_TAIL_LINES:]
 
 
 class InterruptedBySignal(KeyboardInterrupt):
@@ -49,11 +51,14 @@ def _interrupt(signum: int, _: FrameType | None) -> None:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Turns SIGINT, SIGTERM and SIGHUP into an exception; the old handlers come back after it.
+    """Turns signals that end a program into an exception; the old handlers come back after it.
 
-    A shell starts background jobs with SIGINT ignored; it ends the benchmark there as well.
+    A shell starts background jobs with SIGINT ignored; it ends the benchmark there as well. SIGHUP
+    stays ignored where nohup made it so.
     """
-    before = {signum: signal.signal(signum, _interrupt) for signum in _SIGNALS}
+    is_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    signums = [each for each in _SIGNALS if not (each is signal.SIGHUP and is_nohup)]
+    before = {signum: signal.signal(signum, _interrupt) for signum in signums}
     try:
         yield
     finally:
@@ -66,7 +71,9 @@ def _signals_held() -> Iterator[None]:
     """Lets nothing interrupt a block; the first signal that came meanwhile acts after it."""
     came: list[int] = []
     before = {
-        signum: signal.signal(signum, lambda signum, _: came.append(signum)) for signum in _SIGNALS
+        signum: signal.signal(signum, lambda signum, _: came.append(signum))
+        for signum in _SIGNALS
+        if signal.getsignal(signum) is not signal.SIG_IGN
     }
     try:
         yield
@@ -139,12 +146,22 @@ def free_port() -> int:
 
 def child_environment(**changes: str) -> dict[str, str]:
     """The environment of this process, with what makes vLLM quiet, offline and unbound."""
+    unproxied = _with_this_machine(os.environ.get("no_proxy") or os.environ.get("NO_PROXY", ""))
     return {
         # vLLM would bind all threads of an engine to the first core of a small machine.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
         **os.environ,
+        # Whatever the user exported: a download would be measured with the start.
+        "HF_HUB_OFFLINE": "1",
+        "no_proxy": unproxied,
+        "NO_PROXY": unproxied,
         **changes,
     }
+
+
+def _with_this_machine(hosts: str) -> str:
+    """A list of hosts without a proxy, extended by the address of the benchmark's servers."""
+    # A star means all hosts only where it stands alone.
+    return hosts if hosts.strip() == "*" else ",".join(filter(None, (hosts, "127.0.0.1")))

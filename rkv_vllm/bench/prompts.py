@@ -70,13 +70,13 @@ def _read_line(path: Path, number: int, line: str) -> str:
     return prompt
 
 
-def make_renderer(model: str) -> tuple[Callable[[str], str], Callable[[str], int]]:
+def make_renderer(folder: Path) -> tuple[Callable[[str], str], Callable[[str], int]]:
     """Returns how a task becomes the text of a prompt, and how many tokens a text has.
 
     A task is put into the model's chat template where it has one.
 
     Args:
-        model: folder or hub id, as for vLLM.
+        folder: of a checkpoint; nothing is looked up on the network.
 
     Raises:
         ValueError: there is no tokenizer.
@@ -85,15 +85,15 @@ def make_renderer(model: str) -> tuple[Callable[[str], str], Callable[[str], int
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         # Where the files are missing, transformers makes one without any tokens.
         if not tokenizer(PROBES[0]).input_ids:
             raise ValueError("it has no tokens")
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"MODEL: got {model!r}, whose tokenizer cannot be read ({reason}), wanted a complete "
-            "checkpoint; download it again"
+            f"MODEL: got {str(folder)!r}, whose tokenizer cannot be read ({reason}), wanted a "
+            "complete checkpoint; download it again"
         ) from error
 
     def render(task: str) -> str:

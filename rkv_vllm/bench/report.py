@@ -163,15 +163,20 @@ def _table(result: dict[str, Any], workload: dict[str, Any]) -> Table:
     return table
 
 
+def grouped(count: float) -> str:
+    """A count in full; the median of an even number of runs may be half of one."""
+    return f"{count:,.0f}" if count == int(count) else f"{count:,.1f}"
+
+
 def _cells(side: dict[str, Any]) -> list[str]:
     speed = side["tokens_per_s"]
     cells = [
         f"{speed['median']:,.1f} [{speed['min']:,.1f}, {speed['max']:,.1f}]",
-        f"{side['running_mean']:.1f} ({side['running_peak']:g})",
-        f"{side['preemptions']:g}",
-        f"{side['peak_blocks']:g} of {side['pool_blocks']}",
-        f"{side['compactions']:g}",
-        f"{side['deferred']:g}",
+        f"{side['running_mean']:.1f} ({grouped(side['running_peak'])})",
+        grouped(side["preemptions"]),
+        f"{grouped(side['peak_blocks'])} of {side['pool_blocks']:,}",
+        grouped(side["compactions"]),
+        grouped(side["deferred"]),
     ]
     for name in _LATENCIES:
         if name in side:
@@ -181,7 +186,7 @@ def _cells(side: dict[str, Any]) -> list[str]:
 
 def _print_ratios(console: Console, result: dict[str, Any]) -> None:
     if result["ratios"] is None:
-        console.print("No ratio is given, because a check failed:", style="bold red")
+        console.print("No ratio is given, because:", style="bold red")
         for problem in result["failed_checks"]:
             console.print(f"- {problem}", soft_wrap=True, markup=False)
         return

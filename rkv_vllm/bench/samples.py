@@ -1,15 +1,18 @@
 """What /metrics of a server says before, during and after a load.
 
-Knows the names of vLLM's metrics and of ours; sums every metric over its labels, so engines of data
-parallelism add up. Next: served.py, which decides when to look.
+Knows the names of vLLM's metrics and of ours. Engines of data parallelism add up: what is counted
+is summed over all labels, the pools of blocks engine by engine. Next: served.py, which decides when
+to look.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import mean
 
-import requests
 from prometheus_client.parser import text_string_to_metric_families
+
+from rkv_vllm.bench.local_http import answer
 
 _COUNTERS = {
     "preemptions": "vllm:num_preemptions_total",
@@ -24,11 +27,13 @@ class Scrape:
 
     Attributes:
         values: samples by name, summed over their labels; what is missing is 0.
-        pool_blocks: blocks that requests can hold, of all engines.
+        pools: blocks that requests can hold, by engine.
+        usage: the share of them that requests hold, by engine.
     """
 
     values: Counter[str]
-    pool_blocks: int
+    pools: Mapping[str, int]
+    usage: Mapping[str, float]
 
     @classmethod
     def of(cls, url: str) -> "Scrape":
@@ -37,22 +42,26 @@ class Scrape:
         Raises:
             requests.RequestException: it does not answer.
         """
-        answer = requests.get(f"{url}/metrics", timeout=60)
-        answer.raise_for_status()
-        return cls.parse(answer.text)
+        return cls.parse(answer("GET", f"{url}/metrics").text)
 
     @classmethod
     def parse(cls, text: str) -> "Scrape":
         """Read the text of /metrics."""
         values: Counter[str] = Counter()
-        pool_blocks = 0
+        blocks_of_all: dict[str, int] = {}
+        usage = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 values[sample.name] += sample.value
                 if sample.name == "vllm:cache_config_info":
-                    # vLLM keeps one block empty.
-                    pool_blocks += int(sample.labels["num_gpu_blocks"]) - 1
-        return cls(values, pool_blocks)
+                    blocks_of_all[sample.labels["engine"]] = int(sample.labels["num_gpu_blocks"])
+                elif sample.name == "vllm:kv_cache_usage_perc":
+                    usage[sample.labels["engine"]] = sample.value
+        # Every engine's series gives the blocks of all engines; each engine keeps one empty.
+        pools = {
+            engine: blocks // len(blocks_of_all) - 1 for engine, blocks in blocks_of_all.items()
+        }
+        return cls(values, pools, usage)
 
     @property
     def running(self) -> float:
@@ -65,9 +74,16 @@ class Scrape:
         return self.values["vllm:generation_tokens_total"]
 
     @property
+    def pool_blocks(self) -> int:
+        """Blocks that requests can hold, of all engines."""
+        return sum(self.pools.values())
+
+    @property
     def held_blocks(self) -> int:
-        """Blocks that requests hold."""
-        return round(self.values["vllm:kv_cache_usage_perc"] * self.pool_blocks)
+        """Blocks that requests hold, of all engines."""
+        return sum(
+            round(self.usage.get(engine, 0.0) * blocks) for engine, blocks in self.pools.items()
+        )
 
 
 @dataclass
@@ -108,5 +124,6 @@ class Samples:
             "running_mean": mean(running) if running else 0.0,
             "running_peak": int(max(running, default=0)),
             "peak_blocks": max((scrape.held_blocks for scrape in self.during), default=0),
+            "engines": len(after.pools),
             "pool_blocks": after.pool_blocks,
         }

@@ -16,6 +16,7 @@ from typing import Any
 
 import requests
 
+from rkv_vllm.bench.local_http import answer, request
 from rkv_vllm.bench.offline import Progress
 from rkv_vllm.bench.processes import ChildError, child_environment, free_port, process_group
 from rkv_vllm.bench.prompts import PROBES
@@ -53,13 +54,15 @@ def run_served(
     environment = child_environment()
     # Set by some for offline engines; a server's engine is a process of its own.
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    # The server would ask every request for it.
+    environment.pop("VLLM_API_KEY", None)
     log = folder / "server.log"
     started = time.monotonic()
     answering = _failing_with(log, side)
     with process_group(command, log, environment) as server, answering:
         _wait_until_healthy(server, url, side, log, show)
         start_seconds = time.monotonic() - started
-        served_name = requests.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
+        served_name = answer("GET", f"{url}/v1/models").json()["data"][0]["id"]
         probe = [_ask(url, served_name, text, workload.probe_len) for text in PROBES]
         samples = Samples(Scrape.of(url))
         client = _client_command(workload, served_name, url, folder)
@@ -71,10 +74,9 @@ def run_served(
             f"{side.name}: vllm bench serve ended with exit code {process.returncode}",
             folder / "client.log",
         )
-    found = json.loads((folder / "client.json").read_text())
     return {
         "start_seconds": start_seconds,
-        **_client_numbers(found),
+        **_client_numbers(json.loads((folder / "client.json").read_text())),
         **samples.counts(after),
         "probe": probe,
     }
@@ -104,7 +106,7 @@ def _wait_until_healthy(
         if server.poll() is not None:
             raise ChildError(f"{problem}, it ended with exit code {server.returncode}", log)
         with suppress(requests.ConnectionError, requests.Timeout):
-            if requests.get(f"{url}/health", timeout=5).status_code == 200:
+            if request("GET", f"{url}/health", timeout=5).status_code == 200:
                 return
         show("starting", 0.0)
         time.sleep(POLL_SECONDS)
@@ -121,9 +123,8 @@ def _ask(url: str, model: str, text: str, max_tokens: int) -> list[int]:
         "ignore_eos": True,
         "return_token_ids": True,
     }
-    answer = requests.post(f"{url}/v1/completions", json=body, timeout=600)
-    answer.raise_for_status()
-    return answer.json()["choices"][0]["token_ids"]
+    completion = answer("POST", f"{url}/v1/completions", json=body, timeout=600).json()
+    return completion["choices"][0]["token_ids"]
 
 
 def _client_command(workload: Workload, served_name: str, url: str, folder: Path) -> list[str]:

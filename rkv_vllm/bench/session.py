@@ -3,18 +3,24 @@
 Next: offline.py and served.py.
 """
 
+import json
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from rkv_vllm.bench.checks import Result
-from rkv_vllm.bench.offline import run_offline
+from rkv_vllm.bench.offline import Progress, run_offline
+from rkv_vllm.bench.processes import ChildError
 from rkv_vllm.bench.progress import RunProgress
 from rkv_vllm.bench.served import run_served
 from rkv_vllm.bench.sides import Run
 from rkv_vllm.bench.workload import Workload
 
 RUNNERS = {"offline": run_offline, "served": run_served}
+# In a run's folder; the process that was started last comes first.
+_LOGS = ("client.log", "server.log", "offline.log")
 
 
 def run_all(
@@ -35,9 +41,31 @@ def run_all(
     with RunProgress(schedule) as progress:
         for run in schedule:
             progress.begin(run)
-            with tempfile.TemporaryDirectory(prefix="rkv-bench-") as folder:
-                execute = RUNNERS[run.mode]
-                numbers = execute(workload, run.side, engine_flags, Path(folder), progress.show)
+            numbers = _carry_out(workload, run, engine_flags, progress.show)
             names = {"mode": run.mode, "side": run.side.name, "budget": run.side.budget}
             results.append({**names, "repeat": run.repeat, **numbers})
             progress.end()
+
+
+def _carry_out(
+    workload: Workload, run: Run, engine_flags: Sequence[str], show: Progress
+) -> dict[str, Any]:
+    """One run; whatever goes wrong with it leaves the results of the runs before it."""
+    folder = None
+    with ExitStack() as stack:
+        try:
+            made = tempfile.TemporaryDirectory(prefix="rkv-bench-", ignore_cleanup_errors=True)
+            folder = Path(stack.enter_context(made))
+            numbers = RUNNERS[run.mode](workload, run.side, engine_flags, folder, show)
+            # Refuses what the document could not hold.
+            json.dumps(numbers, allow_nan=False)
+        except (OSError, LookupError, ValueError) as error:
+            problem = f"{run.side.name}, {run.mode}: {type(error).__name__}: {error}"
+            raise ChildError(problem, _last_log(folder)) from error
+    return numbers
+
+
+def _last_log(folder: Path | None) -> Path | None:
+    if folder is None:
+        return None
+    return next((folder / name for name in _LOGS if (folder / name).exists()), None)

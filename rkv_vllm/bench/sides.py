@@ -13,6 +13,7 @@ _OWN_SERVER = "leave it out: bench starts its own server on a free port"
 # Flags of vLLM that would contradict what bench decides for all sides, with the way out.
 _TAKEN = {
     "--model": "name the model before the options",
+    "--config": "leave it out: pass the flags of that file one by one",
     "--dtype": "pass --dtype before `--`",
     "--seed": "pass --seed before `--`",
     "--block-size": "pass --block-size before `--`",
@@ -22,10 +23,12 @@ _TAKEN = {
     "--kv-budget": "pass --budget before `--`",
     "--kv-buffer": "pass --buffer before `--`",
     "--disable-log-stats": "leave it out: the counts come from /metrics",
+    "--hf-token": "leave it out: nothing is downloaded, and the command is printed",
     "--ignore-eos": "leave it out: all outputs have --output-len tokens",
     **dict.fromkeys(("--host", "--port", "--uds", "--api-key", "--ssl-keyfile"), _OWN_SERVER),
 }
 _COMPRESSION_FLAGS = {option.flag for option in OPTIONS}
+_CONFIG_FLAG = "--additional-config"
 
 
 @dataclass(frozen=True)
@@ -62,28 +65,46 @@ def split_engine_flags(flags: Sequence[str]) -> tuple[list[str], list[str]]:
         flags: as for `vllm serve`; `--kv-window` and its like only make sense with compression.
 
     Raises:
-        ValueError: a flag that bench itself decides about.
+        ValueError: a flag that bench itself decides about, or that may be one, abbreviated.
     """
     common: list[str] = []
     compressed: list[str] = []
-    target = common
+    target, name = common, ""
     for flag in flags:
         # Anything else is the value of the flag before it.
         if flag.startswith("-"):
-            name = flag.partition("=")[0].replace("_", "-")
-            if name in _TAKEN:
-                raise ValueError(
-                    f"{name}: got it among the flags for vLLM, wanted none that bench decides "
-                    f"about; {_TAKEN[name]}"
-                )
+            name = _name_of(flag)
+            _refuse_taken(name)
             target = compressed if name in _COMPRESSION_FLAGS else common
-        if CONFIG_KEY in flag:
+        if name == _CONFIG_FLAG and CONFIG_KEY in flag:
             raise ValueError(
-                f"--additional-config: got {CONFIG_KEY!r} in it, wanted the stock side without "
+                f"{_CONFIG_FLAG}: got {CONFIG_KEY!r} in it, wanted the stock side without "
                 "compression; pass --budget, --buffer or the --kv-... flags"
             )
         target.append(flag)
     return common, compressed
+
+
+def _name_of(flag: str) -> str:
+    """A flag as vLLM documents it, without its value and without keys (`--flag.key=value`)."""
+    return flag.partition("=")[0].partition(".")[0].replace("_", "-")
+
+
+def _refuse_taken(name: str) -> None:
+    if name in _TAKEN:
+        raise ValueError(
+            f"{name}: got it among the flags for vLLM, wanted none that bench decides about; "
+            f"{_TAKEN[name]}"
+        )
+    if not name.startswith("--") or name in _COMPRESSION_FLAGS:
+        return
+    # vLLM takes what begins like a flag for that flag.
+    for full in (*_TAKEN, *sorted(_COMPRESSION_FLAGS), _CONFIG_FLAG):
+        if full != name and full.startswith(name):
+            raise ValueError(
+                f"{name}: got it among the flags for vLLM, wanted their names in full, and {full} "
+                "begins like it; write it out"
+            )
 
 
 def compression_options(flags: Sequence[str]) -> dict[str, str | int | float]:
@@ -93,13 +114,18 @@ def compression_options(flags: Sequence[str]) -> dict[str, str | int | float]:
         flags: each with its value, `--flag value` or `--flag=value`.
 
     Raises:
-        ValueError: a flag without a value, or a value of another type.
+        ValueError: a flag without a value or with two, or a value of another type.
     """
     options = {}
     rest = list(flags)
+    option = None
     while rest:
         name, is_joined, value = rest.pop(0).partition("=")
-        option = next(each for each in OPTIONS if each.flag == name.replace("_", "-"))
+        if option is not None and not name.startswith("-"):
+            raise ValueError(
+                f"ENGINE_FLAGS: got {name!r} after {option.flag}, wanted a flag; remove it"
+            )
+        option = next(each for each in OPTIONS if each.flag == _name_of(name))
         if not is_joined:
             value = rest.pop(0) if rest else ""
         try:

@@ -5,6 +5,8 @@ Knows no process and no vLLM. Next: sides.py.
 
 from dataclasses import dataclass
 
+from rkv_vllm.request_options import RequestOptions
+
 PROBE_LEN = 32
 
 
@@ -163,6 +165,6 @@ def num_compactions(
 
     Source: SPEC section 3.
     """
-    first_due = max(budget, prompt_len) + buffer
+    first_due = RequestOptions(budget, buffer).first_due_at(prompt_len)
     settled = prompt_len + output_len - 1 - in_flight
     return 0 if settled < first_due else 1 + (settled - first_due) // buffer

@@ -229,8 +229,8 @@ def run_benchmark(
                 card = make_card(model)
                 run_all(workload, make_schedule(modes, sides, repeats), common, results)
         except ChildError as error:
-            typer.echo("\n".join(error.log_tail), err=True)
-            typer.echo(f"Error: {error}; its log ends as above", err=True)
+            hint = "; its log ends as above" if error.log_tail else ""
+            typer.echo("\n".join([*error.log_tail, f"Error: {error}{hint}"]), err=True)
             failure, exit_code = str(error), REFUSED
         except InterruptedBySignal as interruption:
             typer.echo("Interrupted.", err=True)
@@ -246,7 +246,7 @@ def run_benchmark(
 def _show(document: dict[str, Any], as_json: bool, plot: Path | None) -> None:
     if not as_json:
         print_report(document)
-    typer.echo(json.dumps(document))
+    typer.echo(json.dumps(document, allow_nan=False))
     # Last: whatever happens to the plot, what was measured is printed.
     if plot is not None:
         from rkv_vllm.bench.plot import draw

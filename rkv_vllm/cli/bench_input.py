@@ -14,7 +14,7 @@ from typing import Any
 from rkv_vllm.bench.prompts import PROBES, make_renderer, own_prompts, read_prompts
 from rkv_vllm.bench.sides import compression_options
 from rkv_vllm.bench.workload import Scenario, Workload
-from rkv_vllm.cli.checkpoint import DTYPES, find_config, read_config, read_decoder
+from rkv_vllm.cli.checkpoint import DTYPES, Decoder, find_config, read_config, read_decoder
 from rkv_vllm.cli.errors import REFUSED, CommandError
 from rkv_vllm.config import KVCompressionConfig
 
@@ -107,12 +107,13 @@ def make_workload(
     max_concurrency: int | None,
 ) -> Workload:
     """The workload, checked against the model."""
-    decoder = read_decoder(read_config(find_config(model)))
+    config = find_config(model)
+    decoder = read_decoder(read_config(config))
     if dataset_path is None:
         tasks = own_prompts(load.num_prompts, seed)
     else:
         tasks = read_prompts(dataset_path, load.num_prompts)
-    render, count_tokens = make_renderer(model)
+    render, count_tokens = make_renderer(config.parent)
     prompts = tuple(map(render, tasks))
     elements = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_size
     workload = Workload(
@@ -130,5 +131,20 @@ def make_workload(
         request_rate=request_rate,
         max_concurrency=max_concurrency,
     )
+    _check_context(workload, decoder)
     workload.check(load.budgets)
     return workload
+
+
+def _check_context(workload: Workload, decoder: Decoder) -> None:
+    """Refuse requests longer than the model; vLLM would, after it has been imported."""
+    context = decoder.max_positions
+    rope = decoder.fields.get("rope_parameters") or decoder.fields.get("rope_scaling") or {}
+    # vLLM knows how far each kind of scaling stretches the context, and obeys this variable.
+    is_stretched = rope.get("factor") or os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN") == "1"
+    if context is not None and workload.max_model_len > context and not is_stretched:
+        raise CommandError(
+            f"--output-len: got {workload.output_len} for prompts of up to "
+            f"{max(workload.prompt_lens)} tokens, wanted both together within the model's context "
+            f"of {context}; lower it"
+        )

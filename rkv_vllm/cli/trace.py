@@ -70,7 +70,7 @@ Method = Annotated[
     _option(
         "Compression (as for vllm serve)",
         "METHOD",
-        "Installed method that chooses the tokens to keep.",
+        "Method that chooses the tokens to keep: its name, or package.module.Class.",
         "--method",
         "--kv-compression",
     ),
@@ -97,7 +97,7 @@ Chat = Annotated[
     ),
 ]
 Temperature = Annotated[
-    float, _option(_GENERATION, "T", "Of sampling, no unit; 0 takes the likeliest token.", min=0)
+    float, _option(_GENERATION, "T", "Of sampling, 0 to 2, no unit; 0 takes the likeliest token.")
 ]
 Seed = Annotated[int, _option(_GENERATION, "SEED", "Of sampling.", min=0)]
 Dtype = Annotated[str, _option(_GENERATION, "DTYPE", f"Of weights and cache: {', '.join(DTYPES)}.")]
@@ -155,6 +155,7 @@ def show_trace(
     """
     with one_line_errors(), _interruptible():
         _check_output(output)
+        _check_temperature(temperature)
         config = _config(method, budget, buffer, window, lam, pool, threshold)
         decoder = _decoder(model, dtype)
         folder = str(find_config(model).parent)
@@ -219,6 +220,14 @@ def _config(
         )
     except ValueError as error:
         raise CommandError(str(error)) from error
+
+
+def _check_temperature(temperature: float) -> None:
+    # Written so that NaN is refused too.
+    if not 0 <= temperature <= 2:
+        raise CommandError(
+            f"--temperature: got {temperature}, wanted a number from 0 to 2; change it"
+        )
 
 
 def _decoder(model: str, dtype: str) -> Decoder:

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rkv_vllm.cli.checkpoint import Decoder
 from rkv_vllm.cli.errors import REFUSED, CommandError
 from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.request_options import RequestOptions
 
 if TYPE_CHECKING:
     from rkv_vllm.trace.capture import Capture
@@ -131,7 +132,7 @@ def check_lengths(request: Request, config: KVCompressionConfig, context: int | 
             "shorten it",
             REFUSED,
         )
-    due_after = first_due(prompt_len, config) - prompt_len
+    due_after = _first_due_at(prompt_len, config) - prompt_len
     smallest = due_after + _STEPS_TO_COMPACT
     if request.max_tokens < smallest:
         raise CommandError(
@@ -148,9 +149,8 @@ def check_lengths(request: Request, config: KVCompressionConfig, context: int | 
         )
 
 
-def first_due(prompt_len: int, config: KVCompressionConfig) -> int:
-    """Tokens of text at which the first compaction is due."""
-    return max(config.budget + config.buffer, prompt_len + config.buffer)
+def _first_due_at(prompt_len: int, config: KVCompressionConfig) -> int:
+    return RequestOptions(config.budget, config.buffer).first_due_at(prompt_len)
 
 
 def run(
@@ -197,8 +197,8 @@ def run(
 def _ended_early(prompt_len: int, output_len: int, config: KVCompressionConfig) -> CommandError:
     return CommandError(
         f"MODEL: got the end of its text after {output_len} tokens, {prompt_len + output_len} with "
-        f"the prompt, wanted more than {first_due(prompt_len, config)}, where the first compaction "
-        "is due; lower --budget or --buffer, or go on with --ignore-eos",
+        f"the prompt, wanted more than {_first_due_at(prompt_len, config)}, where the first "
+        "compaction is due; lower --budget or --buffer, or go on with --ignore-eos",
         REFUSED,
     )
 

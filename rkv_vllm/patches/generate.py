@@ -1,7 +1,8 @@
 """Replaces `AsyncLLM.generate`: a bad request option is refused before an answer has begun.
 
 The original is an async generator, so whatever it refuses comes to light when a server asks it for
-the first token: too late for a status code if the client wants the answer streamed.
+the first token: too late for a status code if the client wants the answer streamed. (A streamed
+answer of the Responses API is too late here as well, and breaks off.)
 """
 
 import functools

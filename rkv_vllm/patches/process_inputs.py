@@ -1,6 +1,6 @@
 """Replaces `InputProcessor.process_inputs`: a bad request option never reaches the engine.
 
-Every request passes here, offline and served. What a request may set: `request_options.py`.
+Requests to `LLM` and to vLLM's Python servers pass here. What one may set: `request_options.py`.
 """
 
 import functools

@@ -115,7 +115,7 @@ class CompressionPlanner:
             options: the request's budget and buffer.
         """
         progress = self._progress.get(req_id)
-        return _first_due_at(num_tokens, options) if progress is None else progress.due_at
+        return options.first_due_at(num_tokens) if progress is None else progress.due_at
 
     def forget(self, req_id: str) -> None:
         """Drop all state of a request that left the batch (finished, aborted or preempted)."""
@@ -131,7 +131,7 @@ class CompressionPlanner:
         progress = self._progress.get(request.req_id)
         if progress is None:
             # The first step that reaches the end of the prefill ends exactly there.
-            due_at = _first_due_at(request.num_computed, request.options)
+            due_at = request.options.first_due_at(request.num_computed)
             self._progress[request.req_id] = _Progress(due_at)
             return False
         return self._needs_watching(request, progress)
@@ -207,7 +207,3 @@ class CompressionPlanner:
 
     def _needs_watching(self, request: ScheduledRequest, progress: _Progress) -> bool:
         return request.num_computed > progress.due_at - self._config.window
-
-
-def _first_due_at(prefill_len: int, options: RequestOptions) -> int:
-    return max(options.budget, prefill_len) + options.buffer

@@ -17,7 +17,7 @@ from vllm.v1.request import Request
 from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
 from rkv_vllm.log import init_logger
 from rkv_vllm.metrics.step_stats import StepStats
-from rkv_vllm.request_options import RequestOptions, read_request_options
+from rkv_vllm.request_options import RequestOptionError, RequestOptions, read_request_options
 from rkv_vllm.scheduling.block_manager import CompressedAttentionManager
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE
 from rkv_vllm.scheduling.planner import CompressionPlanner, ScheduledRequest
@@ -62,17 +62,25 @@ class CompressionSchedulerMixin:
         )
 
     def add_request(self, request: Request) -> None:
-        """Take a request in; the front end has refused what its options could not be."""
-        params = request.sampling_params
+        """Take a request in, with the lengths that hold for it."""
         # The further inputs of a session come under the id of the first.
         if request.request_id not in self.requests:
-            # A pooling request decodes nothing.
-            self._options[request.request_id] = (
-                None
-                if params is None
-                else read_request_options(params.extra_args, self._compression)
-            )
+            self._options[request.request_id] = self._read_options(request)
         super().add_request(request)
+
+    def _read_options(self, request: Request) -> RequestOptions | None:
+        if request.sampling_params is None:
+            # A pooling request decodes nothing.
+            return None
+        try:
+            return read_request_options(request.sampling_params.extra_args, self._compression)
+        except RequestOptionError as error:
+            # Not by a front end of vLLM's Python servers, which would have refused it. Raising
+            # would end the engine for everybody.
+            logger.warning(
+                "request %s is run with the server's lengths: %s", request.request_id, error
+            )
+            return read_request_options(None, self._compression)
 
     def _forget_growth(self) -> None:
         self._num_weighed = 0
@@ -144,7 +152,8 @@ class CompressionSchedulerMixin:
         A compacted request stops growing at a known length, so requests can be admitted up to
         the number that never has to be preempted. A request that was not compacted yet may end
         before it gets there: it counts by the share of finished requests that did. Requests too
-        short to be compacted are not reserved for: vLLM's own optimism applies to them. An idle
+        short to be compacted, and those that keep their whole cache, are not reserved for: vLLM's
+        own optimism applies to them, and they may have to be preempted. An idle
         engine reserves nothing, so whatever vLLM would admit there is admitted.
         """
         if not self.running:

@@ -55,6 +55,8 @@ def running_engine(
         **rkv_vllm.engine_args(**config.to_dict()),
         # Compiling takes longer than one prompt saves by it.
         enforce_eager=True,
+        # A step ahead would cache the last token, which then nothing attends to.
+        async_scheduling=False,
         max_model_len=max_len,
         max_num_seqs=1,
         kv_cache_memory_bytes=cache_bytes,

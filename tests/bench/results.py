@@ -46,6 +46,7 @@ def new_result(side: Side, repeat: int = 1, **changes: Any) -> dict[str, Any]:
         "running_peak": 2,
         "preemptions": 0 if compressed else 1,
         "peak_blocks": 8 if compressed else 16,
+        "engines": 1,
         "pool_blocks": 16,
         "compactions": 6 if compressed else 0,
         "deferred": 0,

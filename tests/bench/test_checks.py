@@ -58,6 +58,14 @@ def test_pools_of_vllms_own_size_must_still_be_equal():
     assert "a pool of 90 blocks, wanted 100" in found
 
 
+def test_every_engine_has_the_pool_that_was_asked_for():
+    two = [new_result(side, engines=2, pool_blocks=32) for side in (COMPRESSED, STOCK)]
+    assert failed_checks(new_workload(), two) == []
+    two[0]["pool_blocks"] = 16
+    (found,) = failed_checks(new_workload(), two)
+    assert "a pool of 16 blocks, wanted 32" in found
+
+
 def test_a_boundary_that_asynchronous_scheduling_misses_may_be_missed():
     # 30 + 132 - 2 tokens are settled at the end without it, one less with it; due at 160.
     workload = new_workload(prompt_lens=(30, 30), output_len=132)

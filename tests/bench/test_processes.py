@@ -13,6 +13,7 @@ import pytest
 from rkv_vllm.bench.processes import (
     ChildError,
     InterruptedBySignal,
+    child_environment,
     ended_by_signals,
     process_group,
 )
@@ -66,7 +67,10 @@ def test_the_whole_group_is_gone_after_the_block(tmp_path, error):
     assert not any(map(is_alive, pids))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT]
+
+
+@pytest.mark.parametrize("signum", ENDING)
 def test_signals_interrupt_and_give_the_exit_code_of_shells(signum):
     before = signal.getsignal(signum)
 
@@ -79,6 +83,18 @@ def test_signals_interrupt_and_give_the_exit_code_of_shells(signum):
         run()
     assert caught.value.exit_code == 128 + signum
     assert signal.getsignal(signum) is before
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.1)
+    except InterruptedBySignal:
+        pytest.fail("SIGHUP interrupted")
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_while_children_end_acts_when_they_have(tmp_path, monkeypatch):
@@ -98,6 +114,30 @@ def test_a_signal_while_children_end_acts_when_they_have(tmp_path, monkeypatch):
         run()
     assert len(pids) == 2
     assert not any(map(is_alive, pids))
+
+
+@pytest.mark.parametrize(
+    ("exported", "unproxied"),
+    [
+        ({}, "127.0.0.1"),
+        ({"NO_PROXY": "a.org"}, "a.org,127.0.0.1"),
+        # As for everybody who reads both, the small letters win.
+        ({"NO_PROXY": "a.org", "no_proxy": "b.org"}, "b.org,127.0.0.1"),
+        ({"no_proxy": "*"}, "*"),
+    ],
+)
+def test_children_reach_the_server_without_a_proxy(monkeypatch, exported, unproxied):
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    for name, value in exported.items():
+        monkeypatch.setenv(name, value)
+    environment = child_environment()
+    assert (environment["NO_PROXY"], environment["no_proxy"]) == (unproxied, unproxied)
+
+
+def test_children_are_offline_whatever_is_exported(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert child_environment()["HF_HUB_OFFLINE"] == "1"
 
 
 def test_an_error_carries_the_end_of_the_log(tmp_path):

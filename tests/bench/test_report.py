@@ -5,7 +5,7 @@ from statistics import median
 
 import pytest
 
-from rkv_vllm.bench.plot import draw
+from rkv_vllm.bench.plot import draw, make_figure
 from rkv_vllm.bench.report import make_document, print_report
 from tests.bench.results import SIDES, new_result, new_results, new_workload
 
@@ -68,7 +68,15 @@ def test_latencies_of_served_runs_are_shown(capsys):
     assert "13 / 57" in shown
 
 
-@pytest.mark.parametrize(
+def texts_of(document):
+    """Everything that is written in the plot."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.text import Text
+
+    return [text.get_text() for text in make_figure(document).findobj(Text)]
+
+
+WITHOUT_RATIO = pytest.mark.parametrize(
     ("results", "failure", "problem"),
     [
         (new_results(compactions=0), None, "budget 64, run 1: 0 compactions, wanted 6"),
@@ -76,7 +84,10 @@ def test_latencies_of_served_runs_are_shown(capsys):
         (new_results()[:1], "stock, offline: the process ended with exit code 1", "exit code 1"),
     ],
 )
-def test_no_ratio_where_a_check_failed(results, failure, problem, capsys, tmp_path):
+
+
+@WITHOUT_RATIO
+def test_no_ratio_where_something_failed(results, failure, problem, capsys):
     document = document_of(results, failure)
     (result,) = document["results"]
     assert result["ratios"] is None
@@ -85,8 +96,15 @@ def test_no_ratio_where_a_check_failed(results, failure, problem, capsys, tmp_pa
     assert problem in shown
     assert "No ratio" in shown
     assert " x (" not in shown
-    # The plot has no number for it either.
-    draw(tmp_path / "plot.png", document)
+
+
+@WITHOUT_RATIO
+def test_the_plot_gives_the_reason_instead_of_a_ratio(results, failure, problem):
+    texts = texts_of(document_of(results, failure))
+    assert not any(text.endswith(" x)") for text in texts)
+    (title,) = (text for text in texts if text.startswith("offline"))
+    assert title.startswith("offline: no ratio\n")
+    assert problem in title.replace("\n", " ")
 
 
 def test_a_failed_mode_leaves_the_ratio_of_the_other(capsys):
@@ -107,6 +125,22 @@ def test_all_at_once_is_null_in_json():
     workload = document_of(new_results())["workload"]
     assert workload["request_rate"] is None
     assert "Infinity" not in json.dumps(workload)
+
+
+def test_the_plot_gives_ratios():
+    texts = texts_of(document_of(uneven_results()))
+    assert "150.0  (1.50 x)" in texts
+    assert "offline" in texts
+
+
+def test_counts_are_shown_in_full(capsys):
+    large = {"preemptions": 1_234_567, "pool_blocks": 7_654_321}
+    results = [new_result(COMPRESSED), new_result(STOCK, **large)]
+    results += [new_result(COMPRESSED, 2), new_result(STOCK, 2, **large | {"preemptions": 0})]
+    document = document_of(results)
+    assert "617,283.5" in printed(document, capsys)
+    (preemptions,) = {text for text in texts_of(document) if "7,654,321" in text}
+    assert preemptions == "preemptions: 617,283.5\nblocks, peak: 16 of 7,654,321"
 
 
 def test_the_plot_is_written(tmp_path):

@@ -50,11 +50,32 @@ def test_flags_of_compression_go_to_the_compressed_sides():
         ["--port=8000"],
         ["--additional-config", '{"kv_compression": {"method": "rkv"}}'],
         ["--additional-config.kv_compression.method", "rkv"],
+        ['--additional_config={"kv_compression": {"method": "rkv"}}'],
+        ["--config", "options.yaml"],
+        ["--hf-token=secret"],
+        # vLLM takes them for --kv-budget, --block-size, --kv-compression, --additional-config.
+        ["--kv-bud=64"],
+        ["--block_siz=16"],
+        ["--kv-comp=rkv"],
+        ["--additional-conf.kv_compression.method=rkv"],
     ],
 )
 def test_flags_that_contradict_the_benchmark_are_refused(flags):
     with pytest.raises(ValueError, match=r"^--.*got .*wanted .*; "):
         split_engine_flags(["--enforce-eager", *flags])
+
+
+def test_a_value_may_contain_any_word():
+    flags = ["--download-dir=/x/kv_compression", "--served-model-name", "kv_compression"]
+    flags += ["--additional-config", '{"other": 1}', "--load-format", "dummy"]
+    assert split_engine_flags(flags) == (flags, [])
+
+
+def test_a_second_value_after_a_flag_of_compression_is_refused():
+    _, compressed = split_engine_flags(["--kv-window", "8", "9"])
+    wanted = "^ENGINE_FLAGS: got '9' after --kv-window, wanted a flag; remove it$"
+    with pytest.raises(ValueError, match=wanted):
+        compression_options(compressed)
 
 
 @pytest.mark.parametrize("flags", [["--kv-window"], ["--kv-window", "eight"]])

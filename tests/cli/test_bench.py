@@ -177,6 +177,13 @@ BAD = {
         2,
         "got 'Hello' as prompt 1",
     ),
+    "context": (
+        ["{model}", *SMALL, "--pool-tokens", "0", "--output-len", "4096"],
+        2,
+        "--output-len: got 4096 for prompts of up to ",
+    ),
+    "abbreviation": (["{model}", *SMALL, "--", "--kv-bud=64"], 2, "--kv-bud: got it among"),
+    "two values": (["{model}", *SMALL, "--", "--kv-window", "8", "9"], 2, "got '9' after"),
     "port": (["{model}", *SMALL, "--", "--port", "8000"], 2, "--port: got it among the flags"),
     "max_model_len": (["{model}", *SMALL, "--", "--max_model_len=9"], 2, "--max-model-len: got"),
 }
@@ -200,6 +207,13 @@ def test_bad_input_ends_with_one_line(model, tmp_path, monkeypatch, arguments, c
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert all(word in result.stderr for word in ("got ", "wanted ", "; "))
+
+
+def test_the_tokenizer_of_a_hub_id_is_read_from_the_local_folder(model, monkeypatch):
+    monkeypatch.setattr("rkv_vllm.cli.bench_input.find_config", lambda _: model / "config.json")
+    workload = make_workload("no/such-model", SCENARIO, None, 0, float("inf"), None)
+    assert workload.model == "no/such-model"
+    assert min(workload.prompt_lens) > 8
 
 
 @pytest.mark.parametrize("option", ["--repeats", "--num-prompts", "--max-concurrency"])
@@ -248,6 +262,14 @@ def test_a_child_that_dies_shows_the_end_of_its_log(tmp_path, monkeypatch, execu
     with pytest.raises(ChildError, match="exit code 3") as caught:
         execute(new_workload(), COMPRESSED, (), tmp_path, lambda *_: None)
     assert caught.value.log_tail == [*map(str, range(72, 101)), "no such kernel"]
+
+
+def test_a_key_in_the_environment_does_not_lock_the_server(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    fake_python(tmp_path, monkeypatch, 'echo "key: $VLLM_API_KEY"; exit 3')
+    with pytest.raises(ChildError) as caught:
+        run_served(new_workload(), COMPRESSED, (), tmp_path, lambda *_: None)
+    assert caught.value.log_tail == ["key: "]
 
 
 def test_a_server_that_hangs_shows_the_end_of_its_log(tmp_path, monkeypatch):

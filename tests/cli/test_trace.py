@@ -123,6 +123,8 @@ def model(tmp_path):
         (["--method", "nope"], "--kv-compression (method)"),
         (["--dtype", "int4"], "--dtype: got 'int4'"),
         (["--max-tokens", "0"], "max-tokens"),
+        (["--temperature", "3"], "--temperature: got 3.0, wanted a number from 0 to 2"),
+        (["--temperature", "nan"], "--temperature: got nan, wanted a number from 0 to 2"),
     ],
 )
 def test_wrong_options_end_it_before_anything_loads(model, monkeypatch, options, message):

@@ -54,6 +54,7 @@ def settings_(draw) -> Setting:
 # What a request sets for itself; the window is 3 at most.
 OWN_OPTIONS = st.one_of(
     st.none(),
+    st.none(),
     st.just({"kv_compression": "off"}),
     st.fixed_dictionaries(
         {}, optional={"kv_budget": st.integers(4, 30), "kv_buffer": st.integers(3, 12)}
@@ -157,17 +158,17 @@ def test_directives_stay_right_when_rejected_drafts_roll_lengths_back(
 
 def test_the_rejections_reached_what_they_are_for():
     # Runs after the sequences above; without them it fails.
-    assert REJECTED["compactions"] > 100, REJECTED
-    assert REJECTED["drafts"] > 300, REJECTED
+    assert REJECTED["compactions"] > 40, REJECTED
+    assert REJECTED["drafts"] > 150, REJECTED
 
 
 def test_the_random_sequences_reached_what_they_are_for():
     # Runs after the sequences; without them it has nothing to look at and fails.
-    assert SEEN["compactions"] > 500, SEEN
+    assert SEEN["compactions"] > 300, SEEN
     assert SEEN["preemptions"] > 10, SEEN
     assert SEEN["deferred"] > 10, SEEN
-    assert SEEN["own budgets"] > 50, SEEN
-    assert SEEN["off"] > 50, SEEN
+    assert SEEN["own budgets"] > 10, SEEN
+    assert SEEN["off"] > 20, SEEN
 
 
 @STEPS_AHEAD
@@ -319,18 +320,30 @@ def test_a_request_is_due_by_its_own_lengths_whoever_runs_beside_it(model, steps
 
 
 def test_admission_keeps_room_for_what_each_running_request_asked_for(model):
-    """Small budgets beside a server whose own budget would admit one request at a time."""
-    setting = Setting(budget=200, buffer=4, window=2, num_blocks=70)
-    few, many = SimulatedEngine(model, setting), SimulatedEngine(model, setting)
+    """One request of 52 blocks at its peak leaves room for three of 4."""
+    setting = Setting(budget=200, buffer=4, window=2, num_blocks=66)
+    mixed, small = SimulatedEngine(model, setting), SimulatedEngine(model, setting)
+    mixed.add("large", [99] * 5, 240)
     for number in range(10):
-        few.add(f"request-{number}", [number] * 5, 240)
-        many.add(f"request-{number}", [number] * 5, 240, {"kv_budget": 8})
-    few.run()
-    many.run()
-    assert few.max_running < 3
-    assert many.max_running == 10
-    assert many.worker.resumes == 0
-    assert many.worker.compactions > 10 * 40
+        for engine in (mixed, small):
+            engine.add(f"request-{number}", [number] * 5, 240, {"kv_budget": 8})
+    while "large" not in mixed.finished:
+        mixed.step()
+    assert mixed.max_running == 4
+    mixed.run()
+    small.run()
+    assert mixed.worker.resumes == 0
+    assert (small.max_running, small.worker.resumes) == (10, 0)
+    assert {d.budget for d in mixed.directives} == {8, 200}
+
+
+def test_an_option_that_no_front_end_refused_does_not_stop_the_engine(model):
+    engine = SimulatedEngine(model, Setting(budget=8, buffer=4, window=2))
+    engine.add("bad", [1] * 5, 50, {"kv_budget": 1})
+    engine.budgets["bad"] = 8
+    engine.run()
+    assert len(engine.outputs["bad"]) == 50
+    assert {directive.budget for directive in engine.directives} == {8}
 
 
 @STEPS_AHEAD
