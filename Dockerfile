@@ -1,7 +1,7 @@
 # vLLM for NVIDIA GPUs plus this plugin.
 # Not built and not run by the authors so far: the machine it was written on has no running container
-# engine and no GPU. The CPU set-up is `make venv`. Until the release that brings the GPU runner the
-# image serves as stock vLLM does; --kv-compression is refused at start on a GPU.
+# engine and no GPU. The CPU set-up is `make venv`. --kv-compression starts with a warning on a GPU
+# until benchmarks/gpu/verify.py has passed there.
 #
 #   docker build -t rkv-vllm .
 #   docker run --gpus all -p 8000:8000 rkv-vllm MODEL
