@@ -6,9 +6,9 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from prompts import chat_prompts
 from torch import Tensor
 
+from rkv_vllm.bench.prompts import TASKS
 from rkv_vllm.kernels.eviction import Eviction, EvictionBatch
 from rkv_vllm.kernels.paged import Packing, PagedStates
 
@@ -19,6 +19,8 @@ RING_LEN = WINDOW + 2
 # so that about one pair in sixteen is similar; it is the kind that is timed.
 KINDS = ("random", "clustered")
 _NUM_CLUSTERS = 16
+# In the chat format of SmolLM2; its answer makes the real keys.
+_PROMPT = f"<|im_start|>user\nExercise 1. {TASKS[0]}<|im_end|>\n<|im_start|>assistant\n"
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def real_keys(model_dir: Path, num_tokens: int) -> Tensor:
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     # float32: CPUs without bf16 instructions generate twice as fast.
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    prompt = tokenizer(chat_prompts(1)[0], return_tensors="pt", add_special_tokens=False)
+    prompt = tokenizer(_PROMPT, return_tensors="pt", add_special_tokens=False)
     with torch.inference_mode():
         generated = model.generate(
             **prompt,

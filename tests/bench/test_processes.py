@@ -70,19 +70,25 @@ def test_the_whole_group_is_gone_after_the_block(tmp_path, error):
 ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT]
 
 
-@pytest.mark.parametrize("signum", ENDING)
-def test_signals_interrupt_and_give_the_exit_code_of_shells(signum):
-    before = signal.getsignal(signum)
+@pytest.fixture
+def at_default(request):
+    """The signal with its default action, also where the tests run under nohup."""
+    before = signal.signal(request.param, signal.SIG_DFL)
+    yield request.param
+    signal.signal(request.param, before)
 
+
+@pytest.mark.parametrize("at_default", ENDING, indirect=True)
+def test_signals_interrupt_and_give_the_exit_code_of_shells(at_default):
     def run() -> None:
         with ended_by_signals():
-            os.kill(os.getpid(), signum)
+            os.kill(os.getpid(), at_default)
             time.sleep(5)
 
     with pytest.raises(InterruptedBySignal) as caught:
         run()
-    assert caught.value.exit_code == 128 + signum
-    assert signal.getsignal(signum) is before
+    assert caught.value.exit_code == 128 + at_default
+    assert signal.getsignal(at_default) is signal.SIG_DFL
 
 
 def test_nohup_is_respected():
