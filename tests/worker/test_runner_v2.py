@@ -1,10 +1,12 @@
 """The V2 runner under captured graphs: fixed addresses, and nobody's rows in dummy batches."""
 
 import gc
+import inspect
 import weakref
 
 import pytest
 import torch
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 import rkv_vllm
 from tests.engine import running_engine
@@ -130,9 +132,21 @@ def test_graph_padding_behind_a_real_batch_belongs_to_nobody(random_model_dir, r
 
 @pytest.mark.parametrize("runner", ["v2"], indirect=True)
 def test_vllm_profiles_before_there_is_a_cache_and_on_one_that_it_throws_away(
-    random_model_dir, runner
+    random_model_dir, runner, monkeypatch
 ):
     """As on a GPU: the memory of a dummy batch is measured first, then that of captured graphs."""
+    attend = CPUAttentionBackendImpl.forward
+    parameters = inspect.signature(attend)
+
+    def attend_to_nothing_known(*args, **kwargs):
+        output = attend(*args, **kwargs)
+        # Without a cache vLLM hands unwritten memory on, and where that holds NaN the interpreter
+        # refuses to look for the largest logit.
+        if parameters.bind(*args, **kwargs).arguments["attn_metadata"] is None:
+            output.zero_()
+        return output
+
+    monkeypatch.setattr(CPUAttentionBackendImpl, "forward", attend_to_nothing_known)
     model = random_model_dir("qwen3", 3)
     options = rkv_vllm.engine_args(budget=48, buffer=16)
     # Without a given size vLLM runs its largest dummy batch before it allocates the cache.
