@@ -8,11 +8,13 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from rkv_vllm.bench.card import cpu_name
+from rkv_vllm.versions import installed_version
 
 ROOT = Path(__file__).resolve().parent.parent
 _STATUS = Path("/proc/self/status")
@@ -125,7 +127,7 @@ def copy_bandwidth(device: torch.device, num_bytes: int) -> float:
 def card(device: torch.device) -> dict[str, str | int | float]:
     """What the numbers depend on."""
     found: dict[str, str | int | float] = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         # Above the number of CPUs: the machine is busy and the times are rough.
@@ -134,16 +136,8 @@ def card(device: torch.device) -> dict[str, str | int | float]:
         "commit": commit(),
     }
     for name in ("torch", "triton", "vllm", "transformers"):
-        found[name] = installed(name)
+        found[name] = installed_version(name) or "missing"
     return found
-
-
-def installed(name: str) -> str:
-    """Version of a distribution."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "missing"
 
 
 def commit() -> str:
@@ -154,9 +148,3 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return named[1] if named else platform.machine()

@@ -35,6 +35,11 @@ class Option:
     meaning: str
 
     @property
+    def dest(self) -> str:
+        """The flag's name as argparse and requests spell it: "kv_budget"."""
+        return self.flag.removeprefix("--").replace("-", "_")
+
+    @property
     def default(self) -> str | int | float:
         """The value that holds when the option is left out."""
         return getattr(KVCompressionConfig, self.name)

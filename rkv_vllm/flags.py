@@ -78,7 +78,7 @@ class AdditionalConfigFlag(argparse.Action):
         except ValueError as error:
             parser.error(f"{option_string}: {error}")
         given = vars(namespace)
-        from_flags = {o.name: given[_dest(o)] for o in OPTIONS if _dest(o) in given}
+        from_flags = {o.name: given[o.dest] for o in OPTIONS if o.dest in given}
         earlier = namespace.additional_config.get(CONFIG_KEY, {})
         options = {**earlier, **from_json, **from_flags}
         if options or CONFIG_KEY in values:
@@ -99,7 +99,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             option.flag,
             action=CompressionFlag,
             option=option,
-            dest=_dest(option),
+            dest=option.dest,
             metavar=option.metavar,
             # Without a default in the namespace, a flag that is not given leaves no trace.
             default=argparse.SUPPRESS,
@@ -107,10 +107,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         )
     # The stock action keeps its help, type and default; only what it does on a match changes.
     parser._option_string_actions["--additional-config"].__class__ = AdditionalConfigFlag
-
-
-def _dest(option: Option) -> str:
-    return option.flag.removeprefix("--").replace("-", "_")
 
 
 def _read(option: Option, text: str) -> str | int | float:

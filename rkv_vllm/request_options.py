@@ -20,11 +20,7 @@ MOST_TOKENS = 2**31 - 1
 
 _REQUEST_KEYS = (METHOD_KEY, BUDGET_KEY, BUFFER_KEY)
 # Spelled like the flags. Silence would let a client believe that it had set them.
-_SERVER_KEYS = {
-    key: option.flag
-    for option in OPTIONS
-    if (key := option.flag.removeprefix("--").replace("-", "_")) not in _REQUEST_KEYS
-}
+_SERVER_KEYS = {option.dest: option.flag for option in OPTIONS if option.dest not in _REQUEST_KEYS}
 
 
 class RequestOptionError(ValueError):

@@ -7,9 +7,10 @@ import shutil
 import subprocess
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from rkv_vllm.versions import installed_version
 
 PACKAGE = Path(__file__).resolve().parent.parent
 _DISTRIBUTIONS = ("rkv-vllm", "vllm", "torch", "transformers")
@@ -28,14 +29,14 @@ def make_card(model: str) -> dict[str, Any]:
         "command": shlex.join(["rkv-vllm", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}",
-        "cpu": f"{os.cpu_count()} x {_cpu_name()}",
+        "cpu": f"{os.cpu_count()} x {cpu_name()}",
     }
     if gpus := _gpu_names():
         card["gpu"] = ", ".join(gpus)
     card["load_average"] = [round(load, 2) for load in os.getloadavg()]
     card["python"] = platform.python_version()
     for name in _DISTRIBUTIONS:
-        card[name] = _installed(name)
+        card[name] = installed_version(name) or "not installed"
     if commit := _commit():
         card["commit"] = commit
     card["environment"] = {
@@ -50,14 +51,8 @@ def _is_shown(variable: str) -> bool:
     return variable.startswith(_VARIABLES) and not is_secret
 
 
-def _installed(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The model of the processor as the system names it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

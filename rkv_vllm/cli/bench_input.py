@@ -14,7 +14,7 @@ from typing import Any
 from rkv_vllm.bench.prompts import PROBES, make_renderer, own_prompts, read_prompts
 from rkv_vllm.bench.sides import compression_options
 from rkv_vllm.bench.workload import Scenario, Workload
-from rkv_vllm.cli.checkpoint import DTYPES, Decoder, find_config, read_config, read_decoder
+from rkv_vllm.cli.checkpoint import Decoder, check_dtype, find_config, read_config, read_decoder
 from rkv_vllm.cli.errors import REFUSED, CommandError
 from rkv_vllm.config import KVCompressionConfig
 
@@ -58,10 +58,7 @@ def check_options(load: Scenario, compressed_flags: Sequence[str], request_rate:
             f"--request-rate: got {request_rate}, wanted more than 0 requests per second; leave it "
             "out to send all at once"
         )
-    if load.dtype not in DTYPES:
-        raise CommandError(
-            f"--dtype: got {load.dtype!r}, wanted one of {', '.join(DTYPES)}; change it"
-        )
+    check_dtype(load.dtype)
     options = compression_options(compressed_flags)
     for budget in load.budgets:
         KVCompressionConfig(**{"budget": budget, "buffer": load.buffer, **options})
@@ -115,7 +112,6 @@ def make_workload(
         tasks = read_prompts(dataset_path, load.num_prompts)
     render, count_tokens = make_renderer(config.parent)
     prompts = tuple(map(render, tasks))
-    elements = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_size
     workload = Workload(
         model=model,
         prompts=prompts,
@@ -125,7 +121,7 @@ def make_workload(
         buffer=load.buffer,
         pool_tokens=load.pool_tokens,
         block_size=load.block_size,
-        bytes_per_token=elements * decoder.dtype_bytes(load.dtype),
+        bytes_per_token=decoder.elements_per_token * decoder.dtype_bytes(load.dtype),
         dtype=load.dtype,
         seed=seed,
         request_rate=request_rate,

@@ -102,6 +102,11 @@ class Decoder:
     fields: Mapping[str, Any]
     is_multimodal: bool
 
+    @property
+    def elements_per_token(self) -> int:
+        """Keys and values of one token in the whole model's KV cache."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_size
+
     def dtype_bytes(self, dtype: str) -> int:
         """Bytes per element of weights and cache; vLLM's `auto` makes float32 a 16-bit type."""
         return 2 if dtype == "auto" else DTYPE_BYTES[dtype]
@@ -119,6 +124,12 @@ class Decoder:
         bits = _quantized_bits(self.fields)
         element = self.dtype_bytes(dtype)
         return int(embedding * element + linear * (element if bits is None else bits / 8))
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise CommandError unless `--dtype` is one of DTYPES."""
+    if dtype not in DTYPES:
+        raise CommandError(f"--dtype: got {dtype!r}, wanted one of {', '.join(DTYPES)}; change it")
 
 
 def read_decoder(fields: Mapping[str, Any]) -> Decoder:

@@ -4,7 +4,6 @@ Prints what `diagnosis.py` finds.
 """
 
 import json
-import os
 from collections.abc import Iterable
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rkv_vllm.cli.checkpoint import find_config, read_config
+from rkv_vllm.cli.environment import quieten_vllm
 from rkv_vllm.cli.errors import REFUSED, CommandError, one_line_errors
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def show_diagnosis(
             path = find_config(_not_a_flag(model))
             read_config(path)
             folder = str(path.parent)
-        _quieten_vllm()
+        quieten_vllm()
         with Console(stderr=True).status("Importing vLLM ..."):
             # Only now: the module imports what `--help` can do without.
             from rkv_vllm.cli.diagnosis import examine
@@ -86,13 +86,6 @@ def _not_a_flag(model: str) -> str:
             "rkv-vllm doctor MODEL -- FLAGS"
         )
     return model
-
-
-def _quieten_vllm() -> None:
-    """Leave standard output to the findings, and the network alone; vLLM reads this at import."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
-    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _print(findings: "list[Finding]", model: str | None, refused: bool) -> None:

@@ -14,7 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from rkv_vllm.cli.capacity import Capacity, Machine, Side, Workload, make_capacity
-from rkv_vllm.cli.checkpoint import DTYPES, Decoder, find_config, read_config, read_decoder
+from rkv_vllm.cli.checkpoint import (
+    DTYPES,
+    Decoder,
+    check_dtype,
+    find_config,
+    read_config,
+    read_decoder,
+)
 from rkv_vllm.cli.errors import REFUSED, CommandError, one_line_errors
 from rkv_vllm.cli.sizes import format_size, parse_size
 from rkv_vllm.config import KVCompressionConfig
@@ -135,7 +142,8 @@ def show_plan(
             _check_plot(plot)
         config = _compression(budget, buffer, window, observation_slots)
         workload = Workload(prompt_len, output_len)
-        decoder = _decoder(model, dtype)
+        check_dtype(dtype)
+        decoder = read_decoder(read_config(find_config(model)))
         machine = Machine(
             *_memory(gpu_memory, gpu_memory_utilization, kv_cache_memory_bytes),
             reserved=parse_size("--reserved", reserved, smallest=0),
@@ -163,12 +171,6 @@ def _compression(budget: int, buffer: int, window: int, slots: int) -> KVCompres
         )
     except ValueError as error:
         raise CommandError(str(error)) from error
-
-
-def _decoder(model: str, dtype: str) -> Decoder:
-    if dtype not in DTYPES:
-        raise CommandError(f"--dtype: got {dtype!r}, wanted one of {', '.join(DTYPES)}; change it")
-    return read_decoder(read_config(find_config(model)))
 
 
 def _memory(

@@ -10,14 +10,19 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rkv_vllm.cli.checkpoint import DTYPES, Decoder, find_config, read_config, read_decoder
+from rkv_vllm.cli.checkpoint import (
+    DTYPES,
+    check_dtype,
+    find_config,
+    read_config,
+    read_decoder,
+)
 from rkv_vllm.cli.errors import CommandError, one_line_errors
 from rkv_vllm.cli.traced_run import (
     Request,
@@ -29,6 +34,7 @@ from rkv_vllm.cli.traced_run import (
 )
 from rkv_vllm.cli.version import VERSIONED_DISTRIBUTIONS
 from rkv_vllm.config import OPTIONS_BY_NAME, KVCompressionConfig
+from rkv_vllm.versions import installed_version
 
 if TYPE_CHECKING:
     from rkv_vllm.trace.capture import Capture
@@ -157,7 +163,8 @@ def show_trace(
         _check_output(output)
         _check_temperature(temperature)
         config = _config(method, budget, buffer, window, lam, pool, threshold)
-        decoder = _decoder(model, dtype)
+        check_dtype(dtype)
+        decoder = read_decoder(read_config(find_config(model)))
         folder = str(find_config(model).parent)
         prepare_vllm()
         tokenizer = load_tokenizer(folder)
@@ -230,12 +237,6 @@ def _check_temperature(temperature: float) -> None:
         )
 
 
-def _decoder(model: str, dtype: str) -> Decoder:
-    if dtype not in DTYPES:
-        raise CommandError(f"--dtype: got {dtype!r}, wanted one of {', '.join(DTYPES)}; change it")
-    return read_decoder(read_config(find_config(model)))
-
-
 def _shown(config: KVCompressionConfig) -> dict[str, str | int | float]:
     """The options that this command has, as it spells them."""
     names = ("method", "budget", "buffer", "window", "pool", "threshold")
@@ -265,11 +266,8 @@ def _trace(
 
 
 def _versions() -> dict[str, str]:
-    versions = {}
-    for name in VERSIONED_DISTRIBUTIONS:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
+    found = {name: installed_version(name) for name in VERSIONED_DISTRIBUTIONS}
+    return {name: version for name, version in found.items() if version is not None}
 
 
 def _write(path: Path, trace: "Trace") -> int:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from rkv_vllm.cli.checkpoint import Decoder
+from rkv_vllm.cli.environment import quieten_vllm
 from rkv_vllm.cli.errors import REFUSED, CommandError
 from rkv_vllm.config import KVCompressionConfig
 from rkv_vllm.request_options import RequestOptions
@@ -61,9 +62,7 @@ class Request:
 def prepare_vllm() -> None:
     """One process, quiet and offline; vLLM reads these variables when it is imported."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    quieten_vllm()
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Left to itself vLLM keeps one core free of computation, half of a small machine.
@@ -205,8 +204,7 @@ def _ended_early(prompt_len: int, output_len: int, config: KVCompressionConfig) 
 
 def _cache_bytes(request: Request, decoder: Decoder) -> int:
     """Room for the request twice; elements of four bytes, which no supported dtype exceeds."""
-    bytes_per_token = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_size * 4
-    return (2 * request.max_len + _SPARE_TOKENS) * bytes_per_token
+    return (2 * request.max_len + _SPARE_TOKENS) * 4 * decoder.elements_per_token
 
 
 @contextmanager

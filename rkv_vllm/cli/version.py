@@ -1,10 +1,10 @@
 """`rkv-vllm version`: which versions are installed."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from rkv_vllm.versions import installed_version
 
 VERSIONED_DISTRIBUTIONS = ("rkv-vllm", "vllm", "torch")
 
@@ -14,11 +14,10 @@ def show_version() -> None:
     table = Table.grid(padding=(0, 2))
     missing = []
     for name in VERSIONED_DISTRIBUTIONS:
-        try:
-            table.add_row(name, version(name))
-        except PackageNotFoundError:
+        version = installed_version(name)
+        table.add_row(name, version or "not installed")
+        if version is None:
             missing.append(name)
-            table.add_row(name, "not installed")
     Console(highlight=False).print(table)
     if missing:
         typer.echo(f"missing: {', '.join(missing)}; run `make venv`", err=True)
