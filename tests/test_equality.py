@@ -184,11 +184,11 @@ def test_a_dummy_run_between_steps_touches_no_window_and_no_count(random_model_d
         dummies = 0
         while engine.llm.llm_engine.has_unfinished_requests():
             engine.step()
-            if engine.scheduler._planner.num_slots_in_use:
-                before = model_runner.observation_pool.queries.clone()
+            if engine.scheduler._planner.num_seats_in_use:
+                before = model_runner.query_ring.queries.clone()
                 evicted = [r["evicted_tokens"] for r in model_runner.request_reports()]
                 model_runner._dummy_run(4)
-                assert model_runner.observation_pool.queries.equal(before)
+                assert model_runner.query_ring.queries.equal(before)
                 assert [r["evicted_tokens"] for r in model_runner.request_reports()] == evicted
                 dummies += 1
         stats = engine.stats()
@@ -218,10 +218,10 @@ def test_with_every_kernel_in_triton_output_equals_explicit_eviction(
     random_model_dir, runner, monkeypatch
 ):
     """All that a GPU would launch, interpreted: slots, observe, score, select, compact."""
-    for module in ("kernels.score", "kernels.compact", "worker.compactor"):
+    for module in ("kernels.score", "kernels.compact", "worker.flush"):
         monkeypatch.setattr(f"rkv_vllm.{module}.backend", lambda states: "triton")
     monkeypatch.setattr("rkv_vllm.kernels.select.select_cpu", select_triton)
-    monkeypatch.setattr("rkv_vllm.worker.observation.observe", observe_triton)
+    monkeypatch.setattr("rkv_vllm.worker.query_ring.observe", observe_triton)
     model = random_model_dir("qwen3", 3)
     prompts = {f"r{i}": random_prompt(60 + i, seed=i) for i in range(2)}
     with running_engine(model, **OPTIONS) as engine:

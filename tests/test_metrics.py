@@ -32,7 +32,7 @@ FLAGS = (
     f"--kv-observation-slots={SLOTS}",
     "--api-server-count=2",
 )
-GAUGES = ("logical_tokens", "physical_tokens", "observation_slots_in_use")
+GAUGES = ("logical_tokens", "physical_tokens", "seats_in_use")
 # Kept of vLLM's own gauges, to see that the clients are served together.
 IN_FLIGHT = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 
@@ -155,7 +155,7 @@ def test_two_api_servers_show_what_the_workers_did(model, tmp_path):
     busy = [scrape for scrape in scrapes if scrape["logical_tokens"]]
     assert all(0 < scrape["physical_tokens"] <= scrape["logical_tokens"] for scrape in busy)
     assert any(scrape["physical_tokens"] < scrape["logical_tokens"] for scrape in busy)
-    assert max(scrape["observation_slots_in_use"] for scrape in scrapes) == SLOTS
+    assert max(scrape["seats_in_use"] for scrape in scrapes) == SLOTS
     assert [last[name] for name in GAUGES] == [0, 0, 0]
     # The pool has room for all, the slots have not.
     assert last["deferred_total:slot"] > 0

@@ -249,7 +249,7 @@ class Watch:
         setattr(owner, name, counted)
 
     def _time_flushes(self) -> None:
-        from rkv_vllm.worker.compactor import Compactor
+        from rkv_vllm.worker.flush import Compactor
 
         inner = Compactor.flush
         on_device = torch.cuda.is_available()

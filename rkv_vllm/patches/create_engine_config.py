@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rkv_vllm import support
 from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
-from rkv_vllm.metrics.discovery import show_stat_logger
+from rkv_vllm.frontend.discovery import show_stat_logger
 from rkv_vllm.patches import generate, process_inputs
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
 """Scheduler side: when a request is compacted, into which blocks, and what returns to the pool.
 
-Reading order: planner.py (when), block_manager.py (which blocks), scheduler.py (where vLLM calls
+Reading order: planner.py (when), books.py (which blocks), scheduler.py (where vLLM calls
 both), directive.py (what the workers are told).
 """

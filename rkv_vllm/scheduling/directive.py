@@ -1,7 +1,7 @@
 """What the scheduler tells the workers about one step.
 
 Knows no tensors and no vLLM. The messages travel as the attribute `kv_compression` of vLLM's
-`SchedulerOutput`, pickled where workers live in other processes. Next: worker/compactor.py, which
+`SchedulerOutput`, pickled where workers live in other processes. Next: worker/flush.py, which
 carries a directive out.
 """
 

@@ -2,7 +2,7 @@
 
 Knows SPEC section 3 and the pool of observation slots; knows no vLLM, no tensors, no blocks beyond
 the `Books` it asks to move them. All lengths kept here are logical, because those never shrink:
-a compaction changes what a request holds, not how far it has come. Next: block_manager.py.
+a compaction changes what a request holds, not how far it has come. Next: books.py.
 """
 
 from collections.abc import Iterable
@@ -35,7 +35,7 @@ class ScheduledRequest(NamedTuple):
 
 
 class Books(Protocol):
-    """The block bookkeeping the planner relies on (CompressedAttentionManager)."""
+    """The block bookkeeping the planner relies on (GroupBooks)."""
 
     def num_evicted(self, req_id: str) -> int:
         """Tokens evicted from this request since its (re)admission."""
@@ -78,7 +78,7 @@ class CompressionPlanner:
         self._slot_queue: dict[str, None] = {}
 
     @property
-    def num_slots_in_use(self) -> int:
+    def num_seats_in_use(self) -> int:
         """Observation slots that belong to a request."""
         return self._config.observation_slots - len(self._free_slots)
 

@@ -1,7 +1,7 @@
 """Where vLLM's scheduler calls the planner: after each step is scheduled, and when blocks go.
 
 Knows vLLM's Scheduler. Adds no decision of its own except how many requests to admit. Next:
-worker/compactor.py, which receives the StepPlan.
+worker/flush.py, which receives the StepPlan.
 """
 
 import math
@@ -16,11 +16,11 @@ from vllm.v1.request import Request
 
 from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
 from rkv_vllm.log import init_logger
-from rkv_vllm.metrics.step_stats import StepStats
 from rkv_vllm.request_options import RequestOptionError, RequestOptions, read_request_options
-from rkv_vllm.scheduling.block_manager import CompressedAttentionManager
+from rkv_vllm.scheduling.books import GroupBooks
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE
 from rkv_vllm.scheduling.planner import CompressionPlanner, ScheduledRequest
+from rkv_vllm.scheduling.step_stats import StepStats
 
 logger = init_logger(__name__)
 
@@ -51,9 +51,9 @@ class CompressionSchedulerMixin:
         self._num_evicted = 0
         logger.info("KV cache compression is on: %s", self._compression.to_dict())
 
-    def _find_block_manager(self) -> CompressedAttentionManager:
+    def _find_block_manager(self) -> GroupBooks:
         managers = self.kv_cache_manager.coordinator.single_type_managers
-        if len(managers) == 1 and isinstance(managers[0], CompressedAttentionManager):
+        if len(managers) == 1 and isinstance(managers[0], GroupBooks):
             return managers[0]
         names = [type(manager).__name__ for manager in managers]
         raise ValueError(
@@ -117,7 +117,7 @@ class CompressionSchedulerMixin:
             step, self._step_stats = self._step_stats, StepStats()
             step.logical_tokens = sum(request.num_computed_tokens for request in self.running)
             step.physical_tokens = step.logical_tokens - self._num_evicted
-            step.observation_slots_in_use = self._planner.num_slots_in_use
+            step.seats_in_use = self._planner.num_seats_in_use
             step.attach_to(stats)
         return stats
 

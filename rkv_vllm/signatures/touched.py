@@ -134,7 +134,7 @@ _ENGINE = {
             "uses_alibi",
         ),
     ),
-    "metrics/step_stats.py": (
+    "scheduling/step_stats.py": (
         "vllm.v1.metrics.stats:SchedulerStats",
         "vllm.v1.metrics.stats:SchedulerStats.num_kv_fetch_reqs_by_stage",
     ),
@@ -143,7 +143,7 @@ _ENGINE = {
         "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered",
         "vllm.v1.kv_cache_spec_registry:register_kv_cache_spec",
     ),
-    "scheduling/block_manager.py": (
+    "scheduling/books.py": (
         *_members(
             _MANAGER,
             "__init__",
@@ -394,11 +394,11 @@ _FRONTEND = {
         "vllm.exceptions:VLLMValidationError.__init__",
         "vllm.sampling_params:SamplingParams.extra_args",
     ),
-    "metrics/discovery.py": (
+    "frontend/discovery.py": (
         "vllm.plugins:STAT_LOGGER_PLUGINS_GROUP",
         "vllm.v1.metrics.loggers:load_stat_logger_plugin_factories",
     ),
-    "metrics/stat_logger.py": (
+    "frontend/stat_logger.py": (
         *_members(
             "vllm.v1.metrics.loggers:AggregateStatLoggerBase",
             "__init__",

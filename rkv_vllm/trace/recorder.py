@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rkv_vllm.methods.base import CompressionMethod
 from rkv_vllm.trace.record import NEVER, RANK_LEVELS, CompactionStep, Evictions
-from rkv_vllm.worker.compactor import Choice
+from rkv_vllm.worker.flush import Choice
 
 
 class TraceRecorder:

@@ -17,7 +17,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from rkv_vllm.kernels.slots import StepRows, StepSlots
 from rkv_vllm.kernels.slots.triton import slots_triton
 from rkv_vllm.scheduling.directive import EvictionDirective
-from rkv_vllm.worker.observation import ObservationPool
+from rkv_vllm.worker.query_ring import QueryRing
 
 
 class PhysicalRows:
@@ -36,7 +36,7 @@ class PhysicalRows:
         pool: see above.
     """
 
-    def __init__(self, max_num_reqs: int, pool: ObservationPool, device: torch.device) -> None:
+    def __init__(self, max_num_reqs: int, pool: QueryRing, device: torch.device) -> None:
         self._host = np.zeros((2, max_num_reqs), dtype=np.int32)
         self.num_evicted, self.slots = self._host
         self.slots.fill(-1)

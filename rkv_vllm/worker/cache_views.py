@@ -2,7 +2,7 @@
 
 Knows how attention backends pack a block; knows no requests. One view spans all layers, because
 vLLM places the layers of one spec at a constant stride in one allocation. Next: kernels/paged.py
-for what a view can do, compactor.py for who uses it.
+for what a view can do, flush.py for who uses it.
 """
 
 from collections.abc import Callable, Sequence

@@ -2,7 +2,7 @@
 
 Everything vLLM computes stays logical except what attention sees: slots and sequence lengths. How
 those become physical differs between vLLM's two runners: runner_v1.py and runner_v2.py. When a
-flush runs, who records queries and what is reported does not, and stands here. Next: compactor.py
+flush runs, who records queries and what is reported does not, and stands here. Next: flush.py
 for the flush, attention_hook.py for the queries.
 """
 
@@ -23,8 +23,8 @@ from rkv_vllm.scheduling.spec import CompressedAttentionSpec
 from rkv_vllm.signatures import Part, check_signatures
 from rkv_vllm.worker.attention_hook import observe_queries
 from rkv_vllm.worker.cache_views import view_caches
-from rkv_vllm.worker.compactor import Compactor
-from rkv_vllm.worker.observation import ObservationPool
+from rkv_vllm.worker.flush import Compactor
+from rkv_vllm.worker.query_ring import QueryRing
 
 logger = init_logger(__name__)
 
@@ -52,7 +52,7 @@ class CompressionRunner(ABC):
     """A vLLM model runner that records queries and compacts the cache; to be mixed in first."""
 
     compactor: Compactor | None
-    observation_pool: ObservationPool
+    query_ring: QueryRing
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -97,9 +97,9 @@ class CompressionRunner(ABC):
                 "KV cache compression expected the same (query heads, head size) in all layers, "
                 f"got {sorted(shapes)}; serve this model without --kv-compression"
             )
-        self.observation_pool = self._allocate_pool(len(layers), *shapes.pop())
+        self.query_ring = self._allocate_pool(len(layers), *shapes.pop())
         for layer_idx, layer in enumerate(layers.values()):
-            observe_queries(layer, layer_idx, self.observation_pool)
+            observe_queries(layer, layer_idx, self.query_ring)
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs
@@ -114,7 +114,7 @@ class CompressionRunner(ABC):
             return
         block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         views = view_caches(self._attention_layers(), block_size)
-        self.compactor = Compactor(self.compression, views, self.observation_pool)
+        self.compactor = Compactor(self.compression, views, self.query_ring)
 
     # A flush writes to caches that vLLM may have allocated in inference mode.
     @torch.inference_mode()
@@ -161,7 +161,7 @@ class CompressionRunner(ABC):
         """Prompt tokens, output tokens and blocks held of a live request."""
 
     def _end_step(self) -> None:
-        self.observation_pool.unwatch()
+        self.query_ring.unwatch()
 
     def _admit_and_forget(self, scheduler_output: SchedulerOutput) -> None:
         live = set(self._live_ids()) if scheduler_output.finished_req_ids else set()
@@ -175,11 +175,11 @@ class CompressionRunner(ABC):
         for req_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
             self.compactor.readmit(req_id)
 
-    def _allocate_pool(self, num_layers: int, num_heads: int, head_size: int) -> ObservationPool:
+    def _allocate_pool(self, num_layers: int, num_heads: int, head_size: int) -> QueryRing:
         slots = self.compression.observation_slots
         ring_len = self.compression.window + self.vllm_config.max_concurrent_batches
         try:
-            return ObservationPool(
+            return QueryRing(
                 num_slots=slots,
                 num_layers=num_layers,
                 ring_len=ring_len,

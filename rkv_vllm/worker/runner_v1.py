@@ -50,7 +50,7 @@ class CompressionRunnerV1(CompressionRunner):
             first_token = int(self.query_start_loc.np[row])
             first_position = int(self.input_batch.num_computed_tokens_cpu[row])
             rows.append((slot, first_token, int(num_scheduled_tokens[row]), first_position))
-        self.observation_pool.watch(rows)
+        self.query_ring.watch(rows)
 
     def _exchange_rows(self, directives: list[EvictionDirective]) -> None:
         for directive in directives:

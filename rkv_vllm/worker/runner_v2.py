@@ -27,7 +27,7 @@ class CompressionRunnerV2(CompressionRunner):
     def load_model(self, *args, **kwargs) -> None:
         """Load the model; attention metadata is made from physical lengths from then on."""
         super().load_model(*args, **kwargs)
-        self.physical_rows = PhysicalRows(self.max_num_reqs, self.observation_pool, self.device)
+        self.physical_rows = PhysicalRows(self.max_num_reqs, self.query_ring, self.device)
         # Tokens of each request state as of its last step, the sampled one included.
         self._num_tokens = np.zeros(self.max_num_reqs, dtype=np.int32)
         model_state = self.model_state

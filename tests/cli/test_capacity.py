@@ -71,7 +71,7 @@ def test_heads_that_cannot_be_shared_are_refused(ranks):
         capacity(fields, on=machine(cache=2**24, tensor_parallel=ranks))
 
 
-def test_the_observation_pool_is_taken_from_the_cache_of_rkv_alone():
+def test_the_query_ring_is_taken_from_the_cache_of_rkv_alone():
     on = machine(memory=2**26, weights=1000, reserved=500)
     found = capacity(on=on, window=6, buffer=8, budget=96, observation_slots=3)
     assert found.observation_bytes == 3 * 2 * (6 + IN_FLIGHT) * 2 * 32 * 2

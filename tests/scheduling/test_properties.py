@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rkv_vllm.scheduling.block_manager import CompressedAttentionManager
+from rkv_vllm.scheduling.books import GroupBooks
 from rkv_vllm.scheduling.scheduler import CompressionSchedulerMixin
 from tests.models import random_model
 from tests.scheduling.simulation import (
@@ -116,7 +116,7 @@ def test_books_rows_and_cells_agree_in_any_sequence(model, setting, operations):
     engine.worker.flush()
     assert engine.worker.compactions == len(engine.directives)
     assert engine.pool.get_num_free_blocks() == setting.num_blocks - 1
-    assert engine.scheduler._planner.num_slots_in_use == 0
+    assert engine.scheduler._planner.num_seats_in_use == 0
     assert not engine.scheduler._planner._slot_queue
     assert not engine.scheduler._options
     SEEN["compactions"] += engine.worker.compactions
@@ -249,7 +249,7 @@ def test_no_free_block_and_a_shared_destination_defers_the_compaction(model):
     engine = SimulatedEngine(model, setting)
     engine.add("owner", [9] * 16 + [1], 60)
     engine.add("sharer", [9] * 16 + [2], 60)
-    while not engine.scheduler._planner.num_slots_in_use:
+    while not engine.scheduler._planner.num_seats_in_use:
         engine.step()
     held = engine.pool.get_new_blocks(engine.pool.get_num_free_blocks() - 2)
     engine.allow_foreign_blocks = True
@@ -266,7 +266,7 @@ def test_no_free_block_and_a_shared_destination_defers_the_compaction(model):
 def test_without_a_free_block_a_sole_owner_only_loses_its_hashes(model):
     engine = SimulatedEngine(model, Setting(budget=8, buffer=4, window=2, num_blocks=40))
     engine.add("owner", [9] * 16 + [1], 60)
-    while not engine.scheduler._planner.num_slots_in_use:
+    while not engine.scheduler._planner.num_seats_in_use:
         engine.step()
     held = engine.pool.get_new_blocks(engine.pool.get_num_free_blocks() - 1)
     engine.allow_foreign_blocks = True
@@ -387,7 +387,7 @@ class CountsStale(SimulatedWorker):
 
 def free_before_the_step_is_scheduled(monkeypatch):
     """The mistake of handing emptied blocks out in the very step that still reads them."""
-    original = CompressedAttentionManager.compact
+    original = GroupBooks.compact
 
     def compact(self, req_id, num_evict, total_len):
         blocks = self.req_to_blocks[req_id]
@@ -402,29 +402,29 @@ def free_before_the_step_is_scheduled(monkeypatch):
                     break
         return booked
 
-    monkeypatch.setattr(CompressedAttentionManager, "compact", compact)
+    monkeypatch.setattr(GroupBooks, "compact", compact)
 
 
 def publish_after_eviction(monkeypatch):
     """The mistake of publishing hashes for compacted content."""
     monkeypatch.setattr(
-        CompressedAttentionManager,
+        GroupBooks,
         "cache_blocks",
-        super(CompressedAttentionManager, CompressedAttentionManager).cache_blocks,
+        super(GroupBooks, GroupBooks).cache_blocks,
     )
 
 
 def write_shared_blocks(monkeypatch):
     """The mistake of compacting a shared or findable block in place."""
-    monkeypatch.setattr(CompressedAttentionManager, "_make_private", lambda self, blocks: blocks)
+    monkeypatch.setattr(GroupBooks, "_make_private", lambda self, blocks: blocks)
 
 
 def keep_the_count_after_a_preemption(monkeypatch):
     """The mistake of carrying the evicted count over to the next admission."""
     monkeypatch.setattr(
-        CompressedAttentionManager,
+        GroupBooks,
         "pop_blocks_for_free",
-        super(CompressedAttentionManager, CompressedAttentionManager).pop_blocks_for_free,
+        super(GroupBooks, GroupBooks).pop_blocks_for_free,
     )
 
 
@@ -449,7 +449,7 @@ def busy_operations():
 
 def play_and_check_slots(engine: SimulatedEngine) -> None:
     play(engine, busy_operations())
-    assert engine.scheduler._planner.num_slots_in_use == 0
+    assert engine.scheduler._planner.num_seats_in_use == 0
 
 
 @STEPS_AHEAD
@@ -527,7 +527,7 @@ def test_a_request_that_can_never_be_due_is_not_reserved_for(model):
 def test_the_null_block_inside_a_row_stops_the_engine(model):
     engine = SimulatedEngine(model, Setting(budget=8, buffer=4, window=2))
     engine.add("a", [1] * 5, 40)
-    while not engine.scheduler._planner.num_slots_in_use:
+    while not engine.scheduler._planner.num_seats_in_use:
         engine.step()
     engine.manager.req_to_blocks["a"][0] = engine.pool.null_block
     with pytest.raises(RuntimeError, match="null block"):

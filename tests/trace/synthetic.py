@@ -7,7 +7,7 @@ from rkv_vllm.config import KVCompressionConfig
 from rkv_vllm.scheduling.directive import EvictionDirective
 from rkv_vllm.trace.record import Piece, Trace
 from rkv_vllm.trace.recorder import TraceRecorder
-from rkv_vllm.worker.compactor import Choice
+from rkv_vllm.worker.flush import Choice
 
 TEXT = "the of and a, to in is that. it was for on are as with they at be this from I ↵↵"
 

@@ -9,7 +9,7 @@ import torch
 from rkv_vllm.config import KVCompressionConfig
 from rkv_vllm.trace.record import NEVER
 from rkv_vllm.trace.recorder import TraceRecorder, rank
-from rkv_vllm.worker.compactor import Choice
+from rkv_vllm.worker.flush import Choice
 from tests.trace.synthetic import Keys, Scores, directive
 
 CONFIG = KVCompressionConfig(budget=20, buffer=10, window=4)

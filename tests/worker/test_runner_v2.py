@@ -66,7 +66,7 @@ def test_captured_dummy_and_real_runs_share_addresses_and_nothing_else(
         engine.step()
         (real,) = recorder.take()
         assert rows.num_evicted.any()
-        windows = model_runner.observation_pool.queries.clone()
+        windows = model_runner.query_ring.queries.clone()
         evicted = rows.num_evicted.copy()
 
         # As many rows as the live requests have: their numbers coincide with those of live ones.
@@ -74,10 +74,10 @@ def test_captured_dummy_and_real_runs_share_addresses_and_nothing_else(
         (dummy,) = recorder.take()
         # Nothing is subtracted: these rows are nobody's.
         assert dummy["seq_lens"].equal(model_runner.input_buffers.seq_lens[:2])
-        assert (model_runner.observation_pool.token_rows == -1).all()
+        assert (model_runner.query_ring.token_rows == -1).all()
         model_runner._dummy_run(4, skip_attn=True, is_profile=True)
         assert recorder.take() == []
-        assert (model_runner.observation_pool.token_rows == -1).all()
+        assert (model_runner.query_ring.token_rows == -1).all()
         prepare_inputs_to_capture(
             2,
             2,
@@ -93,7 +93,7 @@ def test_captured_dummy_and_real_runs_share_addresses_and_nothing_else(
         assert captured["seq_lens"].equal(model_runner.input_buffers.seq_lens[:2])
         assert (dummy["slots"] == -1).all()
         assert (captured["slots"] == -1).all()
-        assert model_runner.observation_pool.queries.equal(windows)
+        assert model_runner.query_ring.queries.equal(windows)
         assert (rows.num_evicted == evicted).all()
 
         # Host planners read the bound: it is exact, and physical.

@@ -9,14 +9,14 @@ import torch
 from rkv_vllm.config import KVCompressionConfig
 from rkv_vllm.worker.attention_hook import observe_queries
 from rkv_vllm.worker.cache_views import stack_layers
-from rkv_vllm.worker.observation import ObservationPool
+from rkv_vllm.worker.query_ring import QueryRing
 from rkv_vllm.worker.runner import CompressionRunner
 
 LAYERS, HEADS, GROUP, HEAD_SIZE = 2, 3, 2, 32
 
 
-def new_pool(num_slots=3, ring_len=5) -> ObservationPool:
-    pool = ObservationPool(
+def new_pool(num_slots=3, ring_len=5) -> QueryRing:
+    pool = QueryRing(
         num_slots=num_slots,
         num_layers=LAYERS,
         ring_len=ring_len,
@@ -142,11 +142,11 @@ def test_layers_with_different_heads_are_refused():
         LoadedCompressionRunner(layers).load_model()
 
 
-def test_an_observation_pool_that_does_not_fit_is_refused(monkeypatch):
+def test_an_query_ring_that_does_not_fit_is_refused(monkeypatch):
     def too_large(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("rkv_vllm.worker.runner.ObservationPool", too_large)
+    monkeypatch.setattr("rkv_vllm.worker.runner.QueryRing", too_large)
     runner = LoadedCompressionRunner({})
     runner.compression = KVCompressionConfig(observation_slots=4096)
     runner.vllm_config = SimpleNamespace(max_concurrent_batches=2)

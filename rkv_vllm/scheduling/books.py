@@ -1,7 +1,7 @@
 """Books what a compacted request holds: physical lengths, private blocks, the blocks given back.
 
 Knows vLLM's block pool and one KV-cache group; does not decide when (planner.py) and moves no
-data (worker/compactor.py). Reads `physical = logical - evicted` into every length that vLLM's
+data (worker/flush.py). Reads `physical = logical - evicted` into every length that vLLM's
 full-attention manager gets from the scheduler.
 """
 
@@ -13,7 +13,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 
-class CompressedAttentionManager(FullAttentionManager):
+class GroupBooks(FullAttentionManager):
     """FullAttentionManager for requests whose cache is shorter than their text.
 
     A request that was never compacted is handled by the base class in every method.

@@ -17,7 +17,7 @@ _FILES = {
     "METADATA": f"Metadata-Version: 2.1\nName: {_NAME}\nVersion: 0\n",
     # The name of our general plugin, so that VLLM_PLUGINS allows both or neither.
     "entry_points.txt": (
-        "[vllm.stat_logger_plugins]\nrkv = rkv_vllm.metrics.stat_logger:CompressionStatLogger\n"
+        "[vllm.stat_logger_plugins]\nrkv = rkv_vllm.frontend.stat_logger:CompressionStatLogger\n"
     ),
 }
 

@@ -10,8 +10,8 @@ from rkv_vllm.kernels.eviction import ALL_FINITE
 from rkv_vllm.kernels.paged import PagedStates
 from rkv_vllm.scheduling.directive import EvictionDirective, StepPlan
 from rkv_vllm.worker.cache_views import CacheViews
-from rkv_vllm.worker.compactor import Compactor, _Check, _waves
-from rkv_vllm.worker.observation import ObservationPool
+from rkv_vllm.worker.flush import Compactor, _Check, _waves
+from rkv_vllm.worker.query_ring import QueryRing
 
 LAYERS, HEADS, GROUP, HEAD_SIZE, BLOCK_SIZE = 2, 3, 2, 32, 32
 NAMES = [f"model.layers.{i}.attn" for i in range(LAYERS)]
@@ -25,7 +25,7 @@ def new_compactor(broken: float | None = None) -> Compactor:
         cache[1, :, 2, :, :HEAD_SIZE] = broken
     keys = PagedStates(cache[..., :HEAD_SIZE], None, BLOCK_SIZE)
     values = PagedStates(cache[..., HEAD_SIZE:], None, BLOCK_SIZE)
-    pool = ObservationPool(
+    pool = QueryRing(
         num_slots=3,
         num_layers=LAYERS,
         ring_len=9,
@@ -57,7 +57,7 @@ def flush(compactor: Compactor, *directives: EvictionDirective) -> torch.Tensor:
 
 @pytest.mark.parametrize("max_elements", [1, 64 << 20])
 def test_a_nan_in_the_cache_ends_the_step_with_the_layer_named(monkeypatch, max_elements):
-    monkeypatch.setattr("rkv_vllm.worker.compactor._MAX_DENSE_ELEMENTS", max_elements)
+    monkeypatch.setattr("rkv_vllm.worker.flush._MAX_DENSE_ELEMENTS", max_elements)
     compactor = new_compactor(broken=math.nan)
     with pytest.raises(RuntimeError, match=r"request a in layer model\.layers\.1\.attn, KV head 2"):
         flush(compactor, directive())
@@ -117,7 +117,7 @@ def test_a_late_error_is_raised_by_the_first_flush_that_can_know():
 @pytest.fixture
 def with_triton(monkeypatch):
     """Let Triton's interpreter serve this CPU."""
-    for module in ("kernels.score", "kernels.compact", "worker.compactor"):
+    for module in ("kernels.score", "kernels.compact", "worker.flush"):
         monkeypatch.setattr(f"rkv_vllm.{module}.backend", lambda states: "triton")
 
 

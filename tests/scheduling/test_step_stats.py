@@ -11,8 +11,8 @@ from vllm.v1.metrics import loggers
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from rkv_vllm.metrics.step_stats import StepStats
 from rkv_vllm.scheduling.directive import EvictionDirective, StepPlan
+from rkv_vllm.scheduling.step_stats import StepStats
 from tests.checkpoint_configs import LLAMA, write_config
 from tests.scheduling.simulation import BLOCK_SIZE, MAX_MODEL_LEN, Setting, SimulatedEngine
 
@@ -25,7 +25,7 @@ STEP = StepStats(
     deferred_for_blocks=1,
     logical_tokens=900,
     physical_tokens=700,
-    observation_slots_in_use=5,
+    seats_in_use=5,
 )
 
 
@@ -112,7 +112,7 @@ class Onlooker:
             r.num_computed_tokens - manager.num_evicted(r.request_id) for r in running
         )
         slots = {p.slot for p in self._engine.scheduler._planner._progress.values()} - {None}
-        assert step.observation_slots_in_use == len(slots)
+        assert step.seats_in_use == len(slots)
         self.steps.append(step)
         return outputs
 
@@ -158,7 +158,7 @@ def run_and_compare(model, data):
     SEEN["compactions"] += len(evicted)
     SEEN["preempted"] += engine.worker.resumes
     last = onlooker.steps[-1]
-    assert last.logical_tokens == last.physical_tokens == last.observation_slots_in_use == 0
+    assert last.logical_tokens == last.physical_tokens == last.seats_in_use == 0
 
 
 def test_reports_add_up_to_what_the_worker_did(model):
@@ -172,7 +172,7 @@ def test_waiting_for_blocks_is_told_from_waiting_for_a_slot(model):
     onlooker = Onlooker(engine)
     for name in ("owner", "sharer"):
         engine.add(name, [9] * 16 + [len(name)], 60)
-    while not engine.scheduler._planner.num_slots_in_use:
+    while not engine.scheduler._planner.num_seats_in_use:
         engine.step()
     # Room for the next tokens, not for private copies of the two shared blocks.
     held = engine.pool.get_new_blocks(engine.pool.get_num_free_blocks() - 2)

@@ -12,7 +12,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from rkv_vllm.config import CONFIG_KEY
-from rkv_vllm.metrics.step_stats import StepStats
+from rkv_vllm.scheduling.step_stats import StepStats
 
 _LABELS = ("model_name", "engine")
 
@@ -86,7 +86,7 @@ class CompressionStatLogger(AggregateStatLoggerBase):
         for name, documentation in (
             ("logical_tokens", "Tokens that the running requests have computed."),
             ("physical_tokens", "Tokens that the running requests hold in the KV cache."),
-            ("observation_slots_in_use", "Observation slots that belong to a request."),
+            ("seats_in_use", "Observation slots that belong to a request."),
         ):
             self._add(
                 Gauge,
@@ -125,7 +125,7 @@ class CompressionStatLogger(AggregateStatLoggerBase):
         self._of("deferred", engine, "blocks").inc(step.deferred_for_blocks)
         self._of("logical_tokens", engine).set(step.logical_tokens)
         self._of("physical_tokens", engine).set(step.physical_tokens)
-        self._of("observation_slots_in_use", engine).set(step.observation_slots_in_use)
+        self._of("seats_in_use", engine).set(step.seats_in_use)
         per_compaction = self._of("evicted_tokens_per_compaction", engine)
         for num_tokens in step.evicted_tokens:
             per_compaction.observe(num_tokens)

@@ -11,8 +11,8 @@ from vllm.v1.metrics.loggers import load_stat_logger_plugin_factories
 
 import rkv_vllm
 from rkv_vllm import plugin
-from rkv_vllm.metrics.discovery import show_stat_logger
-from rkv_vllm.metrics.stat_logger import CompressionStatLogger
+from rkv_vllm.frontend.discovery import show_stat_logger
+from rkv_vllm.frontend.stat_logger import CompressionStatLogger
 from tests.checkpoint_configs import LLAMA, write_config
 
 

@@ -22,7 +22,7 @@ from rkv_vllm.methods import get_method
 from rkv_vllm.methods.base import CompressionMethod, NonFiniteScoreError
 from rkv_vllm.scheduling.directive import EvictionDirective, StepPlan
 from rkv_vllm.worker.cache_views import CacheViews
-from rkv_vllm.worker.observation import ObservationPool
+from rkv_vllm.worker.query_ring import QueryRing
 
 logger = init_logger(__name__)
 
@@ -99,9 +99,7 @@ class Compactor:
 
     observer: ChoiceObserver | None = None
 
-    def __init__(
-        self, config: KVCompressionConfig, views: CacheViews, pool: ObservationPool
-    ) -> None:
+    def __init__(self, config: KVCompressionConfig, views: CacheViews, pool: QueryRing) -> None:
         self._config = config
         self._method = get_method(config.method).from_config(config)
         self._views = views

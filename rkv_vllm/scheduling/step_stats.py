@@ -25,7 +25,7 @@ class StepStats:
         deferred_for_blocks: compactions that wait for a private copy of a shared block.
         logical_tokens: tokens that the running requests have computed.
         physical_tokens: tokens of these that their caches hold.
-        observation_slots_in_use: slots that belong to a request.
+        seats_in_use: slots that belong to a request.
     """
 
     evicted_tokens: list[int] = field(default_factory=list)
@@ -34,7 +34,7 @@ class StepStats:
     deferred_for_blocks: int = 0
     logical_tokens: int = 0
     physical_tokens: int = 0
-    observation_slots_in_use: int = 0
+    seats_in_use: int = 0
 
     def add(self, plan: StepPlan) -> None:
         """Count what a plan books; the workers will do exactly that, whoever finishes meanwhile."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from rkv_vllm.kernels.observe import observe
 
 
-class ObservationPool:
+class QueryRing:
     """Fixed memory for the queries of watched requests.
 
     Args:

@@ -14,8 +14,8 @@ from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import SchedulerStats
 
 import rkv_vllm
-from rkv_vllm.metrics.stat_logger import CompressionStatLogger
-from rkv_vllm.metrics.step_stats import StepStats
+from rkv_vllm.frontend.stat_logger import CompressionStatLogger
+from rkv_vllm.scheduling.step_stats import StepStats
 from tests.checkpoint_configs import LLAMA, write_config
 
 ROOT = Path(rkv_vllm.__file__).parents[1]
@@ -28,7 +28,7 @@ FAMILIES = {
     "deferred": "counter",
     "logical_tokens": "gauge",
     "physical_tokens": "gauge",
-    "observation_slots_in_use": "gauge",
+    "seats_in_use": "gauge",
     "evicted_tokens_per_compaction": "histogram",
 }
 STEP = StepStats([33, 70], 3, 2, 1, 900, 700, 5)
@@ -99,7 +99,7 @@ def test_steps_add_up_and_gauges_show_the_last(model):
     assert sample("deferred_total", reason="blocks") == 5
     assert sample("evicted_tokens_per_compaction_bucket", le="10.0") == 1
     assert sample("evicted_tokens_per_compaction_bucket", le="50.0") == 2
-    gauges = ("logical_tokens", "physical_tokens", "observation_slots_in_use")
+    gauges = ("logical_tokens", "physical_tokens", "seats_in_use")
     assert [sample(name) for name in gauges] == [500, 400, 2]
 
 
