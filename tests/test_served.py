@@ -12,14 +12,14 @@ import openai
 import pytest
 import requests
 
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.options import ServerOptions
 from tests.models import assert_varied, random_prompt
 from tests.reference import ReferenceResult, generate_reference
 from tests.server import BLOCK_SIZE, Server, serving
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-CONFIG = KVCompressionConfig(budget=64, buffer=32)
+CONFIG = ServerOptions(budget=64, buffer=32)
 FLAGS = ("--kv-compression=rkv", "--kv-budget=64", "--kv-buffer=32")
 OFF = {"kv_compression": "off"}
 MAX_MODEL_LEN = 512
