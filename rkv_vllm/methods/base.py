@@ -9,7 +9,8 @@ method reads the paged cache itself. Read
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -36,12 +37,19 @@ class NonFiniteScoreError(ValueError):
         self.request = request
 
 
+@dataclass(frozen=True)
+class NoOptions:
+    """Of a method that has none."""
+
+
 class CompressionMethod(ABC):
     """Decides for every KV head on its own which tokens of a cache to keep.
 
     An object holds parameters only, never state of a request: the same object serves all requests
     and layers, in any order.
     """
+
+    Options: ClassVar[type] = NoOptions
 
     @classmethod
     @abstractmethod

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from rkv_vllm.methods.base import CompressionMethod, NonFiniteScoreError
+from rkv_vllm.option_field import option
 
 if TYPE_CHECKING:
     from rkv_vllm.config import KVCompressionConfig
@@ -38,6 +39,41 @@ MAX_TEMPORARY_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
+class Options:
+    """What R-KV is asked with. Source: the paper's section 4; the released code's defaults."""
+
+    lam: float = option(
+        0.1,
+        "Weight of importance against redundancy, no unit: 1 looks at attention only, 0 at "
+        "similarity only.",
+        flag="--kv-lambda",
+        metavar="WEIGHT",
+        wanted="a number from 0 to 1",
+        accepts=lambda weight: 0 <= weight <= 1,
+        per_request=True,
+    )
+    pool: int = option(
+        7,
+        "Width of the max-pooling over importance, in tokens; odd, 1 switches it off.",
+        flag="--kv-pool",
+        metavar="TOKENS",
+        # Kernels unroll the pooling: one more compilation, and a longer one, for each width.
+        wanted="an odd number of tokens, 1 to 63",
+        accepts=lambda tokens: 1 <= tokens <= 63 and tokens % 2 == 1,
+    )
+    threshold: float = option(
+        0.5,
+        "Cosine between two keys above which the tokens count as similar, no unit. Write a "
+        "negative one with `=`.",
+        flag="--kv-threshold",
+        metavar="COSINE",
+        wanted="a cosine from -1 to 1",
+        accepts=lambda cosine: -1 <= cosine <= 1,
+        per_request=True,
+    )
+
+
+@dataclass(frozen=True)
 class RKV(CompressionMethod):
     """R-KV with its four parameters.
 
@@ -48,6 +84,7 @@ class RKV(CompressionMethod):
         threshold: Cosine above which two keys count as similar.
     """
 
+    Options = Options
     window: int = 8
     lam: float = 0.1
     pool: int = 7
@@ -62,7 +99,8 @@ class RKV(CompressionMethod):
     @classmethod
     def from_config(cls, config: KVCompressionConfig) -> RKV:
         """Take the four parameters of the method from the engine's options."""
-        return cls(config.window, config.lam, config.pool, config.threshold)
+        own = config.method_options
+        return cls(config.window, own.lam, own.pool, own.threshold)
 
     def keep_indices(
         self,
