@@ -13,13 +13,12 @@ from typing import NamedTuple, Protocol
 import torch
 
 from rkv_vllm.config import KVCompressionConfig
-from rkv_vllm.kernels.compact import compact
-from rkv_vllm.kernels.dispatch import backend
-from rkv_vllm.kernels.eviction import ALL_FINITE, Eviction, EvictionBatch
-from rkv_vllm.kernels.paged import PagedStates
+from rkv_vllm.kernels.batch import ALL_FINITE, Eviction, EvictionBatch
+from rkv_vllm.kernels.ops import Ops, ops_for
 from rkv_vllm.log import init_logger
-from rkv_vllm.methods import get_method
-from rkv_vllm.methods.base import CompressionMethod, NonFiniteScoreError
+from rkv_vllm.methods import Heads, Method, ModelFacts, get_method
+from rkv_vllm.methods.base import check_scores
+from rkv_vllm.methods.rkv import RKV
 from rkv_vllm.scheduling.directive import EvictionDirective, StepPlan
 from rkv_vllm.worker.cache_views import CacheViews
 from rkv_vllm.worker.query_ring import QueryRing
@@ -68,25 +67,23 @@ class Choice(NamedTuple):
 
     Attributes:
         directives: the requests.
-        first_layer: index of the first of these layers among all compressed ones.
-        keys: the cache of these layers.
+        heads: the cache of these layers.
         batch: the requests as the method saw them.
-        queries: [slots, these layers, ring_len, query heads, head_size], the observed queries.
+        scores: float32 [requests, these layers * KV heads, most candidates].
         keep: int32 [requests, these layers * KV heads, largest budget], physical positions.
     """
 
     directives: list[EvictionDirective]
-    first_layer: int
-    keys: PagedStates
+    heads: Heads
     batch: EvictionBatch
-    queries: torch.Tensor
+    scores: torch.Tensor
     keep: torch.Tensor
 
 
 class ChoiceObserver(Protocol):
     """Looks on while requests are compacted."""
 
-    def chosen(self, choice: Choice, method: CompressionMethod) -> None:
+    def chosen(self, choice: Choice) -> None:
         """Take note of a choice before the survivors move; must not write to any tensor of it."""
 
 
@@ -101,7 +98,9 @@ class Compactor:
 
     def __init__(self, config: KVCompressionConfig, views: CacheViews, pool: QueryRing) -> None:
         self._config = config
-        self._method = get_method(config.method).from_config(config)
+        self._ops = ops_for(views.keys, config.window)
+        pool.ops = self._ops
+        self._method = _new_method(config, views, pool, self._ops)
         self._views = views
         self._pool = pool
         self._pending: list[EvictionDirective] = []
@@ -109,14 +108,14 @@ class Compactor:
         self._compactions: dict[str, int] = {}
         self._stats = CompactionStats()
         self._checks: deque[_Check] = deque()
-        logger.info("Compaction kernels: %s", backend(views.keys))
+        logger.info("Compaction kernels: %s", self._ops.name)
 
     def warm_up(self) -> None:
         """Compile what a flush launches, on the null block; without Triton there is nothing to do.
 
         Call it once, before the first request: compiling takes seconds.
         """
-        if backend(self._views.keys) != "triton":
+        if self._ops.name != "triton":
             return
         settled_len = self._config.window + 2
         row = [_NULL_BLOCK] * -(-settled_len // self._views.keys.block_size)
@@ -166,6 +165,8 @@ class Compactor:
         pending, self._pending = self._pending, []
         for wave in _waves(pending):
             self._carry_out(wave)
+        if self._views.keys.device.type == "cpu":
+            self._raise_if_non_finite()
         for directive in pending:
             self._count(directive)
         return pending
@@ -188,21 +189,18 @@ class Compactor:
     ) -> None:
         """Compact some layers of some requests."""
         keys, values = self._views.keys.layers(layers), self._views.values.layers(layers)
-        if layers.start and keys.device.type != "cpu":
+        if layers.start:
             # Heads are counted from the first of these layers, so the flags are theirs alone.
             batch = batch.part(slice(None), torch.full_like(batch.non_finite, ALL_FINITE))
-        queries = self._pool.queries[:, layers]
-        try:
-            keep = self._method.keep_paged(keys, values, batch, queries)
-        except NonFiniteScoreError as error:
-            raise self._non_finite(directives[error.request], layers, error.head) from error
+        heads = Heads(layers, keys, values, self._pool.queries[:, layers])
+        scores = self._method.score(heads, batch)
+        check_scores(self._method, scores, heads, batch)
+        keep = self._ops.select(scores, batch)
         if self.observer is not None:
-            choice = Choice(directives, layers.start, keys, batch, queries, keep)
-            self.observer.chosen(choice, self._method)
+            self.observer.chosen(Choice(directives, heads, batch, scores, keep))
         for states in (keys, values):
-            compact(states, batch, keep)
-        if keys.device.type != "cpu":
-            self._checks.append(_Check.start(batch.non_finite, directives, layers))
+            self._ops.compact(states, batch, keep)
+        self._checks.append(_Check.start(batch.non_finite, directives, layers))
 
     def _groups(self, batch: EvictionBatch) -> Iterator[slice]:
         """Neighbours whose temporaries fit into memory together, at least one request each."""
@@ -222,8 +220,7 @@ class Compactor:
 
     def _max_tokens(self) -> int:
         """Tokens, times heads, times layers, that one call may take."""
-        copies = type(self._method).keep_paged is CompressionMethod.keep_paged
-        if copies or backend(self._views.keys) != "triton":
+        if self._ops.name != "triton":
             return _MAX_DENSE_ELEMENTS // self._views.keys.head_size
         return _MAX_SCORED_TOKENS
 
@@ -274,11 +271,34 @@ class _Check(NamedTuple):
         cls, non_finite: torch.Tensor, directives: list[EvictionDirective], layers: slice
     ) -> "_Check":
         """Queue the copy on the current stream, behind the kernels that write the flags."""
+        if non_finite.device.type == "cpu":
+            return cls(non_finite, lambda: True, directives, layers)
         flags = torch.empty(non_finite.shape, dtype=non_finite.dtype, pin_memory=True)
         flags.copy_(non_finite, non_blocking=True)
         event = torch.Event(non_finite.device)
         event.record()
         return cls(flags, event.query, directives, layers)
+
+
+def _new_method(
+    config: KVCompressionConfig, views: CacheViews, pool: QueryRing, ops: Ops
+) -> Method:
+    keys = views.keys
+    per_layer = {"dtype": torch.float32, "device": keys.device}
+    model = ModelFacts(
+        layers=tuple(views.layer_names),
+        first_kv_head=0,
+        num_kv_heads=keys.num_heads,
+        num_query_heads=pool.queries.shape[3],
+        head_size=keys.head_size,
+        scale=torch.full((keys.num_layers,), keys.head_size**-0.5, **per_layer),
+        soft_cap=torch.zeros(keys.num_layers, **per_layer),
+    )
+    cls = get_method(config.method)
+    options = cls.Options()
+    if cls.Options is RKV.Options:
+        options = RKV.Options(config.lam, config.pool, config.threshold)
+    return cls(options, model, ops)
 
 
 def _eviction(directive: EvictionDirective) -> Eviction:
@@ -288,7 +308,7 @@ def _eviction(directive: EvictionDirective) -> Eviction:
         settled_len=directive.settled_len,
         total_len=directive.total_len,
         budget=directive.budget,
-        slot=directive.slot,
+        seat=directive.slot,
         window_end=directive.settled_logical_len,
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rkv_vllm.kernels.observe import observe
+from rkv_vllm.kernels.ops import Ops
 
 
 class QueryRing:
@@ -30,7 +30,10 @@ class QueryRing:
         token_rows: int32 [max_num_tokens], where each token of the step is recorded, -1 = nowhere
             (`observe_naive` has the formula). Captured graphs hold its address.
         ring_len: see above.
+        ops: the kernels of the cache, None as long as there is none; nothing is recorded then.
     """
+
+    ops: Ops | None = None
 
     def __init__(
         self,
@@ -74,4 +77,5 @@ class QueryRing:
             layer_idx: layer of the pool.
             query: [num_tokens, num_heads, head_size] after RoPE.
         """
-        observe(self.queries, layer_idx, query, self.token_rows)
+        if self.ops is not None:
+            self.ops.observe(self.queries, layer_idx, query, self.token_rows)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rkv_vllm.config import KVCompressionConfig
-from rkv_vllm.kernels.eviction import ALL_FINITE
+from rkv_vllm.kernels.batch import ALL_FINITE
+from rkv_vllm.kernels.ops import triton_ops
 from rkv_vllm.kernels.paged import PagedStates
 from rkv_vllm.scheduling.directive import EvictionDirective, StepPlan
 from rkv_vllm.worker.cache_views import CacheViews
@@ -72,13 +73,13 @@ def test_groups_and_chunks_end_as_everything_at_once(monkeypatch, max_tokens):
     calls = []
     compactor = new_compactor()
     compactor._max_tokens = lambda: max_tokens
-    choose = compactor._method.keep_paged
+    score = compactor._method.score
     monkeypatch.setattr(
         type(compactor._method),
-        "keep_paged",
-        lambda self, keys, values, batch, queries: (
-            calls.append((batch.num_requests, keys.num_layers)),
-            choose(keys, values, batch, queries),
+        "score",
+        lambda self, heads, batch: (
+            calls.append((batch.num_requests, heads.keys.num_layers)),
+            score(heads, batch),
         )[1],
     )
     assert torch.equal(flush(compactor, *both), expected)
@@ -117,8 +118,7 @@ def test_a_late_error_is_raised_by_the_first_flush_that_can_know():
 @pytest.fixture
 def with_triton(monkeypatch):
     """Let Triton's interpreter serve this CPU."""
-    for module in ("kernels.score", "kernels.compact", "worker.flush"):
-        monkeypatch.setattr(f"rkv_vllm.{module}.backend", lambda states: "triton")
+    monkeypatch.setattr("rkv_vllm.worker.flush.ops_for", triton_ops)
 
 
 def test_triton_leaves_what_cpp_leaves(with_triton, monkeypatch):
