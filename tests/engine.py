@@ -99,23 +99,26 @@ class Engine:
 
 
 @contextmanager
-def running_engine(model: Path, num_blocks: int = 1024, **options: Any) -> Iterator[Engine]:
+def running_engine(
+    model: Path, num_blocks: int = 1024, num_groups: int = 1, **options: Any
+) -> Iterator[Engine]:
     """Starts an engine and takes all of it down again.
 
     Args:
         model: folder of a random model (tests/models.py).
         num_blocks: blocks of the pool, the null block included.
+        num_groups: KV-cache groups that vLLM makes of the layers, all of as many.
         options: further arguments of `LLM`; `rkv_vllm.engine_args()` switches compression on.
     """
     bytes_per_element = 2 if options.get("dtype") == "bfloat16" else 4
-    pool_tokens = num_blocks * BLOCK_SIZE
+    pool_bytes = kv_cache_bytes(model, num_blocks * BLOCK_SIZE, bytes_per_element)
     defaults = {
         "dtype": "float32",
         "enforce_eager": True,
         "max_model_len": 1024,
         "max_num_seqs": 16,
         "block_size": BLOCK_SIZE,
-        "kv_cache_memory_bytes": kv_cache_bytes(model, pool_tokens, bytes_per_element),
+        "kv_cache_memory_bytes": pool_bytes // num_groups,
         "seed": 0,
     }
     llm = LLM(str(model), **{**defaults, **options})

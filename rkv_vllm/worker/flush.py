@@ -21,8 +21,7 @@ from rkv_vllm.log import init_logger
 from rkv_vllm.methods import get_method
 from rkv_vllm.methods.base import CompressionMethod, NonFiniteScoreError
 from rkv_vllm.scheduling.directive import EvictionDirective, StepPlan
-from rkv_vllm.worker.cache_views import CacheViews
-from rkv_vllm.worker.query_ring import QueryRing
+from rkv_vllm.worker.layer_set import LayerSet
 
 logger = init_logger(__name__)
 
@@ -99,17 +98,16 @@ class Compactor:
 
     observer: ChoiceObserver | None = None
 
-    def __init__(self, config: KVCompressionConfig, views: CacheViews, pool: QueryRing) -> None:
+    def __init__(self, config: KVCompressionConfig, layer_set: LayerSet) -> None:
         self._config = config
         self._method = get_method(config.method).from_config(config)
-        self._views = views
-        self._pool = pool
+        self._views = layer_set
         self._pending: list[EvictionDirective] = []
         self._num_evicted: dict[str, int] = {}
         self._compactions: dict[str, int] = {}
         self._stats = CompactionStats()
         self._checks: deque[_Check] = deque()
-        logger.info("Compaction kernels: %s", backend(views.keys))
+        logger.info("Compaction kernels: %s", backend(layer_set.keys))
 
     def warm_up(self) -> None:
         """Compile what a flush launches, on the null block; without Triton there is nothing to do.
@@ -191,7 +189,7 @@ class Compactor:
         if layers.start and keys.device.type != "cpu":
             # Heads are counted from the first of these layers, so the flags are theirs alone.
             batch = batch.part(slice(None), torch.full_like(batch.non_finite, ALL_FINITE))
-        queries = self._pool.queries[:, layers]
+        queries = self._views.ring.queries[:, layers]
         try:
             keep = self._method.keep_paged(keys, values, batch, queries)
         except NonFiniteScoreError as error:
@@ -237,7 +235,7 @@ class Compactor:
 
     def _non_finite(self, directive: EvictionDirective, layers: slice, head: int) -> RuntimeError:
         num_heads = self._views.keys.num_heads
-        layer = self._views.layer_names[layers.start + head // num_heads]
+        layer = self._views.names[layers.start + head // num_heads]
         return RuntimeError(
             f"{self._config.method}: score of request {directive.req_id} in layer {layer}, "
             f"KV head {head % num_heads}, is not finite; the model's keys or queries overflow in "

@@ -7,10 +7,11 @@ import torch
 
 from rkv_vllm.config import KVCompressionConfig
 from rkv_vllm.kernels.eviction import ALL_FINITE
+from rkv_vllm.kernels.observe import observe
 from rkv_vllm.kernels.paged import PagedStates
 from rkv_vllm.scheduling.directive import EvictionDirective, StepPlan
-from rkv_vllm.worker.cache_views import CacheViews
 from rkv_vllm.worker.flush import Compactor, _Check, _waves
+from rkv_vllm.worker.layer_set import LayerSet
 from rkv_vllm.worker.query_ring import QueryRing
 
 LAYERS, HEADS, GROUP, HEAD_SIZE, BLOCK_SIZE = 2, 3, 2, 32, 32
@@ -25,20 +26,9 @@ def new_compactor(broken: float | None = None) -> Compactor:
         cache[1, :, 2, :, :HEAD_SIZE] = broken
     keys = PagedStates(cache[..., :HEAD_SIZE], None, BLOCK_SIZE)
     values = PagedStates(cache[..., HEAD_SIZE:], None, BLOCK_SIZE)
-    pool = QueryRing(
-        num_slots=3,
-        num_layers=LAYERS,
-        ring_len=9,
-        num_heads=HEADS * GROUP,
-        head_size=HEAD_SIZE,
-        max_num_tokens=16,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
-    pool.queries.normal_(generator=generator)
-    return Compactor(
-        KVCompressionConfig(budget=20, buffer=10), CacheViews(keys, values, NAMES), pool
-    )
+    queries = torch.randn(3, LAYERS, 9, HEADS * GROUP, HEAD_SIZE, generator=generator)
+    ring = QueryRing(queries, torch.full((16,), -1, dtype=torch.int32), observe)
+    return Compactor(KVCompressionConfig(budget=20, buffer=10), LayerSet(NAMES, keys, values, ring))
 
 
 def directive(req_id="a", old=(3, 1), new=(3,), before=0) -> EvictionDirective:
