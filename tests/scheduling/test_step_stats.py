@@ -21,7 +21,7 @@ SMALL_POOL = MAX_MODEL_LEN // BLOCK_SIZE + 2
 STEP = StepStats(
     evicted_tokens=[33, 70],
     freed_blocks=3,
-    deferred_for_slot=2,
+    deferred_for_seat=2,
     deferred_for_blocks=1,
     logical_tokens=900,
     physical_tokens=700,
@@ -88,7 +88,7 @@ def test_plans_add_up():
     step = StepStats()
     step.add(StepPlan([directive(20, 2), directive(9, 0)], num_deferred=3, num_short_of_blocks=1))
     step.add(StepPlan([directive(7, 1)], num_deferred=1))
-    assert step == StepStats([20, 9, 7], 3, deferred_for_slot=3, deferred_for_blocks=1)
+    assert step == StepStats([20, 9, 7], 3, deferred_for_seat=3, deferred_for_blocks=1)
 
 
 class Onlooker:
@@ -117,7 +117,7 @@ class Onlooker:
         return outputs
 
 
-SEEN = {"slot": 0, "preempted": 0, "compactions": 0}
+SEEN = {"seat": 0, "preempted": 0, "compactions": 0}
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -147,14 +147,14 @@ def run_and_compare(model, data):
     assert sum(evicted) == sum(d.num_evict for d in engine.directives)
     freed = sum(step.freed_blocks for step in onlooker.steps)
     assert freed == sum(d.num_freed_blocks for d in engine.directives)
-    for_slot = sum(step.deferred_for_slot for step in onlooker.steps)
+    for_slot = sum(step.deferred_for_seat for step in onlooker.steps)
     for_blocks = sum(step.deferred_for_blocks for step in onlooker.steps)
     assert for_slot + for_blocks == engine.num_deferred
     if setting.num_blocks == 1000:
         assert for_blocks == 0
     if setting.slots == 64:
         assert for_slot == 0
-    SEEN["slot"] += for_slot
+    SEEN["seat"] += for_slot
     SEEN["compactions"] += len(evicted)
     SEEN["preempted"] += engine.worker.resumes
     last = onlooker.steps[-1]
@@ -180,7 +180,7 @@ def test_waiting_for_blocks_is_told_from_waiting_for_a_slot(model):
     for _ in range(6):
         engine.step()
     assert sum(step.deferred_for_blocks for step in onlooker.steps) == engine.num_deferred >= 1
-    assert sum(step.deferred_for_slot for step in onlooker.steps) == 0
+    assert sum(step.deferred_for_seat for step in onlooker.steps) == 0
     engine.pool.free_blocks(reversed(held))
     engine.allow_foreign_blocks = False
     engine.run()
