@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rkv_vllm.config import KVCompressionConfig
-from rkv_vllm.methods.rkv import keep_indices
+from tests.methods.dense import keep_indices
 
 ATTENTION_NAME = "explicit_eviction"
 TOP = 5

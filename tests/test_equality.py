@@ -8,8 +8,7 @@ from vllm.exceptions import VLLMValidationError
 
 import rkv_vllm
 from rkv_vllm.config import KVCompressionConfig
-from rkv_vllm.kernels.observe.triton import observe_triton
-from rkv_vllm.kernels.select.triton import select_triton
+from rkv_vllm.kernels.ops import triton_ops
 from tests.engine import Engine, running_engine
 from tests.models import assert_varied, random_prompt
 from tests.reference import ReferenceResult, generate_reference
@@ -218,10 +217,7 @@ def test_with_every_kernel_in_triton_output_equals_explicit_eviction(
     random_model_dir, runner, monkeypatch
 ):
     """All that a GPU would launch, interpreted: slots, observe, score, select, compact."""
-    for module in ("kernels.score", "kernels.compact", "worker.flush"):
-        monkeypatch.setattr(f"rkv_vllm.{module}.backend", lambda states: "triton")
-    monkeypatch.setattr("rkv_vllm.kernels.select.select_cpu", select_triton)
-    monkeypatch.setattr("rkv_vllm.worker.layer_set.observe", observe_triton)
+    monkeypatch.setattr("rkv_vllm.worker.layer_set.ops_for", triton_ops)
     model = random_model_dir("qwen3", 3)
     prompts = {f"r{i}": random_prompt(60 + i, seed=i) for i in range(2)}
     with running_engine(model, **OPTIONS) as engine:

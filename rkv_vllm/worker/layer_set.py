@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from vllm.model_executor.layers.attention import Attention
 
-from rkv_vllm.kernels.observe import observe
+from rkv_vllm.kernels.ops import Ops, ops_for
 from rkv_vllm.kernels.paged import PagedStates
+from rkv_vllm.methods.base import ModelFacts
 from rkv_vllm.worker.attention_hook import record_in
 from rkv_vllm.worker.cache_views import view_caches
 from rkv_vllm.worker.lengths import GroupRows
@@ -26,20 +27,28 @@ class LayerSet:
     """Keys, values and recorded queries of some layers, over all of them at once.
 
     Attributes:
-        names: the layers, in the order of the first dimension.
+        model: what a method may know of the layers; their names, in the order of the first
+            dimension of keys and values.
         keys: their keys.
         values: their values.
+        ops: the kernels for this cache.
         ring: their queries; None when the method asks for none.
     """
 
-    names: list[str]
+    model: ModelFacts
     keys: PagedStates
     values: PagedStates
+    ops: Ops
     ring: QueryRing | None
 
 
 def make_layer_sets(
-    layers: dict[str, Attention], block_size: int, rows: GroupRows, memory: RingMemory, seats: int
+    layers: dict[str, Attention],
+    block_size: int,
+    rows: GroupRows,
+    memory: RingMemory | None,
+    kv_shard: int,
+    window: int,
 ) -> list[LayerSet]:
     """View the layers of one compressed group and let them record their queries.
 
@@ -47,19 +56,39 @@ def make_layer_sets(
         layers: attention layers by name, caches allocated.
         block_size: tokens per block of the group.
         rows: of the group.
-        memory: where the queries go.
-        seats: requests whose queries can be recorded at once.
+        memory: where the queries go; None when the method asks for none.
+        kv_shard: which share of a layer's KV heads lies on this rank.
+        window: newest tokens whose queries judge.
     """
     sets = []
     for run in _alike(layers):
         views = view_caches(run, block_size)
-        first = next(iter(run.values()))
-        shape = (seats, len(run), rows.ring_len, first.num_heads, first.head_size)
-        ring = QueryRing(memory.take(*shape), rows.token_rows, observe)
-        for layer_idx, layer in enumerate(run.values()):
-            record_in(layer, layer_idx, ring)
-        sets.append(LayerSet(list(run), views.keys, views.values, ring))
+        model = _model_facts(run, kv_shard, views.keys.device)
+        ops = ops_for(views.keys, window)
+        ring = None
+        if memory is not None:
+            queries = memory.take(len(run), model.num_query_heads, model.head_size)
+            ring = QueryRing(queries, rows.token_rows, ops.observe)
+            for layer_idx, layer in enumerate(run.values()):
+                record_in(layer, layer_idx, ring)
+        sets.append(LayerSet(model, views.keys, views.values, ops, ring))
     return sets
+
+
+def _model_facts(layers: dict[str, Attention], kv_shard: int, device: torch.device) -> ModelFacts:
+    first = next(iter(layers.values()))
+    impls = [layer.impl for layer in layers.values()]
+    # vLLM's backends spell "no soft cap" as None or as zero.
+    soft_caps = [impl.logits_soft_cap or 0.0 for impl in impls]
+    return ModelFacts(
+        layers=tuple(layers),
+        first_kv_head=kv_shard * first.num_kv_heads,
+        num_kv_heads=first.num_kv_heads,
+        num_query_heads=first.num_heads,
+        head_size=first.head_size,
+        scale=torch.tensor([impl.scale for impl in impls], dtype=torch.float32, device=device),
+        soft_cap=torch.tensor(soft_caps, dtype=torch.float32, device=device),
+    )
 
 
 def _alike(layers: dict[str, Attention]) -> Iterator[dict[str, Attention]]:

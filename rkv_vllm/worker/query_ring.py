@@ -17,23 +17,38 @@ class RingMemory:
     Which layers share a ring is known later, with the KV-cache groups.
 
     Args:
-        num_elements: of all rings together.
+        seats: requests whose queries can be recorded at once.
+        ring_len: positions per seat, >= window + tokens in flight.
+        position_size: elements of one position in all layers together.
         dtype: dtype of the queries.
         device: where the model runs.
+
+    Attributes:
+        elements: the allocation.
     """
 
-    def __init__(self, num_elements: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.elements = torch.zeros(num_elements, dtype=dtype, device=device)
+    def __init__(
+        self,
+        seats: int,
+        ring_len: int,
+        position_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._seats = seats
+        self._ring_len = ring_len
         self._num_taken = 0
+        self.elements = torch.zeros(seats * ring_len * position_size, dtype=dtype, device=device)
 
-    def take(self, *shape: int) -> Tensor:
-        """Hand out the next part as a contiguous tensor."""
+    def take(self, num_layers: int, num_heads: int, head_size: int) -> Tensor:
+        """Hand out the next ring, [seats, num_layers, ring_len, num_heads, head_size]."""
+        shape = torch.Size((self._seats, num_layers, self._ring_len, num_heads, head_size))
         first = self._num_taken
-        self._num_taken += torch.Size(shape).numel()
+        self._num_taken += shape.numel()
         return self.elements[first : self._num_taken].view(shape)
 
     def take_back(self) -> None:
-        """All parts are free again."""
+        """All rings are free again."""
         self._num_taken = 0
 
 

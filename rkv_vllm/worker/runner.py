@@ -9,10 +9,14 @@ for the flush, attention_hook.py for the queries.
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from vllm import envs
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -24,15 +28,18 @@ from vllm.v1.kv_cache_interface import (
     replace_as,
 )
 
-from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
 from rkv_vllm.log import init_logger
+from rkv_vllm.methods import get_method
+from rkv_vllm.methods.base import Method
+from rkv_vllm.options import CONFIG_KEY, ServerOptions
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, EvictionDirective, StepPlan
 from rkv_vllm.scheduling.spec import CompressedAttentionSpec
 from rkv_vllm.signatures import Part, check_signatures
 from rkv_vllm.worker.attention_group import attend_to_physical_lengths
 from rkv_vllm.worker.attention_hook import observe_queries
-from rkv_vllm.worker.flush import Compactor
-from rkv_vllm.worker.layer_set import make_layer_sets
+from rkv_vllm.worker.flush import SCRATCH_BYTES, Compactor
+from rkv_vllm.worker.group import CompressedGroup
+from rkv_vllm.worker.layer_set import LayerSet, make_layer_sets
 from rkv_vllm.worker.lengths import GroupRows
 from rkv_vllm.worker.query_ring import RingMemory
 
@@ -72,9 +79,9 @@ class CompressionRunner(ABC):
         self.compactor = None
         # By KV-cache group; empty while there is no cache.
         self.rows: dict[int, GroupRows] = {}
-        self.compression = KVCompressionConfig.from_dict(
-            self.vllm_config.additional_config[CONFIG_KEY]
-        )
+        self.compression = ServerOptions.from_dict(self.vllm_config.additional_config[CONFIG_KEY])
+        self._method = get_method(self.compression.method)
+        self._ring_memory: RingMemory | None = None
         self.finished_reports: deque[dict[str, int | str]] = deque(maxlen=_FINISHED_REPORTS)
         self._logged_at = time.monotonic()
 
@@ -98,10 +105,47 @@ class CompressionRunner(ABC):
                 f"KV cache compression found no layer of full attention among {list(specs)}; serve "
                 "this model without --kv-compression"
             )
-        return {
-            name: replace_as(spec, CompressedAttentionSpec) if name in compressed else spec
-            for name, spec in specs.items()
-        }
+        has_others = len(compressed) < len(specs)
+        for name, budget in self._layer_budgets(compressed, has_others).items():
+            layer_budget = None if budget == self.compression.budget else budget
+            specs[name] = replace_as(
+                specs[name], CompressedAttentionSpec, layer_budget=layer_budget
+            )
+        return specs
+
+    def _layer_budgets(self, names: list[str], has_others: bool) -> dict[str, int]:
+        """What the method lets each compressed layer of this rank keep.
+
+        Args:
+            names: the layers, in the model's order.
+            has_others: whether there are layers that are not compressed.
+
+        Raises:
+            ValueError: unequal budgets where a rank cannot tell which layers it has.
+        """
+        num_stages = self.parallel_config.pipeline_parallel_size
+        num_layers = len(names)
+        if num_stages > 1:
+            num_layers = self.model_config.get_total_num_hidden_layers()
+        budgets = self._method.layer_budgets(
+            self.compression.method_options, self.compression.budget, num_layers
+        )
+        if len(budgets) != num_layers or min(budgets) <= self.compression.window:
+            raise ValueError(
+                f"{self._method.__name__}.layer_budgets: got {list(budgets)}, wanted {num_layers} "
+                f"numbers of tokens above --kv-window {self.compression.window}; raise --kv-budget"
+            )
+        if len(set(budgets)) == 1:
+            return dict.fromkeys(names, budgets[0])
+        if num_stages == 1:
+            return dict(zip(names, budgets, strict=True))
+        if has_others:
+            raise ValueError(
+                f"{self._method.__name__} gives layers unequal budgets: got "
+                f"--pipeline-parallel-size {num_stages}, wanted 1 for a model that has layers of "
+                "other kinds as well; use tensor parallelism"
+            )
+        return {name: budgets[extract_layer_index(name)] for name in names}
 
     def load_model(self, *args, **kwargs) -> None:
         """Load the model, then make its compressed layers record queries.
@@ -110,9 +154,16 @@ class CompressionRunner(ABC):
         """
         super().load_model(*args, **kwargs)
         layers = self._compressed_layers()
-        self._ring_memory = self._allocate_rings(layers)
-        for layer in layers.values():
-            observe_queries(layer)
+        if self._method.need(self.compression.method_options).queries:
+            self._ring_memory = self._allocate_rings(layers)
+            for layer in layers.values():
+                observe_queries(layer)
+
+    @torch.inference_mode()
+    def profile_run(self, *args, **kwargs) -> None:
+        """Profile a forward, and the temporaries of a flush, which come in its place."""
+        super().profile_run(*args, **kwargs)
+        torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device=self.device)
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs
@@ -133,34 +184,47 @@ class CompressionRunner(ABC):
         for group_id, rows in self.rows.items():
             attend_to_physical_lengths(self.attn_groups[group_id], rows)
         self._follow_physical_positions()
-        self._ring_memory.take_back()
-        sets = {
-            group_id: make_layer_sets(
-                self._compressed_layers(group_id),
-                block_size,
-                self.rows[group_id],
-                self._ring_memory,
-                self.compression.observation_slots,
+        if self._ring_memory is not None:
+            self._ring_memory.take_back()
+        groups = {
+            group_id: CompressedGroup(
+                group_id, self._view_layers(group_id, block_size), self._make_method
             )
             for group_id, block_size in block_sizes.items()
         }
-        if is_profiling:
-            # A small cache on which vLLM measures captured graphs, and throws away.
-            return
-        ((layer_set,),) = sets.values()
-        self.compactor = Compactor(self.compression, layer_set)
+        # Profiling has a small cache on which vLLM measures captured graphs, and throws away.
+        if not is_profiling:
+            self.compactor = Compactor(groups, self.compression.window)
+
+    def _view_layers(self, group_id: int, block_size: int) -> list[LayerSet]:
+        tp_size = self.parallel_config.tensor_parallel_size
+        # Ranks beyond the number of KV heads hold copies.
+        copies = max(1, tp_size // self.model_config.get_total_num_kv_heads())
+        return make_layer_sets(
+            self._compressed_layers(group_id),
+            block_size,
+            self.rows[group_id],
+            self._ring_memory,
+            get_tp_group().rank_in_group // copies,
+            self.compression.window,
+        )
+
+    def _make_method(self, layer_set: LayerSet, options: Any | None) -> Method:
+        own = self.compression.method_options if options is None else options
+        return self._method(own, layer_set.model, layer_set.ops)
 
     # A flush writes to caches that vLLM may have allocated in inference mode.
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, *args, **kwargs):
         """Flush what the last step left, then run this step."""
-        self.flush_compaction()
+        left = scheduler_output.preempted_req_ids or ()
+        self.flush_compaction({*scheduler_output.finished_req_ids, *left})
         # Outputs that do not come from our scheduler (warm-up, dummy batches) carry no plan.
         plan: StepPlan | None = getattr(scheduler_output, STEP_PLAN_ATTRIBUTE, None)
         self._admit_and_forget(scheduler_output, is_warm_up=plan is None)
         if plan is not None:
             self.compactor.begin_step(plan)
-        self._watched = {} if plan is None else {next(iter(self.rows)): plan.watched}
+        self._watched = {} if plan is None else plan.watched
         try:
             return super().execute_model(scheduler_output, *args, **kwargs)
         finally:
@@ -168,10 +232,21 @@ class CompressionRunner(ABC):
             self._log_progress()
 
     @torch.inference_mode()
-    def flush_compaction(self) -> None:
-        """Compact what the last step's plan named and exchange the rows of those requests."""
-        if self.compactor is not None and (directives := self.compactor.flush()):
+    def flush_compaction(self, gone: Collection[str] = ()) -> None:
+        """Compact what the last step's plan named and exchange the rows of those requests.
+
+        Args:
+            gone: requests that finished or were preempted since.
+        """
+        if self.compactor is not None and (directives := self.compactor.flush(gone)):
             self._exchange_rows(directives)
+
+    def forget_windows(self) -> None:
+        """Forget the recorded queries: a deep sleep has discarded the memory of the model."""
+        for rows in self.rows.values():
+            rows.end_step()
+        if self._ring_memory is not None:
+            self._ring_memory.elements.zero_()
 
     def request_reports(self) -> list[dict[str, int | str]]:
         """One report per live request, and per request of the last few that finished."""
@@ -192,7 +267,7 @@ class CompressionRunner(ABC):
 
     @abstractmethod
     def _lengths(self, req_id: str) -> tuple[int, int, int]:
-        """Prompt tokens, output tokens and blocks held of a live request."""
+        """Prompt tokens, output tokens and blocks held in compressed groups of a live request."""
 
     def _end_step(self) -> None:
         for rows in self.rows.values():
@@ -218,22 +293,22 @@ class CompressionRunner(ABC):
         return self.compression.window + batches * (1 + drafts) + drafts
 
     def _allocate_rings(self, layers: dict[str, Attention]) -> RingMemory:
-        seats = self.compression.observation_slots
-        elements = sum(layer.num_heads * layer.head_size for layer in layers.values())
-        elements *= seats * self._ring_len
+        seats, ring_len = self.compression.seats, self._ring_len
+        position_size = sum(layer.num_heads * layer.head_size for layer in layers.values())
         try:
-            return RingMemory(elements, self.dtype, self.device)
+            return RingMemory(seats, ring_len, position_size, self.dtype, self.device)
         except torch.OutOfMemoryError as error:
-            size = elements * self.dtype.itemsize
+            size = seats * ring_len * position_size * self.dtype.itemsize
             raise ValueError(
-                f"--kv-observation-slots {seats} needs {size / 2**20:.0f} MiB on {self.device}, "
+                f"--kv-seats {seats} needs {size / 2**20:.0f} MiB on {self.device}, "
                 "which does not hold that beside the model; lower it"
             ) from error
 
     def _report(self, req_id: str) -> dict[str, int | str]:
+        """Lengths of one request; of several groups the longest cache, and the sum of blocks."""
         prompt_tokens, output_tokens, blocks_held = self._lengths(req_id)
         logical_len = prompt_tokens + output_tokens
-        num_evicted = self.compactor.num_evicted(req_id)
+        num_evicted = min(g.num_evicted(req_id) for g in self.compactor.groups.values())
         return {
             "req_id": req_id,
             "prompt_tokens": prompt_tokens,
@@ -258,6 +333,9 @@ class CompressionRunner(ABC):
         """One INFO line per logging interval while steps run."""
         now = time.monotonic()
         if self.compactor is None or now - self._logged_at < envs.VLLM_LOG_STATS_INTERVAL:
+            return
+        # All ranks count the same; an earlier pipeline stage learns a token with the next step.
+        if not (get_tp_group().is_first_rank and get_pp_group().is_last_rank):
             return
         self._logged_at = now
         stats = self.compactor.stats()

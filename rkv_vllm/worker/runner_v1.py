@@ -35,8 +35,9 @@ class CompressionRunnerV1(CompressionRunner):
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray):
         num_evicted = self.input_batch.block_table.num_evicted
         for group_id, rows in self.rows.items():
+            group = self.compactor.groups[group_id]
             evicted = torch.tensor(
-                [self.compactor.num_evicted(req_id) for req_id in self.input_batch.req_ids]
+                [group.num_evicted(req_id) for req_id in self.input_batch.req_ids]
             )
             rows.begin_step(evicted.to(torch.int32), subtract=True)
             if evicted.any():
@@ -67,7 +68,7 @@ class CompressionRunnerV1(CompressionRunner):
             state = self.requests.get(directive.req_id)
             if state is None:
                 continue
-            group_id = next(iter(self.rows))
+            group_id = directive.group_id
             block_ids = list(directive.new_block_ids)
             # One list per group, which vLLM appends to in place.
             state.block_ids = tuple(
@@ -82,4 +83,5 @@ class CompressionRunnerV1(CompressionRunner):
 
     def _lengths(self, req_id: str) -> tuple[int, int, int]:
         state = self.requests[req_id]
-        return state.num_prompt_tokens, len(state.output_token_ids), len(state.block_ids[0])
+        blocks_held = sum(len(state.block_ids[group_id]) for group_id in self.rows)
+        return state.num_prompt_tokens, len(state.output_token_ids), blocks_held

@@ -51,13 +51,12 @@ class CompressionRunnerV2(CompressionRunner):
 
     def _exchange_rows(self, directives: list[EvictionDirective]) -> None:
         state_idx = self.req_states.req_id_to_index
-        for group_id in self.rows:
-            running = [directive for directive in directives if directive.req_id in state_idx]
+        for group_id, group in self.compactor.groups.items():
+            running = [d for d in directives if d.group_id == group_id and d.req_id in state_idx]
             idx = [state_idx[directive.req_id] for directive in running]
             self.block_tables.exchange_rows(group_id, running, idx)
             for i, directive in zip(idx, running, strict=True):
-                evicted = self.compactor.num_evicted(directive.req_id)
-                self.state_rows.num_evicted[group_id][i] = evicted
+                self.state_rows.num_evicted[group_id][i] = group.num_evicted(directive.req_id)
 
     def add_requests(self, scheduler_output) -> None:
         """Admit new and resumed requests: their cache is as long as their text."""
@@ -76,4 +75,5 @@ class CompressionRunnerV2(CompressionRunner):
         prompt_tokens = int(self.req_states.prompt_len.np[idx])
         # In the middle of a chunked prefill nothing is sampled yet.
         output_tokens = max(0, int(self._num_tokens[idx]) - prompt_tokens)
-        return prompt_tokens, output_tokens, int(self.block_tables.num_blocks.np[0, idx])
+        blocks_held = int(self.block_tables.num_blocks.np[list(self.rows), idx].sum())
+        return prompt_tokens, output_tokens, blocks_held

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from rkv_vllm.config import KVCompressionConfig
-from rkv_vllm.kernels.eviction import ALL_FINITE
-from rkv_vllm.kernels.observe import observe
+from rkv_vllm.kernels.batch import ALL_FINITE
+from rkv_vllm.kernels.ops import triton_ops
 from rkv_vllm.kernels.paged import PagedStates
 from rkv_vllm.scheduling.directive import EvictionDirective, StepPlan
+from rkv_vllm.worker.cache_views import CacheViews
 from rkv_vllm.worker.flush import Compactor, _Check, _waves
-from rkv_vllm.worker.layer_set import LayerSet
 from rkv_vllm.worker.query_ring import QueryRing
 
 LAYERS, HEADS, GROUP, HEAD_SIZE, BLOCK_SIZE = 2, 3, 2, 32, 32
@@ -26,9 +26,20 @@ def new_compactor(broken: float | None = None) -> Compactor:
         cache[1, :, 2, :, :HEAD_SIZE] = broken
     keys = PagedStates(cache[..., :HEAD_SIZE], None, BLOCK_SIZE)
     values = PagedStates(cache[..., HEAD_SIZE:], None, BLOCK_SIZE)
-    queries = torch.randn(3, LAYERS, 9, HEADS * GROUP, HEAD_SIZE, generator=generator)
-    ring = QueryRing(queries, torch.full((16,), -1, dtype=torch.int32), observe)
-    return Compactor(KVCompressionConfig(budget=20, buffer=10), LayerSet(NAMES, keys, values, ring))
+    pool = QueryRing(
+        num_slots=3,
+        num_layers=LAYERS,
+        ring_len=9,
+        num_heads=HEADS * GROUP,
+        head_size=HEAD_SIZE,
+        max_num_tokens=16,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    pool.queries.normal_(generator=generator)
+    return Compactor(
+        KVCompressionConfig(budget=20, buffer=10), CacheViews(keys, values, NAMES), pool
+    )
 
 
 def directive(req_id="a", old=(3, 1), new=(3,), before=0) -> EvictionDirective:
@@ -62,13 +73,13 @@ def test_groups_and_chunks_end_as_everything_at_once(monkeypatch, max_tokens):
     calls = []
     compactor = new_compactor()
     compactor._max_tokens = lambda: max_tokens
-    choose = compactor._method.keep_paged
+    score = compactor._method.score
     monkeypatch.setattr(
         type(compactor._method),
-        "keep_paged",
-        lambda self, keys, values, batch, queries: (
-            calls.append((batch.num_requests, keys.num_layers)),
-            choose(keys, values, batch, queries),
+        "score",
+        lambda self, heads, batch: (
+            calls.append((batch.num_requests, heads.keys.num_layers)),
+            score(heads, batch),
         )[1],
     )
     assert torch.equal(flush(compactor, *both), expected)
@@ -107,8 +118,7 @@ def test_a_late_error_is_raised_by_the_first_flush_that_can_know():
 @pytest.fixture
 def with_triton(monkeypatch):
     """Let Triton's interpreter serve this CPU."""
-    for module in ("kernels.score", "kernels.compact", "worker.flush"):
-        monkeypatch.setattr(f"rkv_vllm.{module}.backend", lambda states: "triton")
+    monkeypatch.setattr("rkv_vllm.worker.flush.ops_for", triton_ops)
 
 
 def test_triton_leaves_what_cpp_leaves(with_triton, monkeypatch):
