@@ -1,6 +1,9 @@
 """What compression does not support is refused by name before the model loads, in one sentence."""
 
 import logging
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -160,6 +163,48 @@ def test_all_refusals_are_named_at_once(arguments):
     engine_args = arguments(kv_sharing_fast_prefill=True, kv_cache_dtype="fp8")
     with pytest.raises(ValueError, match=r"(?s)KV cache in another dtype.*\n.*fast prefill"):
         engine_args.create_engine_config()
+
+
+def run_without_plugin(tmp_path, statement):
+    """Runs a statement about an engine with drafts in a process that loads other plugins only."""
+    script = (
+        "import sys, rkv_vllm, vllm\n"
+        "drafts = {'method': 'ngram', 'num_speculative_tokens': 2, 'prompt_lookup_max': 3}\n"
+        "engine = dict(model=sys.argv[1], speculative_config=drafts, skip_tokenizer_init=True,\n"
+        "    load_format='dummy', max_model_len=256, enforce_eager=True,\n"
+        "    kv_cache_memory_bytes=2**23)\n"
+    )
+    model = checkpoint_configs.write_config(tmp_path / "model", checkpoint_configs.LLAMA)
+    return subprocess.run(
+        [sys.executable, "-c", script + statement, model],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "VLLM_PLUGINS": "other"},
+    )
+
+
+REFUSED_DRAFTS = "does not support speculative decoding: got method 'ngram'"
+
+
+def test_engine_args_bring_the_refusals_where_the_plugin_is_not_loaded(tmp_path):
+    run = run_without_plugin(
+        tmp_path, "vllm.EngineArgs(**engine, **rkv_vllm.engine_args()).create_engine_config()"
+    )
+    assert run.returncode != 0
+    assert REFUSED_DRAFTS in run.stderr
+
+
+@pytest.mark.engine
+def test_the_scheduler_refuses_where_the_plugin_is_not_loaded(tmp_path):
+    by_name = {
+        "additional_config": {"kv_compression": {"method": "rkv"}},
+        "scheduler_cls": support.SCHEDULER_CLS,
+        "worker_cls": support.WORKER_CLS["cpu"],
+    }
+    run = run_without_plugin(tmp_path, f"vllm.LLM(**engine, **{by_name})")
+    assert run.returncode != 0
+    assert REFUSED_DRAFTS in run.stderr
 
 
 def test_a_gpu_is_warned_of(arguments, monkeypatch):

@@ -129,10 +129,10 @@ def compression_options(flags: Sequence[str]) -> dict[str, str | int | float]:
         if not is_joined:
             value = rest.pop(0) if rest else ""
         try:
-            options[option.name] = option.type(value)
+            options[option.name] = option.check(option.parse(value))
         except ValueError as error:
             raise ValueError(
-                f"{option.flag}: got {value!r}, wanted {option.wanted}; correct it"
+                f"{option.flag}: got {value!r}, wanted {option.takes}; correct it"
             ) from error
     return options
 

@@ -223,7 +223,14 @@ def _config(
     try:
         # One request is watched, so one slot serves.
         return KVCompressionConfig(
-            method, budget, buffer, window, lam, pool, threshold, observation_slots=1
+            method=method,
+            budget=budget,
+            buffer=buffer,
+            window=window,
+            lam=lam,
+            pool=pool,
+            threshold=threshold,
+            seats=1,
         )
     except ValueError as error:
         raise CommandError(str(error)) from error

@@ -28,6 +28,7 @@ class RKV(Method):
             metavar="WEIGHT",
             wanted="a number from 0 to 1",
             accepts=lambda weight: 0 <= weight <= 1,
+            per_request=True,
         )
         # Unrolled by the compiler, hence the bound.
         pool: int = option(
@@ -46,6 +47,7 @@ class RKV(Method):
             metavar="COSINE",
             wanted="a cosine from -1 to 1",
             accepts=lambda cosine: -1 <= cosine <= 1,
+            per_request=True,
         )
 
     @classmethod
