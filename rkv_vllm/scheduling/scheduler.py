@@ -17,8 +17,8 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from rkv_vllm import support
-from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
 from rkv_vllm.log import init_logger
+from rkv_vllm.options import CONFIG_KEY, ServerOptions, find_method
 from rkv_vllm.policy import EveryBuffer, Terms, floor_blocks
 from rkv_vllm.request_options import RequestOptionError, RequestOptions, read_request_options
 from rkv_vllm.scheduling.admission import Admission, Limits, Track
@@ -54,7 +54,7 @@ class CompressionSchedulerMixin:
         # Once more than when the config was made: a process whose VLLM_PLUGINS leaves this package
         # out has not checked it.
         support.check(self.vllm_config)
-        self._server = KVCompressionConfig.from_dict(self.vllm_config.additional_config[CONFIG_KEY])
+        self._server = ServerOptions.from_dict(self.vllm_config.additional_config[CONFIG_KEY])
         self._policy = EveryBuffer(self._server.window)
         self._tracks = self._make_tracks()
         publish_until_evicted(
@@ -86,7 +86,9 @@ class CompressionSchedulerMixin:
                 "KV cache compression needs a KV-cache group of full attention, got "
                 f"{names}; serve this model without --kv-compression"
             )
-        seats = Seats(self._server.observation_slots, self._server.window)
+        method = find_method(self._server.method)
+        needs_queries = method.need(self._server.method_options).queries
+        seats = Seats(self._server.seats if needs_queries else 0, self._server.window)
         max_advance = 1 + self.num_spec_tokens
         return [
             Track(b, GroupPlanner(b.kv_cache_group_id, b, self._policy, seats, max_advance))
@@ -181,7 +183,7 @@ class CompressionSchedulerMixin:
             request.num_in_flight_tokens,
             request.num_prompt_tokens,
             self._seed(request),
-            None,
+            self._known[req_id].options.method_options,
         )
 
     def _seed(self, request: Request) -> int:
@@ -219,14 +221,11 @@ class CompressionSchedulerMixin:
         return self._known[request.request_id].terms
 
     def _terms(self, options: RequestOptions, prompt_len: int) -> list[Terms]:
-        prefix_len = self._prefix_len(options, prompt_len)
+        prefix_len = options.prefix_len(prompt_len)
         return [
             Terms(self._group_budget(options.budget, track), options.buffer, prefix_len)
             for track in self._tracks
         ]
-
-    def _prefix_len(self, options: RequestOptions, prompt_len: int) -> int:
-        return 0
 
     def _group_budget(self, budget: int, track: Track) -> int:
         """A request's budget, in the proportion that the group's has to the server's."""

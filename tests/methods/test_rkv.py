@@ -172,14 +172,32 @@ def test_ties_at_the_cut_go_to_the_lower_index(values, count):
     pool=st.sampled_from([1, 3, 7, 11]),
     lam=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     threshold=st.sampled_from([-0.2, 0.1, 0.5, 0.9]),
+    # None sharper than 1 / sqrt(d), whose largest shares `tolerance` is made for.
+    scale=st.sampled_from([None, 1 / 128, 0.1]),
+    soft_cap=st.sampled_from([0.0, 0.5, 30.0]),
     budget_share=st.floats(0, 1),
     seed=st.integers(0, 10**6),
     tile=st.sampled_from([1, 5, 64]),
 )
 def test_random_cases_equal_the_oracle(
-    kind, dtype, heads, group, window, candidates, d, pool, lam, threshold, budget_share, seed, tile
+    kind,
+    dtype,
+    heads,
+    group,
+    window,
+    candidates,
+    d,
+    pool,
+    lam,
+    threshold,
+    scale,
+    soft_cap,
+    budget_share,
+    seed,
+    tile,
 ):
     parameters = {"window": window, "lam": lam, "pool": pool, "threshold": threshold}
+    parameters |= {"scale": scale, "soft_cap": soft_cap}
     keys = random_keys(kind, heads, candidates + window, d, seed).to(dtype)
     queries = random_queries(heads * group, window, d, seed).to(dtype)
     budget = window + 1 + int(budget_share * (candidates - 1))

@@ -31,7 +31,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.options import ServerOptions, prefix_len
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, EvictionDirective, StepPlan
 from rkv_vllm.scheduling.scheduler import CompressionAsyncScheduler, make_scheduler
 from rkv_vllm.scheduling.spec import CompressedAttentionSpec
@@ -86,13 +86,13 @@ class Setting:
     policy: str = "fcfs"
 
     @property
-    def config(self) -> KVCompressionConfig:
-        return KVCompressionConfig(
+    def config(self) -> ServerOptions:
+        return ServerOptions(
             budget=self.budget,
             buffer=self.buffer,
             window=self.window,
-            pool=1,
-            observation_slots=self.seats,
+            protect=self.protect,
+            seats=self.seats,
         )
 
     @property
@@ -105,10 +105,6 @@ class Setting:
         if layer_budget is None:
             return budget
         return max(self.window + 1, round(budget * layer_budget / self.budget))
-
-    def prefix_len(self, protect: str | int, prompt_len: int) -> int:
-        """Protected tokens of a request."""
-        return {"none": 0, "prompt": prompt_len}.get(protect, protect)
 
 
 @cache
@@ -347,9 +343,6 @@ class SimulatedEngine:
             log_stats=True,
         )
         assert isinstance(self.scheduler, CompressionAsyncScheduler) == (setting.steps_ahead > 0)
-        self.scheduler._prefix_len = lambda options, prompt_len: setting.prefix_len(
-            setting.protect, prompt_len
-        )
         # The option itself is refused; the counters it moves are the scheduler's own.
         self.scheduler.num_spec_tokens = setting.drafts
         self.tracks = {t.books.kv_cache_group_id: t for t in self.scheduler._tracks}
@@ -413,7 +406,7 @@ class SimulatedEngine:
         self.budgets[req_id] = own.get("kv_budget", self.setting.budget)
         self.buffers[req_id] = own.get("kv_buffer", self.setting.buffer)
         protect = own.get("kv_protect", self.setting.protect)
-        self.prefix_lens[req_id] = self.setting.prefix_len(protect, len(prompt))
+        self.prefix_lens[req_id] = prefix_len(protect, len(prompt))
         params.update_from_generation_config({}, 0)
         request = Request(req_id, prompt, params, None, priority=priority, block_hasher=self.hasher)
         self.outputs[req_id] = []

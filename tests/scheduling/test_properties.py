@@ -1,6 +1,7 @@
 """The eight properties of the eviction contract, on the real scheduler and block pool."""
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -78,7 +79,12 @@ OWN_OPTIONS = st.one_of(
     st.none(),
     st.just({"kv_compression": "off"}),
     st.fixed_dictionaries(
-        {}, optional={"kv_budget": st.integers(4, 30), "kv_buffer": st.integers(3, 12)}
+        {},
+        optional={
+            "kv_budget": st.integers(4, 30),
+            "kv_buffer": st.integers(3, 12),
+            "kv_protect": st.sampled_from(["none", "prompt", 0, 1, 6]),
+        },
     ),
 )
 REQUESTS = st.tuples(
@@ -521,3 +527,56 @@ def test_an_id_used_again_right_after_an_abort_starts_from_zero(model, steps_ahe
     assert engine.directives[already].num_evicted_before == 0
     assert engine.directives[already].settled_logical_len == 8 + 4
     assert len(engine.outputs["again"]) == 60
+
+
+@pytest.mark.nightly
+def test_a_hundred_thousand_random_steps_of_mixed_groups_are_clean(model):
+    num_steps = num_compactions = 0
+    for seed in range(10_000):
+        random = Random(seed)
+        engine = SimulatedEngine(model, random_setting(random), seed)
+        num_requests = 0
+        for _ in range(400):
+            event = random.random()
+            if event < 0.25:
+                own = random.choice([None, None, {"kv_compression": "off"}, {"kv_budget": 17}])
+                prompt = prompt_of(random.randrange(3), random.randint(1, 40), num_requests)
+                engine.add(f"{num_requests}", prompt, random.randint(1, 60), own)
+                num_requests += 1
+            elif event < 0.3 and num_requests:
+                victim = f"{random.randrange(num_requests)}"
+                if victim not in engine.finished:
+                    engine.abort(victim)
+            elif event < 0.31:
+                engine.preempt_all()
+            engine.step()
+            num_steps += 1
+        engine.run()
+        engine.worker.flush()
+        assert engine.pool.get_num_free_blocks() == engine.setting.num_blocks - 1
+        engine.assert_nothing_is_left()
+        num_compactions += engine.worker.compactions
+        if num_steps >= 100_000:
+            break
+    assert num_compactions > 20_000
+
+
+def random_setting(random: Random) -> Setting:
+    budget, window = random.randint(5, 14), random.randint(1, 3)
+    groups = tuple(
+        Group(layer_budget=budget + each) if isinstance(each, int) else each
+        for each in random.choice(GROUPS)
+    )
+    smallest = len(groups) * MAX_MODEL_LEN // BLOCK_SIZE + 2
+    return Setting(
+        budget=budget,
+        buffer=random.randint(window, window + 6),
+        window=window,
+        seats=random.choice([1, 2, 64]),
+        num_blocks=random.choice([smallest, smallest + 10, 400]),
+        max_num_batched_tokens=random.choice([12, 20, 256]),
+        max_num_seqs=random.choice([2, 12]),
+        steps_ahead=random.randint(0, 2),
+        protect=random.choice(["none", "prompt", 3, 4, 9]),
+        groups=groups,
+    )
