@@ -15,7 +15,7 @@ from benchmarks.gpu.children import Nursery
 from benchmarks.gpu.comparisons import compare_outputs, compare_runs
 from benchmarks.pairs_visited import share_visited, similar_and_newest
 from benchmarks.released_formulation import released_scores
-from rkv_vllm.methods.rkv import scores
+from tests.methods.dense import scores
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -25,12 +25,15 @@ WRONG_SELECT = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
 import bench_kernels, kernel_versions
-right = kernel_versions.select
-def wrong(scores, batch):
-    keep = right(scores, batch)
-    keep[:, :, 1] = keep[:, :, 0]
-    return keep
-kernel_versions.select = wrong
+right = kernel_versions.ops_for
+def ops_for(states, window=8):
+    ops = right(states, window)
+    def select(scores, batch):
+        keep = ops.select(scores, batch)
+        keep[:, :, 1] = keep[:, :, 0]
+        return keep
+    return ops._replace(select=select)
+kernel_versions.ops_for = ops_for
 bench_kernels.main(sys.argv[1:])
 """
 

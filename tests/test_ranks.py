@@ -231,9 +231,9 @@ def test_dummy_batches_of_an_idle_rank_change_nothing(model, one_rank):
 
         def step_with_dummy() -> None:
             step()
-            before = runner.query_ring.queries.clone()
+            before = runner._ring_memory.elements.clone()
             engine.llm.collective_rpc("execute_dummy_batch")
-            assert runner.query_ring.queries.equal(before)
+            assert runner._ring_memory.elements.equal(before)
             windows_in_use.append(engine.scheduler._planner.num_seats_in_use)
 
         engine.step = step_with_dummy

@@ -3,32 +3,29 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from rkv_vllm.kernels import dispatch, native
-from rkv_vllm.kernels.compact import compact
+from rkv_vllm.kernels import native, ops
+from rkv_vllm.kernels.batch import ALL_FINITE, Eviction, EvictionBatch
 from rkv_vllm.kernels.compact.cpu import compact_cpu
 from rkv_vllm.kernels.compact.naive import compact_naive
-from rkv_vllm.kernels.dispatch import backend
-from rkv_vllm.kernels.eviction import Eviction, EvictionBatch
+from rkv_vllm.kernels.ops import ops_for
 from rkv_vllm.kernels.paged import Packing, PagedStates
-from rkv_vllm.kernels.score import score
-from rkv_vllm.kernels.score.cpu import score_cpu
-from rkv_vllm.kernels.score.naive import score_naive
-from rkv_vllm.kernels.select import select
+from rkv_vllm.kernels.rkv.cpu import importance_cpu, redundancy_cpu
+from rkv_vllm.kernels.rkv.naive import importance_naive, redundancy_naive
 from rkv_vllm.kernels.select.cpu import select_cpu
 from rkv_vllm.kernels.select.naive import select_naive
-from rkv_vllm.methods import CompressionMethod
-from rkv_vllm.methods.base import NonFiniteScoreError
-from rkv_vllm.methods.rkv import RKV
 from tests.kernels.cases import (
     ADVERSARIAL,
     BLOCK_SIZE,
+    CPU,
     DTYPES,
     HEADS,
     LAYERS,
+    NAIVE,
     PACKED,
     PLAIN,
     adversarial_keys,
@@ -37,6 +34,7 @@ from tests.kernels.cases import (
     new_case,
     new_states,
     random_keep,
+    rkv_scores,
 )
 
 LAYOUTS = PACKED + PLAIN
@@ -73,15 +71,15 @@ def test_scores_equal_the_reference_on_odd_sizes(n, dtype):
     options = {"dtype": dtype, "group": 3, "window": window, "num_layers": 1, "seed": n}
     for similar in (0.0, 1.2, 5.0):
         case = new_case([(n, n, window + 1)], similar=similar, **options)
-        expected = score_naive(case.states, case.batch, case.queries)
-        got = score_cpu(case.states, case.batch, case.queries)
+        expected = rkv_scores(case, NAIVE)
+        got = rkv_scores(case, CPU)
         assert_same_scores(got, expected, case.batch)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
 @pytest.mark.parametrize("head_size", [32, 80, 128])
-def test_ragged_batches_are_chosen_as_by_the_method_on_dense_keys(layout, group, head_size):
+def test_ragged_batches_are_chosen_as_by_the_reference(layout, group, head_size):
     case = new_case(
         [(200, 203, 101), (63, 63, 9), (130, 131, 130)],
         layout=layout,
@@ -89,14 +87,11 @@ def test_ragged_batches_are_chosen_as_by_the_method_on_dense_keys(layout, group,
         dtype=torch.bfloat16,
         group=group,
     )
-    method = RKV()
-    keep = method.keep_paged(case.states, case.states, case.batch, case.queries)
-    # The default of the base class copies the keys and asks `keep_indices`.
-    dense = CompressionMethod.keep_paged(method, case.states, case.states, case.batch, case.queries)
-    assert torch.equal(keep < 0, dense < 0)
-    reference = score_naive(case.states, case.batch, case.queries)
-    assert_equivalent_choice(dense, reference, case.batch)
-    assert_equivalent_choice(keep, reference, case.batch)
+    reference = rkv_scores(case, NAIVE)
+    scores = rkv_scores(case, CPU)
+    assert_same_scores(scores, reference, case.batch)
+    assert_equivalent_choice(select_naive(reference, case.batch), reference, case.batch)
+    assert_equivalent_choice(select_cpu(scores, case.batch), reference, case.batch)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +100,8 @@ def test_ragged_batches_are_chosen_as_by_the_method_on_dense_keys(layout, group,
 def test_the_parameters_reach_the_kernel(window, lam, pool, threshold):
     method = {"lam": lam, "pool": pool, "threshold": threshold}
     case = new_case([(150, 150, 40)], group=3, window=window)
-    expected = score_naive(case.states, case.batch, case.queries, **method)
-    got = score_cpu(case.states, case.batch, case.queries, **method)
+    expected = rkv_scores(case, NAIVE, **method)
+    got = rkv_scores(case, CPU, **method)
     assert_same_scores(got, expected, case.batch)
 
 
@@ -115,8 +110,8 @@ def test_adversarial_keys_of_the_backward_search(kind):
     case = new_case([(96, 96, 30)], head_size=128)
     keys = adversarial_keys(kind, 96, 128)
     case.states.write(case.batch.old_block_table[0], keys.expand(LAYERS, HEADS, -1, -1))
-    expected = score_naive(case.states, case.batch, case.queries)
-    got = score_cpu(case.states, case.batch, case.queries)
+    expected = rkv_scores(case, NAIVE)
+    got = rkv_scores(case, CPU)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-8)
 
 
@@ -137,7 +132,7 @@ def test_select_is_exact_with_ties_to_the_lower_index(m):
     generator = torch.Generator().manual_seed(m)
     for values in (3, 10**6):
         for count in {1, (m + 1) // 2, m}:
-            eviction = Eviction([], [], m + 2, m + 2, count + 2, 0, m + 2)
+            eviction = Eviction([], [], m + 2, m + 2, count + 2)
             batch = EvictionBatch.of([eviction], 2, "cpu")
             scores = torch.randint(values, (1, 5, m), generator=generator).float()
             keep = select_cpu(scores, batch)
@@ -167,26 +162,27 @@ def test_compaction_moves_the_same_cells_as_the_reference(layout, dtype, fresh):
     assert torch.equal(case.states.cells[:, others].nan_to_num(7.0), before.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("ops", [CPU, NAIVE], ids=["cpu", "naive"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_non_finite_score_names_its_request_and_head(value):
-    case = new_case([(60, 60, 20), (100, 100, 20)])
+def test_a_head_with_a_non_finite_score_keeps_its_newest_tokens_and_is_noted(value, ops):
+    case = new_case([(60, 60, 20), (100, 100, 20, 7)])
+    healthy = ops.select(rkv_scores(case, ops), case.batch)
+    assert case.batch.non_finite.tolist() == [ALL_FINITE, ALL_FINITE]
     case.dense[1][1, 2, 40, 3] = value
     case.states.write(case.batch.old_block_table[1], case.dense[1])
-    for version in (score_cpu, score_naive):
-        with pytest.raises(NonFiniteScoreError) as caught:
-            version(case.states, case.batch, case.queries)
-        assert (caught.value.request, caught.value.head) == (1, HEADS + 2)
+    keep = ops.select(rkv_scores(case, ops), case.batch)
+    bad = HEADS + 2
+    assert case.batch.non_finite.tolist() == [ALL_FINITE, bad]
+    assert keep[1, bad].tolist() == [*range(80, 100)]
+    others = [head for head in range(LAYERS * HEADS) if head != bad]
+    assert torch.equal(keep[:, others], healthy[:, others])
 
 
 def test_an_empty_batch_is_no_work():
     case = new_case([])
-    for score_version, select_version, compact_version in (
-        (score_naive, select_naive, compact_naive),
-        (score_cpu, select_cpu, compact_cpu),
-    ):
-        scores = score_version(case.states, case.batch, case.queries)
-        keep = select_version(scores, case.batch)
-        compact_version(case.states, case.batch, keep)
+    for version in (NAIVE, CPU):
+        keep = version.select(rkv_scores(case, version), case.batch)
+        version.compact(case.states, case.batch, keep)
         assert keep.shape == (0, LAYERS * HEADS, 0)
 
 
@@ -195,19 +191,30 @@ def test_launchers_say_what_they_expected_and_got():
     states, batch, queries = case.states, case.batch, case.queries
     far = EvictionBatch.of([batch.evictions[0]._replace(old_block_ids=[999] * 4)], 8, "cpu")
     short = EvictionBatch.of([batch.evictions[0]._replace(old_block_ids=[0] * 3)], 8, "cpu")
-    slot = EvictionBatch.of([batch.evictions[0]._replace(slot=2)], 8, "cpu")
+    seat = EvictionBatch.of([batch.evictions[0]._replace(seat=2)], 8, "cpu")
+    moved = EvictionBatch.of(
+        [batch.evictions[0]._replace(prefix_len=40, new_block_ids=[0, 1, 2, 3])], 8, "cpu"
+    )
+    layers = (case.scale, case.no_cap)
     keep = random_keep(batch, LAYERS * HEADS)
-    for version in (score_cpu, score_naive):
+    for version in (importance_cpu, importance_naive):
         with pytest.raises(ValueError, match=r"ids in \[0, 11\), got 999"):
-            version(states, far, queries)
+            version(states, far, queries, *layers, pool=7)
+        with pytest.raises(ValueError, match=r"seats: expected ids in \[0, 2\), got \[2\]"):
+            version(states, seat, queries, *layers, pool=7)
+        with pytest.raises(ValueError, match=r"queries: expected .* 64\] on cpu"):
+            version(states, batch, queries[..., :63], *layers, pool=7)
+        with pytest.raises(ValueError, match=r"queries: expected .* got torch.int8"):
+            version(states, batch, queries.to(torch.int8), *layers, pool=7)
+        with pytest.raises(ValueError, match=r"soft_cap: .* float32 \[2\] .* \[1\] on cpu"):
+            version(states, batch, queries, case.scale, torch.zeros(1), pool=7)
+        with pytest.raises(ValueError, match=r"scale: .* float32 \[2\] .* got torch.float64"):
+            version(states, batch, queries, case.scale.double(), case.no_cap, pool=7)
+    for version in (redundancy_cpu, redundancy_naive):
         with pytest.raises(ValueError, match=r"old_block_ids of request 0: .* 100 tokens, got 3"):
-            version(states, short, queries)
-        with pytest.raises(ValueError, match=r"slots: expected ids in \[0, 2\), got \[2\]"):
-            version(states, slot, queries)
-        with pytest.raises(ValueError, match=r"observation_queries: expected .* 64\] on cpu"):
-            version(states, batch, queries[..., :63])
-        with pytest.raises(ValueError, match=r"observation_queries: expected .* got torch.int8"):
-            version(states, batch, queries.to(torch.int8))
+            version(states, short, threshold=0.5)
+        with pytest.raises(ValueError, match=r"its 1 blocks full of prefix to stay \[\d+\], got"):
+            version(states, moved, threshold=0.5)
     for version in (select_cpu, select_naive):
         with pytest.raises(ValueError, match=r"scores: expected float32 \[1, heads, 92\]"):
             version(torch.zeros(1, 6, 93), batch)
@@ -221,14 +228,17 @@ def test_launchers_say_what_they_expected_and_got():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budget": 8}, "window 8, budget 8"),
+        ({"budget": 7}, "window 8, budget 7"),
+        ({"prefix_len": 81}, "budget 20, settled_len 100, total_len 100, prefix_len 81"),
+        ({"prefix_len": -1}, "prefix_len -1"),
+        ({"seat": 0, "window_end": 7}, "seat 0, window_end 7"),
         ({"settled_len": 19}, "budget 20, settled_len 19"),
         ({"total_len": 99}, "settled_len 100, total_len 99"),
         ({"new_block_ids": [-1]}, "no negative ids"),
     ],
 )
 def test_lengths_that_contradict_each_other_are_refused(changes, message):
-    eviction = Eviction([1, 2, 3, 4], [1], 100, 100, 20, 0, 100)._replace(**changes)
+    eviction = Eviction([1, 2, 3, 4], [1], 100, 100, 20)._replace(**changes)
     with pytest.raises(ValueError, match=message):
         EvictionBatch.of([eviction], 8, "cpu")
 
@@ -249,9 +259,9 @@ def test_views_that_are_no_cache_are_refused():
 COMPACTION_OF_A_LONG_PROMPT = """
 import resource, torch
 from rkv_vllm.kernels.compact.cpu import compact_cpu
-from rkv_vllm.kernels.eviction import Eviction, EvictionBatch
+from rkv_vllm.kernels.batch import Eviction, EvictionBatch
 from rkv_vllm.kernels.paged import PagedStates
-from rkv_vllm.kernels.score.cpu import score_cpu
+from rkv_vllm.kernels.rkv.cpu import importance_cpu, redundancy_cpu
 from rkv_vllm.kernels.select.cpu import select_cpu
 
 n = 32768
@@ -259,10 +269,13 @@ torch.manual_seed(0)
 cells = torch.randn(1, n // 16, 1, 16, 64).add_(torch.randn(64)).bfloat16()
 states = PagedStates(cells, None, 16)
 row = list(range(n // 16))
-batch = EvictionBatch.of([Eviction(row, row[:64], n, n, 1024, 0, n)], 8, "cpu")
+batch = EvictionBatch.of([Eviction(row, row[:64], n, n, 1024, seat=0, window_end=n)], 8, "cpu")
 queries = torch.randn(1, 1, 9, 2, 64).bfloat16()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-keep = select_cpu(score_cpu(states, batch, queries), batch)
+layers = (torch.tensor([0.125]), torch.zeros(1))
+scores = importance_cpu(states, batch, queries, *layers, pool=7)
+scores.mul_(0.1).sub_(redundancy_cpu(states, batch, threshold=0.5), alpha=0.9)
+keep = select_cpu(scores, batch)
 compact_cpu(states, batch, keep)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
@@ -277,25 +290,24 @@ def test_a_compaction_in_cpp_needs_memory_for_the_tokens_and_not_for_their_pairs
         text=True,
     ).stdout
     n, head_size = 32768, 64
-    # The keys twice in float32 plus a few numbers per token; all pairs would be 4 GiB.
-    assert int(output) * 1024 < 2.5 * n * (head_size + 8) * 4
+    # The keys once in float32 plus a few numbers per token; all pairs would be 4 GiB.
+    assert int(output) * 1024 < 1.5 * n * (head_size + 8) * 4
 
 
 def test_without_the_library_torch_serves_and_says_so_once(monkeypatch):
     case = new_case([(100, 100, 30)], group=3)
-    expected = score(case.states, case.batch, case.queries)
-    assert backend(case.states) == "cpu"
+    expected = rkv_scores(case, ops_for(case.states))
+    assert ops_for(case.states) == CPU
     monkeypatch.setattr(native, "library", lambda: None)
-    monkeypatch.setattr("rkv_vllm.kernels.select.library", lambda: None)
     warnings = []
-    monkeypatch.setattr(dispatch.logger, "warning", lambda *args: warnings.append(args))
-    dispatch._log_fallback.cache_clear()
-    assert backend(case.states) == "naive"
-    got = score(case.states, case.batch, case.queries)
-    assert torch.equal(got, score_naive(case.states, case.batch, case.queries))
+    monkeypatch.setattr(ops.logger, "warning", lambda *args: warnings.append(args))
+    ops._log_fallback.cache_clear()
+    chosen = ops_for(case.states)
+    assert chosen == ops_for(case.states) == NAIVE
+    got = rkv_scores(case, chosen)
     assert_same_scores(got, expected, case.batch)
-    keep = select(got, case.batch)
-    compact(case.states, case.batch, keep)
+    keep = chosen.select(got, case.batch)
+    chosen.compact(case.states, case.batch, keep)
     after = case.states.read(case.batch.new_block_table[0], 30)
     assert torch.equal(after, case.kept_and_tail(keep, 0))
     assert [args[1:] for args in warnings] == [("torch.float32", "cpu")]
@@ -312,11 +324,11 @@ def test_a_transposed_choice_is_compacted_like_its_copy():
 
 def test_a_part_of_a_batch_is_those_requests():
     case = new_case([(60, 60, 20), (100, 101, 30), (80, 80, 20)])
-    expected = score_cpu(case.states, case.batch, case.queries)
+    expected = rkv_scores(case, CPU)
     flags = torch.zeros(2, dtype=torch.int32)
     part = case.batch.part(slice(1, 3), flags)
     assert part.non_finite is flags
-    assert torch.equal(score_cpu(case.states, part, case.queries), expected[1:])
+    assert torch.equal(rkv_scores(replace(case, batch=part), CPU), expected[1:])
 
 
 def test_every_layout_addresses_the_cells_of_the_view():
