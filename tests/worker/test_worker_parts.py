@@ -11,8 +11,9 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from rkv_vllm.config import KVCompressionConfig
-from rkv_vllm.kernels.observe import observe
+from rkv_vllm.kernels.observe.naive import observe_naive
+from rkv_vllm.methods.rkv import RKV
+from rkv_vllm.options import ServerOptions
 from rkv_vllm.scheduling.spec import CompressedAttentionSpec
 from rkv_vllm.worker.attention_hook import observe_queries, record_in
 from rkv_vllm.worker.cache_views import stack_layers
@@ -26,13 +27,13 @@ LAYERS, HEADS, GROUP, HEAD_SIZE = 2, 3, 2, 32
 def new_ring(seats=3, ring_len=5) -> tuple[GroupRows, QueryRing]:
     rows = GroupRows(4, 16, ring_len, torch.device("cpu"))
     queries = torch.full((seats, LAYERS, ring_len, HEADS * GROUP, HEAD_SIZE), math.nan)
-    return rows, QueryRing(queries, rows.token_rows, observe)
+    return rows, QueryRing(queries, rows.token_rows, observe_naive)
 
 
 def test_each_watched_row_is_recorded_at_its_logical_positions():
     rows, ring = new_ring()
     query = torch.randn(9, HEADS * GROUP, HEAD_SIZE)
-    # (slot, first token, number of tokens, first position): rows of a mixed batch.
+    # (seat, first token, number of tokens, first position): rows of a mixed batch.
     rows.watch([(2, 0, 1, 11), (0, 4, 3, 20)])
     ring.record(1, query)
     assert torch.equal(ring.queries[2, 1, 11 % 5], query[0])
@@ -105,23 +106,37 @@ def test_layers_that_cannot_be_stacked_are_refused(fault):
 
 
 def test_rings_of_all_layer_sets_lie_in_one_allocation():
-    memory = RingMemory(24, torch.float32, torch.device("cpu"))
-    first, second = memory.take(2, 3, 2), memory.take(3, 4)
+    """Two seats, rings of three positions; one layer of 2 x 4 elements, two of 1 x 2."""
+    memory = RingMemory(2, 3, 12, torch.float32, torch.device("cpu"))
+    first, second = memory.take(1, 2, 4), memory.take(2, 1, 2)
+    assert (first.shape, second.shape) == ((2, 1, 3, 2, 4), (2, 2, 3, 1, 2))
     first.fill_(1)
     second.fill_(2)
-    assert memory.elements.tolist() == [1] * 12 + [2] * 12
+    assert memory.elements.tolist() == [1] * 48 + [2] * 24
     memory.take_back()
-    assert memory.take(1).data_ptr() == first.data_ptr()
+    assert memory.take(1, 1, 1).data_ptr() == first.data_ptr()
+
+
+class Ladder(RKV):
+    """Less for later layers."""
+
+    @classmethod
+    def layer_budgets(cls, options, budget, num_layers):
+        return [budget * (num_layers - i) for i in range(num_layers)]
 
 
 class SpecRunner:
     """A model runner of vLLM, as far as its specs go."""
 
-    def __init__(self, specs) -> None:
+    def __init__(self, specs, method=RKV, num_stages=1, num_layers=2) -> None:
         self.specs = specs
+        self.compression = ServerOptions(budget=64, buffer=32)
+        self._method = method
+        self.parallel_config = SimpleNamespace(pipeline_parallel_size=num_stages)
+        self.model_config = SimpleNamespace(get_total_num_hidden_layers=lambda: num_layers)
 
     def get_kv_cache_spec(self):
-        return self.specs
+        return dict(self.specs)
 
 
 class SpecCompressionRunner(CompressionRunner, SpecRunner):
@@ -139,7 +154,36 @@ def test_only_full_attention_is_compressed_and_windows_stay():
     }
     asked = SpecCompressionRunner(specs).get_kv_cache_spec()
     assert type(asked["full"]) is CompressedAttentionSpec
+    assert asked["full"].layer_budget is None
     assert asked["slide"] is specs["slide"]
+
+
+def budgets_of(runner) -> list[int | None]:
+    return [spec.layer_budget for spec in runner.get_kv_cache_spec().values()]
+
+
+def test_layer_budgets_are_the_methods_and_none_for_the_servers():
+    full = FullAttentionSpec(**SIZES)
+    specs = {f"model.layers.{i}.attn": full for i in (4, 5)}
+    assert budgets_of(SpecCompressionRunner(specs, Ladder)) == [128, None]
+    # The last two of six layers, on the second of two pipeline stages.
+    assert budgets_of(SpecCompressionRunner(specs, Ladder, 2, 6)) == [128, None]
+    assert budgets_of(SpecCompressionRunner(specs, RKV, 2, 6)) == [None, None]
+
+
+def test_layer_budgets_that_cannot_be_are_refused_by_name():
+    specs = {"model.layers.0.attn": FullAttentionSpec(**SIZES)}
+    slide = {"model.layers.1.attn": SlidingWindowSpec(**SIZES, sliding_window=32)}
+    with pytest.raises(ValueError, match=r"Ladder gives .* got --pipeline-parallel-size 2, wanted"):
+        SpecCompressionRunner(specs | slide, Ladder, 2).get_kv_cache_spec()
+
+    class Few(RKV):
+        @classmethod
+        def layer_budgets(cls, options, budget, num_layers):
+            return [8]
+
+    with pytest.raises(ValueError, match=r"Few\.layer_budgets: got \[8\], wanted 1 numbers"):
+        SpecCompressionRunner(specs, Few).get_kv_cache_spec()
 
 
 @pytest.mark.parametrize(
@@ -161,9 +205,9 @@ def test_a_query_ring_that_does_not_fit_is_refused(monkeypatch):
 
     monkeypatch.setattr("rkv_vllm.worker.runner.RingMemory", too_large)
     runner = SpecCompressionRunner({})
-    runner.compression = KVCompressionConfig(observation_slots=4096)
+    runner.compression = ServerOptions(seats=4096)
     runner.vllm_config = SimpleNamespace(max_concurrent_batches=2, num_speculative_tokens=0)
     layer = SimpleNamespace(num_heads=32, head_size=128)
     runner.max_num_tokens, runner.dtype, runner.device = 64, torch.bfloat16, "cuda:0"
-    with pytest.raises(ValueError, match=r"--kv-observation-slots 4096 needs 10240 MiB.*lower it"):
+    with pytest.raises(ValueError, match=r"--kv-seats 4096 needs 10240 MiB.*lower it"):
         runner._allocate_rings(dict.fromkeys(range(32), layer))
