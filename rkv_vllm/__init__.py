@@ -39,7 +39,7 @@ def engine_args(method: str = KVCompressionConfig.method, **options: int | float
     Raises:
         ValueError: an unknown option, a bad value, or a platform that is not supported.
     """
-    from rkv_vllm.support import SCHEDULER_CLS, platform_worker_cls
+    from rkv_vllm.fit.versions import SCHEDULER_CLS, platform_worker_cls
 
     config = KVCompressionConfig.from_dict({"method": method, **options})
     return {

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from rkv_vllm.versions import installed_version
+from rkv_vllm.fit.versions import installed_version
 
 PACKAGE = Path(__file__).resolve().parent.parent
 _DISTRIBUTIONS = ("rkv-vllm", "vllm", "torch", "transformers")

@@ -7,6 +7,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
+from rkv_vllm.fit.overrides import overrides
 from rkv_vllm.request_options import RequestOptionError, read_request_options
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.input_processor import InputProcessor
 
 
+@overrides("vllm.v1.engine.input_processor:InputProcessor.process_inputs")
 @functools.cache
 def apply() -> None:
     """Puts the replacement in place; a second call does nothing."""

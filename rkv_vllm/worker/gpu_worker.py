@@ -17,7 +17,7 @@ class CompressionGPUWorker(CompressionRPC, Worker):
     """GPU worker whose model runner compacts."""
 
     def _make_model_runner(self) -> Any:
-        # A V1 runner on a GPU is refused before the engine starts (support.py).
+        # A V1 runner on a GPU is refused before the engine starts (fit/refusals.py).
         return compression_runner(GPUModelRunner, use_v2=True)(self.vllm_config, self.device)
 
     def compile_or_warm_up_model(self) -> Any:

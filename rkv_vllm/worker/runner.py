@@ -17,10 +17,10 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, replace_as
 
 from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
+from rkv_vllm.fit.overrides import check_overrides
 from rkv_vllm.log import init_logger
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, EvictionDirective, StepPlan
 from rkv_vllm.scheduling.spec import CompressedAttentionSpec
-from rkv_vllm.signatures import Part, check_signatures
 from rkv_vllm.worker.attention_hook import observe_queries
 from rkv_vllm.worker.cache_views import view_caches
 from rkv_vllm.worker.flush import Compactor
@@ -38,12 +38,12 @@ def compression_runner(base: type, use_v2: bool) -> type["CompressionRunner"]:
         base: a model runner of vLLM.
         use_v2: whether that is a V2 runner.
     """
-    check_signatures(Part.V2_RUNNER if use_v2 else Part.V1_RUNNER)
     # Imported here: V2 needs Triton, which a CPU build of vLLM may lack.
     if use_v2:
         from rkv_vllm.worker.runner_v2 import CompressionRunnerV2 as Compression
     else:
         from rkv_vllm.worker.runner_v1 import CompressionRunnerV1 as Compression
+    check_overrides()
     name = f"Compression{base.__name__}"
     return type(name, (Compression, base), {"__module__": Compression.__module__})
 
