@@ -59,3 +59,13 @@ def test_requirement_of_the_package_is_the_supported_range():
     minors = {f"0.{minor}.{patch}" for minor in range(28, 40) for patch in (0, 3)}
     got = SpecifierSet(required.removeprefix("vllm"))
     assert set(got.filter(minors)) == set(SpecifierSet(SUPPORTED_VLLM).filter(minors))
+
+
+def test_python_version_is_the_same_everywhere():
+    project = PYPROJECT["project"]
+    oldest = project["requires-python"].removeprefix(">=")
+    assert f"Programming Language :: Python :: {oldest}" in project["classifiers"]
+    assert PYPROJECT["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
+    assert f"Python {oldest}" in (ROOT / "README.md").read_text()
+    stand_in = tomllib.loads((ROOT / "packaging/vllm-cpu-dist/pyproject.toml").read_text())
+    assert stand_in["project"]["requires-python"] == project["requires-python"]
