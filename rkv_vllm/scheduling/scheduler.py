@@ -15,6 +15,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
+from rkv_vllm.fit import refusals
 from rkv_vllm.log import init_logger
 from rkv_vllm.request_options import RequestOptionError, RequestOptions, read_request_options
 from rkv_vllm.scheduling.books import GroupBooks
@@ -34,6 +35,8 @@ class CompressionSchedulerMixin:
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        # The only check when VLLM_PLUGINS leaves our plugin out and the classes came by name.
+        refusals.check(self.vllm_config)
         self._compression = KVCompressionConfig.from_dict(
             self.vllm_config.additional_config[CONFIG_KEY]
         )

@@ -1,6 +1,9 @@
 """What compression does not support is refused by name before the model loads, in one sentence."""
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 from vllm.config import ModelConfig, VllmConfig
@@ -190,6 +193,27 @@ def test_all_refusals_are_named_at_once(arguments):
     engine_args = arguments(kv_sharing_fast_prefill=True, kv_cache_dtype="fp8")
     with pytest.raises(ValueError, match=r"(?s)KV cache in another dtype.*\n.*fast prefill"):
         engine_args.create_engine_config()
+
+
+@pytest.mark.engine
+def test_refusals_hold_where_the_plugin_is_not_loaded(tmp_path):
+    script = (
+        "import sys, rkv_vllm, vllm\n"
+        "drafts = {'method': 'ngram', 'num_speculative_tokens': 2, 'prompt_lookup_max': 3}\n"
+        "vllm.LLM(sys.argv[1], speculative_config=drafts, skip_tokenizer_init=True,\n"
+        "    load_format='dummy', max_model_len=256, enforce_eager=True,\n"
+        "    kv_cache_memory_bytes=2**23, **rkv_vllm.engine_args(budget=96, buffer=32))\n"
+    )
+    model = checkpoint_configs.write_config(tmp_path / "model", checkpoint_configs.LLAMA)
+    run = subprocess.run(
+        [sys.executable, "-c", script, model],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "VLLM_PLUGINS": "other"},
+    )
+    assert run.returncode != 0
+    assert "does not support speculative decoding: got method 'ngram'" in run.stderr
 
 
 def test_a_gpu_is_warned_of_once(arguments, monkeypatch, warnings):
