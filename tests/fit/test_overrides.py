@@ -14,15 +14,9 @@ from pathlib import Path
 import pytest
 import vllm
 from packaging.specifiers import SpecifierSet
-from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
-from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.worker.block_table import MultiGroupBlockTable
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
@@ -31,11 +25,10 @@ from rkv_vllm.fit import overrides
 from rkv_vllm.fit.overrides import check_overrides, describe, load_table, table_path
 from rkv_vllm.fit.versions import SCHEDULER_CLS, SUPPORTED_VLLM
 from rkv_vllm.patches import PATCHES
-from rkv_vllm.plugin import register
 from rkv_vllm.worker import attention_hook, runner_v2
 from rkv_vllm.worker.runner import compression_runner
 from scripts.vllm_signatures import Source, make_table, named_symbols
-from tests import checkpoint_configs
+from tests.fit.conftest import OFF
 
 PACKAGE = Path(rkv_vllm.__file__).parent
 SITE_PACKAGES = Path(vllm.__file__).parent.parent
@@ -43,11 +36,6 @@ NAMED = {symbol for _, symbol in named_symbols()}
 
 # Read from the source text alone: these import what a CPU installation may lack.
 NOT_IMPORTED = ("vllm.v1.attention.backends.flashinfer:", "vllm.v1.attention.backends.flash_attn:")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def plugin():
-    register()
 
 
 def our_modules():
@@ -92,7 +80,7 @@ def overridden(each):
             if not inspect.isroutine(value) or "__dataclass_fields__" in vars(ours):
                 continue
             # Takes whatever comes and passes it on.
-            if name == "__init__" and describe_value(value) == "(self, *args, **kwargs)":
+            if name == "__init__" and overrides._spell(value) == "(self, *args, **kwargs)":
                 continue
             symbols = []
             for theirs in filter(is_vllms, each.__mro__):
@@ -100,14 +88,6 @@ def overridden(each):
                 if name in vars(theirs):
                     yield symbols
                     break
-
-
-def describe_value(function):
-    parameters = [
-        each.replace(annotation=each.empty)
-        for each in inspect.signature(function).parameters.values()
-    ]
-    return str(inspect.Signature(parameters))
 
 
 # Nothing is forgotten
@@ -167,9 +147,8 @@ def test_installed_vllm_is_as_the_table_says():
 
 
 SAMPLE = {
-    "base.py": """
-from functools import cached_property
-
+    "sample/__init__.py": "from .base import Base as Renamed, chosen\n",
+    "sample/base.py": """
 if True:
     def chosen(a): ...
 else:
@@ -185,10 +164,9 @@ class Base:
     @property
     def view(self): ...
 """,
-    "sub/__init__.py": "from ..base import Base as Renamed, chosen\n",
-    "sub/derived.py": """
+    "sample/derived.py": """
 from typing import Generic, TypeVar
-from . import Renamed
+from sample import Renamed
 
 T = TypeVar("T")
 
@@ -197,37 +175,32 @@ class Derived(Renamed, Generic[T]):
 
 class Narrow(Derived[int]): ...
 """,
-    "__init__.py": "",
 }
 
 DESCRIPTIONS = {
-    "sub:chosen": "(a)",
-    "base:Base.method": "(self, a, /, b, c=..., *args, d, e=..., **kwargs)",
-    "sub:Renamed.make": "(a)",
-    "sub.derived:Narrow.keyword": "(self, *, other)",
-    "sub.derived:Narrow.plain": "(a, b=...)",
-    "sub.derived:Narrow.view": "a property",
-    "sub.derived:Narrow.nothing": overrides.MISSING,
-    "sub.derived:Nothing.method": overrides.MISSING,
+    "sample:chosen": "(a)",
+    "sample.base:Base.method": "(self, a, /, b, c=..., *args, d, e=..., **kwargs)",
+    "sample:Renamed.make": "(a)",
+    "sample.derived:Narrow.keyword": "(self, *, other)",
+    "sample.derived:Narrow.plain": "(a, b=...)",
+    "sample.derived:Narrow.view": "a property",
+    "sample.derived:Narrow.nothing": overrides.MISSING,
+    "sample.derived:Nothing.method": overrides.MISSING,
 }
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["folder", "wheel"])
-def test_source_text_and_import_are_described_alike(tmp_path, monkeypatch, packed):
+def test_source_text_and_import_are_described_alike(tmp_path, monkeypatch):
+    (tmp_path / "sample").mkdir()
+    with zipfile.ZipFile(tmp_path / "sample.whl", "w") as wheel:
+        for name, text in SAMPLE.items():
+            (tmp_path / name).write_text(text)
+            wheel.writestr(name, text)
     monkeypatch.syspath_prepend(tmp_path)
-    for name, text in SAMPLE.items():
-        file = tmp_path / f"rkv_sample_{packed}" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    if packed:
-        with zipfile.ZipFile(tmp_path / "sample.whl", "w") as wheel:
-            for name in SAMPLE:
-                wheel.write(tmp_path / f"rkv_sample_{packed}" / name, f"rkv_sample_{packed}/{name}")
-    source = Source(tmp_path / "sample.whl" if packed else tmp_path)
-    for name, description in DESCRIPTIONS.items():
-        symbol = f"rkv_sample_{packed}.{name}"
+    for symbol, description in DESCRIPTIONS.items():
         importlib.import_module(symbol.partition(":")[0])
-        assert (source.describe(symbol), describe(symbol)) == (description, description), name
+        assert describe(symbol) == description, symbol
+        assert Source(tmp_path).describe(symbol) == description, symbol
+        assert Source(tmp_path / "sample.whl").describe(symbol) == description, symbol
 
 
 def test_script_names_what_a_version_lacks(tmp_path):
@@ -242,20 +215,6 @@ def test_script_names_what_a_version_lacks(tmp_path):
 
 
 # What happens at start
-
-
-@pytest.fixture
-def arguments(tmp_path):
-    """Makes engine arguments for a small model, with compression unless told otherwise."""
-
-    def make(compression=True):
-        return EngineArgs(
-            model=checkpoint_configs.write_config(tmp_path / "model", checkpoint_configs.LLAMA),
-            skip_tokenizer_init=True,
-            **(rkv_vllm.engine_args(budget=96, buffer=32) if compression else {}),
-        )
-
-    return make
 
 
 def test_changed_function_is_refused_before_the_model_loads(arguments, monkeypatch):
@@ -276,61 +235,68 @@ def test_changed_function_is_refused_before_the_model_loads(arguments, monkeypat
 def test_changed_function_does_not_matter_while_compression_is_off(arguments, monkeypatch):
     monkeypatch.delattr(Scheduler, "_update_after_schedule")
     monkeypatch.setattr(vllm, "__version__", "0.99.0")
-    arguments(compression=False).create_engine_config()
+    arguments(**OFF).create_engine_config()
 
 
+SCHED, WORKER = "vllm.v1.core", "vllm.v1.worker"
 CHANGES = {
-    "function is gone": (Scheduler, "_free_request_blocks", None),
+    "function is gone": (f"{SCHED}.sched.scheduler:Scheduler._free_request_blocks", None),
     "parameter got a default": (
-        FullAttentionManager,
-        "allocate_new_blocks",
+        f"{SCHED}.single_type_kv_cache_manager:FullAttentionManager.allocate_new_blocks",
         lambda self, request_id, num_tokens, num_tokens_main_model=0: [],
     ),
-    "method became a property": (MultiGroupBlockTable, "add_row", property(lambda self: None)),
-    "parameter was renamed": (GPUModelRunner, "add_requests", lambda self, output: None),
+    "method became a property": (
+        f"{WORKER}.block_table:MultiGroupBlockTable.compute_slot_mapping",
+        property(lambda self: None),
+    ),
+    "parameter was renamed": (
+        f"{WORKER}.gpu.model_runner:GPUModelRunner.load_model",
+        lambda self, dummy_weights=False, load_dummy_weights=False: None,
+    ),
     "parameter became keyword-only": (
-        GPUModelRunner,
-        "add_requests",
-        lambda self, *, scheduler_output: None,
+        f"{WORKER}.gpu.block_table:BlockTables.compute_slot_mappings",
+        lambda self, *, idx_mapping: None,
     ),
     "method became static": (
-        GPUModelRunner,
-        "prepare_attn",
-        staticmethod(lambda input_batch: None),
+        f"{WORKER}.gpu_worker:Worker._make_model_runner",
+        staticmethod(lambda: None),
     ),
-    "called function changed": (BlockPool, "get_new_blocks", lambda self, count: []),
+    "called function changed": (
+        f"{SCHED}.block_pool:BlockPool.get_new_blocks",
+        lambda self, count: [],
+    ),
     "another plugin replaced it": (
-        AsyncLLM,
-        "generate",
+        "vllm.v1.engine.async_llm:AsyncLLM.generate",
         lambda self, prompt, sampling_params, request_id, priority: None,
     ),
 }
 
 
-@pytest.mark.parametrize(("owner", "name", "replacement"), CHANGES.values(), ids=CHANGES)
-def test_every_kind_of_change_is_found(monkeypatch, owner, name, replacement):
+@pytest.mark.parametrize(("symbol", "replacement"), CHANGES.values(), ids=CHANGES)
+def test_every_kind_of_change_is_found(monkeypatch, symbol, replacement):
+    list(our_modules())
     check_overrides(SCHEDULER_CLS)
     if replacement is None:
-        monkeypatch.delattr(owner, name)
+        monkeypatch.delattr(symbol.replace(":", "."))
     else:
-        monkeypatch.setattr(owner, name, replacement)
-    with pytest.raises(ValueError, match=rf"{name} \(needed by .*: got .*, wanted \(self") as error:
+        monkeypatch.setattr(symbol.replace(":", "."), replacement)
+    with pytest.raises(ValueError, match=r"needed by .*: got .*, wanted \(self") as error:
         check_overrides(SCHEDULER_CLS)
-    assert len(str(error.value).splitlines()) == 2
+    assert [line.partition(" ")[0] for line in str(error.value).splitlines()[1:]] == [symbol]
 
 
 @pytest.mark.parametrize(
-    ("runner", "use_v2", "table"),
-    [(CPUModelRunner, False, MultiGroupBlockTable), (GPUModelRunner, True, BlockTables)],
+    ("runner", "changed"),
+    [
+        (CPUModelRunner, f"{WORKER}.block_table.MultiGroupBlockTable.compute_slot_mapping"),
+        (GPUModelRunner, f"{WORKER}.gpu.block_table.BlockTables.compute_slot_mappings"),
+    ],
     ids=["V1", "V2"],
 )
-def test_worker_refuses_a_changed_function_before_it_builds_a_runner(
-    monkeypatch, runner, use_v2, table
-):
-    name = "compute_slot_mappings" if use_v2 else "compute_slot_mapping"
-    monkeypatch.setattr(table, name, lambda self, rows: None)
-    with pytest.raises(ValueError, match=rf"{name} \(needed by .*: got \(self, rows\)"):
-        compression_runner(runner, use_v2=use_v2)
+def test_worker_refuses_a_changed_function_before_it_builds_a_runner(monkeypatch, runner, changed):
+    monkeypatch.setattr(changed, lambda self, rows: None)
+    with pytest.raises(ValueError, match=r"slot_mappings? \(needed by .*: got \(self, rows\)"):
+        compression_runner(runner, use_v2=runner is GPUModelRunner)
 
 
 def test_lost_module_is_refused_in_the_same_words(monkeypatch):

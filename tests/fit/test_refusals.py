@@ -7,38 +7,12 @@ import sys
 
 import pytest
 from vllm.config import ModelConfig, VllmConfig
-from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-import rkv_vllm
 from rkv_vllm.fit.refusals import REFUSALS, check
-from rkv_vllm.plugin import register
 from tests import checkpoint_configs
-
-
-@pytest.fixture(autouse=True, scope="module")
-def plugin():
-    register()
-
-
-@pytest.fixture
-def arguments(tmp_path):
-    """Makes engine arguments for a small supported model, with compression and some changes."""
-
-    def make(checkpoint=checkpoint_configs.LLAMA, **changes):
-        model = checkpoint_configs.write_config(tmp_path / "model", checkpoint)
-        return EngineArgs(
-            **{
-                "model": model,
-                "skip_tokenizer_init": True,
-                "distributed_executor_backend": "mp",
-                **rkv_vllm.engine_args(budget=96, buffer=32),
-                **changes,
-            }
-        )
-
-    return make
+from tests.fit.conftest import OFF
 
 
 @pytest.fixture
@@ -235,34 +209,25 @@ def test_options_that_never_take_effect_are_warned_about_once(
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("--scheduler-cls", {"scheduler_cls": "my.Scheduler"}),
-        ("--scheduler-cls", {"scheduler_cls": object}),
-        ("worker_cls", {"worker_cls": "my.Worker"}),
-    ],
+    ("name", "got"),
+    [("scheduler_cls", "my.Scheduler"), ("scheduler_cls", object), ("worker_cls", "my.Worker")],
 )
-def test_foreign_scheduler_or_worker_is_refused(arguments, name, changes):
-    with pytest.raises(ValueError, match=rf"{name}: got .*, but --kv-compression wanted .*; leave"):
-        arguments(**changes).create_engine_config()
+def test_foreign_scheduler_or_worker_is_refused(arguments, name, got):
+    with pytest.raises(ValueError, match=r"cls: got .*, but --kv-compression wanted .*; leave"):
+        arguments(**{name: got}).create_engine_config()
 
 
 @pytest.mark.parametrize("route", ["scheduler_cls", "worker_cls"])
 def test_our_scheduler_or_worker_without_options_is_refused(arguments, route):
-    given = arguments()
-    engine_args = arguments(additional_config={}, scheduler_cls=None, worker_cls="auto")
-    setattr(engine_args, route, getattr(given, route))
+    engine_args = arguments(**{**OFF, route: getattr(arguments(), route)})
     with pytest.raises(ValueError, match="without options"):
         engine_args.create_engine_config()
 
 
 def test_nothing_is_refused_when_off(arguments):
+    foreign = {"scheduler_cls": "my.Scheduler", "worker_cls": "my.Worker"}
     vllm_config = arguments(
-        checkpoint_configs.SLIDING_WINDOW,
-        additional_config={},
-        scheduler_cls="my.Scheduler",
-        worker_cls="my.Worker",
-        kv_cache_dtype="fp8",
+        checkpoint_configs.SLIDING_WINDOW, **{**OFF, **foreign, "kv_cache_dtype": "fp8"}
     ).create_engine_config()
     assert vllm_config.additional_config == {}
     assert vllm_config.scheduler_config.scheduler_cls == "my.Scheduler"
@@ -270,8 +235,6 @@ def test_nothing_is_refused_when_off(arguments):
 
 
 def test_classes_stay_vllms_own_when_off(arguments):
-    vllm_config = arguments(
-        additional_config={}, scheduler_cls=None, worker_cls="auto"
-    ).create_engine_config()
+    vllm_config = arguments(**OFF).create_engine_config()
     assert vllm_config.scheduler_config.scheduler_cls is None
     assert vllm_config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"

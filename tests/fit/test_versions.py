@@ -7,30 +7,18 @@ from pathlib import Path
 import pytest
 import vllm
 from packaging.specifiers import SpecifierSet
-from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
 import rkv_vllm
 from rkv_vllm.fit.versions import SUPPORTED_VLLM, check_vllm_version
-from rkv_vllm.plugin import register
-from tests.checkpoint_configs import LLAMA, write_config
 
 ROOT = Path(rkv_vllm.__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-@pytest.fixture
-def engine_args(tmp_path):
-    register()
-    return EngineArgs(
-        model=write_config(tmp_path / "model", LLAMA),
-        skip_tokenizer_init=True,
-        **rkv_vllm.engine_args(),
-    )
-
-
 @pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "0.34.0rc1.dev2+g123", "1.0.0"])
-def test_untested_vllm_version_is_refused_before_the_model_loads(engine_args, monkeypatch, version):
+def test_untested_vllm_version_is_refused_before_the_model_loads(arguments, monkeypatch, version):
+    engine_args = arguments()
     monkeypatch.setattr(vllm, "__version__", version)
     with pytest.raises(ValueError, match=rf"got {re.escape(version)}, wanted >=0.32.0,<0.34; run"):
         engine_args.create_engine_config()
@@ -42,7 +30,8 @@ def test_tested_vllm_version_is_accepted(monkeypatch, version):
     check_vllm_version()
 
 
-def test_platform_without_a_worker_is_refused(engine_args, monkeypatch):
+def test_platform_without_a_worker_is_refused(arguments, monkeypatch):
+    engine_args = arguments()
     monkeypatch.setattr(type(current_platform), "device_name", "rocm")
     with pytest.raises(
         ValueError, match="no worker for this platform: got 'rocm', wanted one of cpu, cuda"
