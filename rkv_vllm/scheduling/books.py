@@ -12,6 +12,8 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
+from rkv_vllm.fit.overrides import calls, overrides
+
 
 class GroupBooks(FullAttentionManager):
     """FullAttentionManager for requests whose cache is shorter than their text.
@@ -34,6 +36,9 @@ class GroupBooks(FullAttentionManager):
         blocks = self.req_to_blocks.get(req_id, ())[: cdiv(num_tokens, self.block_size)]
         return sum(block.ref_cnt > 1 for block in blocks)
 
+    @overrides(
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.get_num_blocks_to_allocate"
+    )
     def get_num_blocks_to_allocate(
         self,
         request_id: str,
@@ -66,6 +71,7 @@ class GroupBooks(FullAttentionManager):
         num_required = cdiv(num_tokens - num_evicted, self.block_size)
         return max(num_required - len(self.req_to_blocks[request_id]), 0)
 
+    @overrides("vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.allocate_new_blocks")
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
@@ -75,16 +81,19 @@ class GroupBooks(FullAttentionManager):
             request_id, num_tokens - num_evicted, num_tokens_main_model - num_evicted
         )
 
+    @overrides("vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.cache_blocks")
     def cache_blocks(self, request: Request, *args, **kwargs) -> None:
         """Publish hashes of full blocks, unless their content is no token prefix any more."""
         if request.request_id not in self._num_evicted:
             super().cache_blocks(request, *args, **kwargs)
 
+    @overrides("vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.pop_blocks_for_free")
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request; a later resume starts with physical = logical."""
         self._num_evicted.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
+    @calls("vllm.v1.core.block_pool:BlockPool.free_blocks")
     def compact(
         self, req_id: str, num_evict: int, total_len: int
     ) -> tuple[list[int], list[int]] | None:
@@ -120,6 +129,12 @@ class GroupBooks(FullAttentionManager):
         self.block_pool.free_blocks(reversed(replaced + blocks[len(kept) :]))
         return old_block_ids, [block.block_id for block in private]
 
+    @calls(
+        "vllm.v1.core.block_pool:BlockPool.is_block_writable",
+        "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks",
+        "vllm.v1.core.block_pool:BlockPool.evict_blocks",
+        "vllm.v1.core.block_pool:BlockPool.get_new_blocks",
+    )
     def _make_private(self, blocks: list[KVCacheBlock]) -> list[KVCacheBlock] | None:
         """Replace every block that others can see; None when that is impossible now."""
         pool = self.block_pool

@@ -16,6 +16,7 @@ from vllm.v1.request import Request
 
 from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
 from rkv_vllm.fit import refusals
+from rkv_vllm.fit.overrides import overrides
 from rkv_vllm.log import init_logger
 from rkv_vllm.request_options import RequestOptionError, RequestOptions, read_request_options
 from rkv_vllm.scheduling.books import GroupBooks
@@ -64,6 +65,7 @@ class CompressionSchedulerMixin:
             "serve this model without --kv-compression"
         )
 
+    @overrides("vllm.v1.core.sched.scheduler:Scheduler.add_request")
     def add_request(self, request: Request) -> None:
         """Take a request in, with the lengths that hold for it."""
         # The further inputs of a session come under the id of the first.
@@ -89,6 +91,10 @@ class CompressionSchedulerMixin:
         self._num_weighed = 0
         self._weighed_growth = 0.0
 
+    @overrides(
+        "vllm.v1.core.sched.scheduler:Scheduler._update_after_schedule",
+        "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule",
+    )
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         # Every allocation of the step is done here, so blocks given back now cannot be handed
         # out before the workers have read them (they flush first thing in the next step).
@@ -103,6 +109,7 @@ class CompressionSchedulerMixin:
         plan.num_total_blocks = pool.num_gpu_blocks - 1
         setattr(scheduler_output, STEP_PLAN_ATTRIBUTE, plan)
 
+    @overrides("vllm.v1.core.sched.scheduler:Scheduler._free_request_blocks")
     def _free_request_blocks(self, request: Request) -> None:
         if request.is_finished():
             if self._is_bounded(request):
@@ -113,6 +120,7 @@ class CompressionSchedulerMixin:
         super()._free_request_blocks(request)
         self._planner.forget(request.request_id)
 
+    @overrides("vllm.v1.core.sched.scheduler:Scheduler.make_stats")
     def make_stats(self, *args, **kwargs) -> SchedulerStats | None:
         """The statistics that vLLM makes of a step, with ours; None when nobody asked for any."""
         stats = super().make_stats(*args, **kwargs)

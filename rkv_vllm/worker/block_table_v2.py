@@ -14,6 +14,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from rkv_vllm.fit.overrides import calls, overrides
 from rkv_vllm.kernels.slots import StepRows, StepSlots
 from rkv_vllm.kernels.slots.triton import slots_triton
 from rkv_vllm.scheduling.directive import EvictionDirective
@@ -85,6 +86,7 @@ class PhysicalBlockTables(BlockTables):
 
     rows: PhysicalRows
 
+    @overrides("vllm.v1.worker.gpu.block_table:BlockTables.compute_slot_mappings")
     def compute_slot_mappings(
         self,
         idx_mapping: torch.Tensor,
@@ -115,6 +117,7 @@ class PhysicalBlockTables(BlockTables):
         )
         return slot_mappings[:, :num_tokens_padded]
 
+    @calls("vllm.utils.torch_utils:async_tensor_h2d")
     def exchange_rows(self, directives: list[EvictionDirective], state_idx: list[int]) -> None:
         """Give compacted requests their new blocks, in stream order.
 

@@ -17,7 +17,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, replace_as
 
 from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
-from rkv_vllm.fit.overrides import check_overrides
+from rkv_vllm.fit.overrides import check_overrides, overrides
 from rkv_vllm.log import init_logger
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, EvictionDirective, StepPlan
 from rkv_vllm.scheduling.spec import CompressedAttentionSpec
@@ -64,6 +64,10 @@ class CompressionRunner(ABC):
         self.finished_reports: deque[dict[str, int | str]] = deque(maxlen=_FINISHED_REPORTS)
         self._logged_at = time.monotonic()
 
+    @overrides(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.get_kv_cache_spec",
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.get_kv_cache_spec",
+    )
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """Ask for our block manager; refuse layers it cannot manage."""
         specs = super().get_kv_cache_spec()
@@ -78,6 +82,10 @@ class CompressionRunner(ABC):
                 )
         return {name: replace_as(spec, CompressedAttentionSpec) for name, spec in specs.items()}
 
+    @overrides(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model",
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.load_model",
+    )
     def load_model(self, *args, **kwargs) -> None:
         """Load the model, then make its attention layers record queries.
 
@@ -101,6 +109,10 @@ class CompressionRunner(ABC):
         for layer_idx, layer in enumerate(layers.values()):
             observe_queries(layer, layer_idx, self.query_ring)
 
+    @overrides(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.initialize_kv_cache",
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.initialize_kv_cache",
+    )
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs
     ) -> None:
@@ -117,6 +129,10 @@ class CompressionRunner(ABC):
         self.compactor = Compactor(self.compression, views, self.query_ring)
 
     # A flush writes to caches that vLLM may have allocated in inference mode.
+    @overrides(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.execute_model",
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model",
+    )
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, *args, **kwargs):
         """Flush what the last step left, then run this step."""

@@ -14,6 +14,7 @@ import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
+from rkv_vllm.fit.overrides import overrides
 from rkv_vllm.scheduling.directive import EvictionDirective
 from rkv_vllm.worker.block_table_v2 import PhysicalBlockTables, PhysicalRows
 from rkv_vllm.worker.runner import CompressionRunner
@@ -24,6 +25,7 @@ class CompressionRunnerV2(CompressionRunner):
 
     physical_rows: PhysicalRows
 
+    @overrides("vllm.v1.worker.gpu.model_runner:GPUModelRunner.load_model")
     def load_model(self, *args, **kwargs) -> None:
         """Load the model; attention metadata is made from physical lengths from then on."""
         super().load_model(*args, **kwargs)
@@ -34,6 +36,7 @@ class CompressionRunnerV2(CompressionRunner):
         model_state.__class__ = _physical_model_state(type(model_state))
         model_state.physical_rows = self.physical_rows
 
+    @overrides("vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_attn")
     def prepare_attn(
         self, input_batch: InputBatch
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
@@ -65,6 +68,7 @@ class CompressionRunnerV2(CompressionRunner):
         for i, directive in zip(idx, running, strict=True):
             self.physical_rows.num_evicted[i] = self.compactor.num_evicted(directive.req_id)
 
+    @overrides("vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests")
     def add_requests(self, scheduler_output) -> None:
         """Admit new and resumed requests: their cache is as long as their text."""
         super().add_requests(scheduler_output)
@@ -84,6 +88,7 @@ class CompressionRunnerV2(CompressionRunner):
         return prompt_tokens, output_tokens, int(self.block_tables.num_blocks.np[0, idx])
 
 
+@overrides("vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn")
 @cache
 def _physical_model_state(base: type[ModelState]) -> type[ModelState]:
     """A subclass of one model state whose attention metadata is made from physical lengths."""
