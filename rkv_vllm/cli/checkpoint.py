@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rkv_vllm.cli.errors import REFUSED, CommandError
-from rkv_vllm.support import FULL_ATTENTION_LAYERS
+from rkv_vllm.fit.refusals import has_limited_layers
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPES = ("auto", *DTYPE_BYTES)
@@ -161,16 +161,11 @@ def read_decoder(fields: Mapping[str, Any]) -> Decoder:
 
 def _refuse_other_attention(fields: Mapping[str, Any]) -> None:
     """Refuse what a KV cache of one size per token does not describe."""
-    layer_types = fields.get("layer_types")
-    if layer_types:
-        limited = not FULL_ATTENTION_LAYERS.issuperset(layer_types)
-    else:
-        windowed = fields.get("use_sliding_window", True)
-        limited = bool(fields.get("sliding_window") and windowed)
+    windowed = fields.get("sliding_window") and fields.get("use_sliding_window", True)
     found = {
         "multi-head latent attention (kv_lora_rank)": fields.get("kv_lora_rank"),
         "chunked attention (attention_chunk_size)": fields.get("attention_chunk_size"),
-        "sliding-window or linear attention layers": limited,
+        "sliding-window or linear attention layers": has_limited_layers(fields, bool(windowed)),
         "an encoder beside the decoder (is_encoder_decoder)": fields.get("is_encoder_decoder"),
     }
     for feature, is_there in found.items():

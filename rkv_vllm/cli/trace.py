@@ -34,7 +34,7 @@ from rkv_vllm.cli.traced_run import (
 )
 from rkv_vllm.cli.version import VERSIONED_DISTRIBUTIONS
 from rkv_vllm.config import OPTIONS_BY_NAME, KVCompressionConfig
-from rkv_vllm.versions import installed_version
+from rkv_vllm.fit.versions import installed_version
 
 if TYPE_CHECKING:
     from rkv_vllm.trace.capture import Capture
