@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import rkv_vllm
-from rkv_vllm.fit import refusals
 from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.fit import refusals
 from rkv_vllm.methods.rkv import RKV
 from rkv_vllm.scheduling.spec import CompressedAttentionSpec
 from tests.engine import Engine, running_engine
