@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu.children import Nursery
+from benchmarks.gpu.children import Launcher
 from benchmarks.gpu.comparisons import compare_outputs, compare_runs
 from benchmarks.pairs_visited import share_visited, similar_and_newest
 from benchmarks.released_formulation import released_scores
@@ -167,7 +167,7 @@ def test_a_child_that_fails_keeps_its_partial_result_and_says_why(
 ):
     script = tmp_path / "child.py"
     script.write_text(code)
-    child = Nursery(tmp_path, {}, deadline=time.monotonic() + 100).run("name", script, [], limit)
+    child = Launcher(tmp_path, {}, deadline=time.monotonic() + 100).run("name", script, [], limit)
     assert child.rc == rc
     assert child.result == (None if problem == "no result" else {})
     assert (child.problem is None) if problem is None else re.search(problem, child.problem)
@@ -175,10 +175,10 @@ def test_a_child_that_fails_keeps_its_partial_result_and_says_why(
 
 def test_a_package_from_elsewhere_is_a_problem(tmp_path):
     script = tmp_path / "child.py"
-    nursery = Nursery(tmp_path, {}, deadline=time.monotonic() + 100)
+    launcher = Launcher(tmp_path, {}, deadline=time.monotonic() + 100)
     for package, is_right in ((tmp_path / "site" / "a.py", True), ("/elsewhere/a.py", False)):
         script.write_text(f"""print('{{"package": "{package}"}}')""")
-        child = nursery.run("name", script, [], 60)
+        child = launcher.run("name", script, [], 60)
         assert (child.problem is None) == is_right
 
 

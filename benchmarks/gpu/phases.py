@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from children import HERE, ROOT, Child, Nursery
+from children import HERE, ROOT, Child, Launcher
 from comparisons import compare_outputs, compare_runs, compare_with_reference
 
 Document = dict[str, Any]
@@ -58,7 +58,7 @@ class Plan:
     long_pool: int
 
 
-def kernels(nursery: Nursery, plan: Plan) -> Iterator[Document]:
+def kernels(launcher: Launcher, plan: Plan) -> Iterator[Document]:
     """Every Triton kernel against naive."""
     args = ["--small"] if plan.rehearse else []
     env = {"TRITON_INTERPRET": "1"} if plan.rehearse else {}
@@ -66,7 +66,7 @@ def kernels(nursery: Nursery, plan: Plan) -> Iterator[Document]:
     def run(part: int) -> Child:
         share = ["--part", str(part), "--parts", str(plan.jobs)]
         script = HERE / "checked_kernels.py"
-        return nursery.run(f"kernels-{part}", script, [*args, *share], 240, env=env)
+        return launcher.run(f"kernels-{part}", script, [*args, *share], 240, env=env)
 
     # Most of the time Triton compiles, on one CPU per process.
     with ThreadPoolExecutor(plan.jobs) as pool:
@@ -80,7 +80,7 @@ def kernels(nursery: Nursery, plan: Plan) -> Iterator[Document]:
     yield _document("kernels", problems, {"passed": passed}, max(c.seconds for c in children))
 
 
-def sanitizer(nursery: Nursery, plan: Plan) -> Iterator[Document]:
+def sanitizer(launcher: Launcher, plan: Plan) -> Iterator[Document]:
     """compute-sanitizer memcheck on one compaction."""
     tool = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin"
@@ -93,14 +93,14 @@ def sanitizer(nursery: Nursery, plan: Plan) -> Iterator[Document]:
     # What torch asks the driver in vain is not this check's business.
     options = ["--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "99"]
     prefix = [] if tool is None else [tool, *options]
-    child = nursery.run("sanitizer", HERE / "one_compaction.py", [], 240, env=env, prefix=prefix)
+    child = launcher.run("sanitizer", HERE / "one_compaction.py", [], 240, env=env, prefix=prefix)
     problems = [child.problem] if child.problem else []
     if child.result:
         problems += child.result["failures"]
     yield _document("sanitizer", problems, {"tool": tool or "none: rehearsal"}, child.seconds)
 
 
-def equality(nursery: Nursery, plan: Plan) -> Iterator[Document]:
+def equality(launcher: Launcher, plan: Plan) -> Iterator[Document]:
     """Every graph mode says what the eager engine says, and that what explicit eviction says."""
     backends = [("", "float32")] if plan.rehearse else list(BACKENDS)
     missing = [name for name, _ in backends if name == "FLASHINFER" and not _has_flashinfer()]
@@ -111,9 +111,9 @@ def equality(nursery: Nursery, plan: Plan) -> Iterator[Document]:
         for mode in ("eager", *modes[backend]):
             runs[f"{backend or 'cpu'}-{dtype}-{mode}"] = (mode, backend, dtype)
     with ThreadPoolExecutor(plan.jobs) as pool:
-        futures = {n: pool.submit(_engine, nursery, plan, n, *run) for n, run in runs.items()}
+        futures = {n: pool.submit(_engine, launcher, plan, n, *run) for n, run in runs.items()}
         children = {name: future.result() for name, future in futures.items()}
-        explicit = pool.map(lambda pair: _explicit(nursery, *pair, children), backends)
+        explicit = pool.map(lambda pair: _explicit(launcher, *pair, children), backends)
         documents = dict(zip(backends, explicit, strict=True))
     for backend, dtype in backends:
         prefix = f"{backend or 'cpu'}-{dtype}"
@@ -132,15 +132,17 @@ def _modes(backend: str, plan: Plan) -> tuple[str, ...]:
     return (*GRAPH_MODES, "unsynced") if backend == "FLASH_ATTN" else GRAPH_MODES
 
 
-def _engine(nursery: Nursery, plan: Plan, name: str, mode: str, backend: str, dtype: str) -> Child:
-    args = ["--mode", mode, "--dtype", dtype, "--model", str(nursery.folder / "random-model")]
+def _engine(
+    launcher: Launcher, plan: Plan, name: str, mode: str, backend: str, dtype: str
+) -> Child:
+    args = ["--mode", mode, "--dtype", dtype, "--model", str(launcher.folder / "random-model")]
     args += ["--backend", backend] if backend else []
     env = {"VLLM_GPU_SYNC_CHECK": "error"} if mode == "unsynced" else {}
     if plan.rehearse:
         args += ["--num-tokens", "90", "--without-graphs"]
         env = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
-        env["PYTHONPATH"] = f"{nursery.env['PYTHONPATH']}:{ROOT / 'tests' / 'triton_stub'}"
-    return nursery.run(f"equality-{name}", HERE / "one_engine.py", args, 240, env=env)
+        env["PYTHONPATH"] = f"{launcher.env['PYTHONPATH']}:{ROOT / 'tests' / 'triton_stub'}"
+    return launcher.run(f"equality-{name}", HERE / "one_engine.py", args, 240, env=env)
 
 
 def _equal(name: str, got: Child, expected: Child, dtype: str, rehearse: bool) -> Document:
@@ -158,15 +160,15 @@ def _equal(name: str, got: Child, expected: Child, dtype: str, rehearse: bool) -
     return _document(name, numbers.pop("problems"), numbers, seconds)
 
 
-def _explicit(nursery: Nursery, backend: str, dtype: str, children: dict[str, Child]) -> Document:
+def _explicit(launcher: Launcher, backend: str, dtype: str, children: dict[str, Child]) -> Document:
     prefix = f"{backend or 'cpu'}-{dtype}"
     engine = children[f"{prefix}-eager"]
     name = f"equality {prefix} eager = explicit eviction"
     if engine.problem:
         return _document(name, [engine.problem], {}, engine.seconds)
     args = ["--mode", "reference", "--dtype", dtype, "--forced", str(engine.file)]
-    args += ["--model", str(nursery.folder / "random-model")]
-    child = nursery.run(f"equality-{prefix}-reference", HERE / "one_engine.py", args, 120)
+    args += ["--model", str(launcher.folder / "random-model")]
+    child = launcher.run(f"equality-{prefix}-reference", HERE / "one_engine.py", args, 120)
     if child.problem:
         return _document(name, [child.problem], {}, child.seconds)
     numbers = compare_with_reference(engine.result, child.result)
@@ -179,7 +181,7 @@ def _has_flashinfer() -> bool:
     return find_spec("flashinfer") is not None
 
 
-def timings(nursery: Nursery, plan: Plan) -> Iterator[Document]:
+def timings(launcher: Launcher, plan: Plan) -> Iterator[Document]:
     """bench_kernels.py on an 8B shape; aims: 3 times the copy floor, 5 times the n x n version."""
     args = ["--head-sizes", "128", "--no-model", "--seconds", "2", "--longest-naive", "4224"]
     # One request at all lengths; of a batch of sixteen the last lengths would not fit.
@@ -189,7 +191,7 @@ def timings(nursery: Nursery, plan: Plan) -> Iterator[Document]:
         args, runs = ["--smoke"], {"one": [], "sixteen": ["--requests", "2"]}
     for name, lengths in runs.items():
         script = ROOT / "benchmarks" / "bench_kernels.py"
-        child = nursery.run(f"timings-{name}", script, [*args, *lengths], 200)
+        child = launcher.run(f"timings-{name}", script, [*args, *lengths], 200)
         if child.result is None:
             yield _document(f"timings {name}", [child.problem], {}, child.seconds)
             continue
@@ -213,10 +215,10 @@ def _missed_aims(case: Document) -> list[str]:
     return missed
 
 
-def ample(nursery: Nursery, plan: Plan) -> Iterator[Document]:
+def ample(launcher: Launcher, plan: Plan) -> Iterator[Document]:
     """All the memory there is: compression can only cost."""
     workload = _shared_prefix(plan, [0])
-    documents = list(_serve(nursery, plan, "ample", workload))
+    documents = list(_serve(launcher, plan, "ample", workload))
     for document in documents:
         run = document["numbers"].get("rkv", {})
         ratio = document["numbers"].get("ratio")
@@ -229,21 +231,21 @@ def ample(nursery: Nursery, plan: Plan) -> Iterator[Document]:
     yield from documents
 
 
-def starved(nursery: Nursery, plan: Plan) -> Iterator[Document]:
+def starved(launcher: Launcher, plan: Plan) -> Iterator[Document]:
     """The same requests in smaller and smaller pools."""
     pools = sorted(plan.pools, reverse=True)
     if not plan.fresh_engines:
-        yield from _serve(nursery, plan, "starved", _shared_prefix(plan, pools))
+        yield from _serve(launcher, plan, "starved", _shared_prefix(plan, pools))
         return
     for pool in pools:
         workload = _shared_prefix(plan, [0])
         # One block more than that, vLLM's null block.
         blocks = pool // (REHEARSAL_BLOCK_SIZE if plan.rehearse else GPU_BLOCK_SIZE) + 1
         workload["engine"]["num_gpu_blocks_override"] = blocks
-        yield from _serve(nursery, plan, f"starved-{pool}", workload)
+        yield from _serve(launcher, plan, f"starved-{pool}", workload)
 
 
-def long(nursery: Nursery, plan: Plan) -> Iterator[Document]:
+def long(launcher: Launcher, plan: Plan) -> Iterator[Document]:
     """Outputs of 16K from short prompts, at two budgets; the stock side is run once."""
     scale = plan.long_scale
     base = {
@@ -259,8 +261,8 @@ def long(nursery: Nursery, plan: Plan) -> Iterator[Document]:
     for budget, share in ((1024, 0.5), (1638, 1.0)):
         lengths = {"budget": budget // scale, "buffer": max(8, 128 // scale)}
         workload = {**base, **lengths}
-        stock = stock or _side(nursery, plan, "long-stock", workload, 0.5)
-        ours = _side(nursery, plan, f"long-{budget}-rkv", workload, share)
+        stock = stock or _side(launcher, plan, "long-stock", workload, 0.5)
+        ours = _side(launcher, plan, f"long-{budget}-rkv", workload, share)
         yield from _pairs(f"long budget {budget} / scale {scale}", stock, ours)
 
 
@@ -296,18 +298,18 @@ def _engine_options(plan: Plan, max_model_len: int) -> Document:
     }
 
 
-def _serve(nursery: Nursery, plan: Plan, name: str, workload: Document) -> Iterator[Document]:
+def _serve(launcher: Launcher, plan: Plan, name: str, workload: Document) -> Iterator[Document]:
     """Both sides, each with at most half of the time that is left."""
-    stock = _side(nursery, plan, f"{name}-stock", workload, 0.5)
-    ours = _side(nursery, plan, f"{name}-rkv", workload, 1.0)
+    stock = _side(launcher, plan, f"{name}-stock", workload, 0.5)
+    ours = _side(launcher, plan, f"{name}-rkv", workload, 1.0)
     yield from _pairs(name, stock, ours)
 
 
-def _side(nursery: Nursery, plan: Plan, name: str, workload: Document, share: float) -> Child:
+def _side(launcher: Launcher, plan: Plan, name: str, workload: Document, share: float) -> Child:
     side = name.rsplit("-", 1)[1]
     args = ["--side", side, "--workload", json.dumps(workload)]
     args += ["--make-model"] if plan.rehearse else []
-    return nursery.run(name, HERE / "one_server.py", args, share * nursery.seconds_left)
+    return launcher.run(name, HERE / "one_server.py", args, share * launcher.seconds_left)
 
 
 def _pairs(name: str, stock: Child, ours: Child) -> Iterator[Document]:
@@ -338,7 +340,7 @@ def _skipped(name: str, reason: str) -> Document:
     return {"name": name, "ok": SKIPPED, "reason": reason, "numbers": {}, "seconds": 0.0}
 
 
-Phase = Callable[[Nursery, Plan], Iterator[Document]]
+Phase = Callable[[Launcher, Plan], Iterator[Document]]
 # In the order in which they are run: the cheapest and most telling first. Seconds below which a
 # phase is not begun.
 PHASES: dict[str, tuple[Phase, float]] = {

@@ -19,9 +19,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+# The checkout itself: what starts the children needs neither torch nor the kernels.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from children import ROOT, Nursery
+from children import ROOT, Launcher
 from phases import PHASES, SKIPPED, Plan
 from site_folder import make_site_folder
 
@@ -39,17 +41,17 @@ def main() -> None:
     started = time.monotonic()
     out = Path(os.environ["OUT"]) if os.environ.get("OUT") else None
     folder = Path(tempfile.mkdtemp(prefix="verify-"))
-    nursery = Nursery(folder, _environment(folder, args), started + args.budget_s)
+    launcher = Launcher(folder, _environment(folder, args), started + args.budget_s)
     document: dict[str, Any] = {"card": card(args), "checks": []}
     for name in args.phases:
         phase, least = PHASES[name]
-        if nursery.seconds_left < (5 if args.rehearse else least):
-            reason = f"{nursery.seconds_left:.0f} s left, it takes {least:.0f} or more"
+        if launcher.seconds_left < (5 if args.rehearse else least):
+            reason = f"{launcher.seconds_left:.0f} s left, it takes {least:.0f} or more"
             document["checks"].append({"name": name, "ok": SKIPPED, "reason": reason})
             continue
-        tell(f"{name}: {nursery.seconds_left:.0f} s left")
+        tell(f"{name}: {launcher.seconds_left:.0f} s left")
         try:
-            for check in phase(nursery, plan_of(args, folder)):
+            for check in phase(launcher, plan_of(args, folder)):
                 document["checks"].append(check)
                 report(check)
         except Exception as error:
@@ -58,8 +60,8 @@ def main() -> None:
             document["checks"].append({"name": name, "ok": False, "problems": [problem]})
             report(document["checks"][-1])
         document["seconds"] = round(time.monotonic() - started, 1)
-        save(document, nursery, out)
-    save(document, nursery, out)
+        save(document, launcher, out)
+    save(document, launcher, out)
     if out is None:
         tell(f"logs in {folder}")
     else:
@@ -158,13 +160,13 @@ def tell(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def save(document: dict[str, Any], nursery: Nursery, out: Path | None) -> None:
+def save(document: dict[str, Any], launcher: Launcher, out: Path | None) -> None:
     """Write what is known so far, and the logs, to where they are kept."""
     if out is None:
         return
     (out / "verify.json").write_text(json.dumps(document, indent=1))
     (out / "logs").mkdir(exist_ok=True)
-    for log in nursery.logs:
+    for log in launcher.logs:
         shutil.copy(log, out / "logs" / log.name)
 
 

@@ -274,7 +274,7 @@ def test_a_key_in_the_environment_does_not_lock_the_server(tmp_path, monkeypatch
 
 def test_a_server_that_hangs_shows_the_end_of_its_log(tmp_path, monkeypatch):
     fake_python(tmp_path, monkeypatch, "echo loading; exec sleep 600")
-    monkeypatch.setattr("rkv_vllm.bench.served.START_SECONDS", 1)
+    monkeypatch.setattr("rkv_vllm.bench.server.START_SECONDS", 1)
     with pytest.raises(ChildError, match="did not come up within 1 s") as caught:
         run_served(new_workload(), COMPRESSED, (), tmp_path, lambda *_: None)
     assert caught.value.log_tail == ["loading"]
