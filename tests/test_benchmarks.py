@@ -74,6 +74,39 @@ def test_the_n_by_n_version_that_does_not_fit_is_reported_with_its_bytes():
     assert case["released_bytes_per_head"] == 96 * 96 * 9
 
 
+@pytest.mark.parametrize("in_flight", ["1", "2"])
+def test_the_scheduler_benchmark_wants_every_due_compaction_booked(in_flight):
+    options = ["--requests", "9", "--steps", "70", "--round", "7", "--buffer", "16"]
+    script = str(BENCHMARKS / "bench_scheduler.py")
+    rc, shown, document = run_child(script, *options, "--in-flight", in_flight)
+    assert (rc, document["failed"]) == (0, [])
+    far, compacting = document["cases"]
+    assert (far["ours"]["compactions"], far["wanted_compactions"]) == (0, 0)
+    # Prompts of 256 to 264 tokens; after 71 steps 326 to 334 are computed, due from 272 on.
+    assert compacting["ours"]["compactions"] == compacting["wanted_compactions"] >= 9 * 3
+    assert far["ratio"] > 0 < compacting["ratio"]
+    assert "far from due" in shown
+
+
+IDLE_SCHEDULER = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import bench_scheduler
+from rkv_vllm.scheduling.planner import CompressionPlanner
+from rkv_vllm.scheduling.directive import StepPlan
+CompressionPlanner.plan_step = lambda *_: StepPlan()
+bench_scheduler.main()
+"""
+
+
+def test_a_scheduler_that_books_nothing_gets_no_ratio():
+    options = ["--requests", "3", "--steps", "70", "--buffer", "16"]
+    rc, _, document = run_child("-c", IDLE_SCHEDULER, str(BENCHMARKS), *options)
+    assert rc == 1
+    assert document["cases"][1]["ratio"] is None
+    assert "3 requests, compacting: 0 compactions booked, wanted" in document["failed"][0]
+
+
 def test_the_released_formulation_scores_like_ours():
     generator = torch.Generator().manual_seed(3)
     keys = torch.randn(6, 150, 32, generator=generator) + torch.randn(6, 1, 32, generator=generator)
