@@ -14,7 +14,7 @@ from typing import Any
 
 import requests
 
-from rkv_vllm.bench.offline import Progress
+from rkv_vllm.bench.offline import Show
 from rkv_vllm.bench.processes import ChildError, child_environment, process_group
 from rkv_vllm.bench.prompts import PROBES
 from rkv_vllm.bench.samples import Scrape, counts_of_load
@@ -26,7 +26,7 @@ SAMPLE_SECONDS = 1.0
 
 
 def run_served(
-    workload: Workload, side: Side, engine_flags: Sequence[str], folder: Path, show: Progress
+    workload: Workload, side: Side, engine_flags: Sequence[str], folder: Path, show: Show
 ) -> dict[str, Any]:
     """Serve the prompts once from a fresh server.
 
@@ -109,7 +109,7 @@ def _client_command(workload: Workload, model: str, url: str, folder: Path) -> l
 
 
 def _sample(
-    client: subprocess.Popen, server: Server, before: Scrape, workload: Workload, show: Progress
+    client: subprocess.Popen, server: Server, before: Scrape, workload: Workload, show: Show
 ) -> list[Scrape]:
     """Scrapes /metrics until the client ends; without a server it would wait for hours."""
     num_tokens = len(workload.prompts) * workload.output_len

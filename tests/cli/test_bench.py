@@ -182,7 +182,7 @@ BAD = {
         2,
         "--output-len: got 4096 for prompts of up to ",
     ),
-    "abbreviation": (["{model}", *SMALL, "--", "--kv-bud=64"], 2, "--kv-bud: got it among"),
+    "abbreviation": (["{model}", *SMALL, "--", "--kv-bud=64"], 2, "--kv-budget: got it among"),
     "two values": (["{model}", *SMALL, "--", "--kv-window", "8", "9"], 2, "got '9' after"),
     "port": (["{model}", *SMALL, "--", "--port", "8000"], 2, "--port: got it among the flags"),
     "max_model_len": (["{model}", *SMALL, "--", "--max_model_len=9"], 2, "--max-model-len: got"),

@@ -1,0 +1,83 @@
+"""When a request is compacted, down to what, and how long it can get until then.
+
+Pure arithmetic on lengths: knows no vLLM, no tensors and no blocks. Lengths are logical unless they
+say otherwise, because those never shrink. Start check, admission and `rkv-vllm plan` ask the same
+`bound`. Next: scheduling/planner.py, which asks the policy in every step.
+"""
+
+from typing import NamedTuple, Protocol
+
+
+class Terms(NamedTuple):
+    """What holds for one request in one KV-cache group, in tokens.
+
+    Attributes:
+        budget: tokens behind the protected prefix that a compaction keeps, window included.
+        buffer: decoded tokens between two compactions.
+        prefix_len: tokens at the front that are never evicted.
+    """
+
+    budget: int
+    buffer: int
+    prefix_len: int = 0
+
+
+class Policy(Protocol):
+    """A rule of when."""
+
+    def first_due_at(self, terms: Terms, prefill_len: int) -> int:
+        """Settled tokens at which a request that decodes that far is compacted first."""
+
+    def next_due_at(self, terms: Terms, settled_len: int) -> int:
+        """Settled tokens at which it is compacted again, `settled_len` being those at the last."""
+
+    def watches_from(self, due_at: int) -> int:
+        """Position of the first query that judges the compaction which is due at `due_at`."""
+
+    def bound(self, terms: Terms, prefill_len: int, final_len: int, in_flight: int) -> int:
+        """Most physical tokens that a request holds in its life.
+
+        Args:
+            terms: of the request.
+            prefill_len: tokens computed before the first one is decoded.
+            final_len: tokens that it cannot exceed.
+            in_flight: tokens computed while a compaction waits for the step's output.
+        """
+
+
+class EveryBuffer:
+    """Compact whenever `buffer` tokens have piled up above prefix and budget.
+
+    Args:
+        window: newest tokens whose queries judge the others.
+
+    Source: SPEC section 3, rules 1 and 2.
+    """
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+
+    def first_due_at(self, terms: Terms, prefill_len: int) -> int:
+        """See `Policy`."""
+        return max(terms.prefix_len + terms.budget, prefill_len) + terms.buffer
+
+    def next_due_at(self, terms: Terms, settled_len: int) -> int:
+        """See `Policy`."""
+        return settled_len + terms.buffer
+
+    def watches_from(self, due_at: int) -> int:
+        """See `Policy`."""
+        return due_at - self._window
+
+    def bound(self, terms: Terms, prefill_len: int, final_len: int, in_flight: int) -> int:
+        """See `Policy`."""
+        return min(final_len, self.first_due_at(terms, prefill_len) + in_flight)
+
+
+def floor_blocks(terms: Terms, window: int, in_flight: int, block_size: int) -> int:
+    """Blocks below which a request of these terms cannot live: the smallest pool that serves it.
+
+    A compaction frees something only when a whole block has piled up, and needs a warm window.
+    """
+    tokens = terms.prefix_len + terms.budget + block_size + window + in_flight
+    return -(-tokens // block_size)
