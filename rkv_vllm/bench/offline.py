@@ -165,8 +165,8 @@ class SchedulerCounts:
         self._show, self._shown_at = show, time.monotonic()
         self._usable = self._pool.num_gpu_blocks - 1
         taken = []
+        self._forget_prompts()
         if pool_blocks is not None and pool_blocks < self._usable:
-            self._forget_prompts()
             taken = self._pool.get_new_blocks(self._usable - pool_blocks)
             self._usable = pool_blocks
         yield
