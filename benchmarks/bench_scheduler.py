@@ -152,7 +152,7 @@ def compare(
     # Spread over a buffer, so that every step of the due phase books its share of the compactions.
     lengths = [args.prompt_len + (i % args.buffer if is_due else 0) for i in range(num_requests)]
     prompts = [[i % 256, i // 256, *[1] * (length - 2)] for i, length in enumerate(lengths)]
-    options = {"budget": budget, "buffer": buffer, "observation_slots": num_requests}
+    options = {"budget": budget, "buffer": buffer, "seats": num_requests}
     sides = {
         name: SteppedScheduler(
             engine_config(folder, args, num_requests, compression),
