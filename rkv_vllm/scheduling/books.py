@@ -53,9 +53,10 @@ class GroupBooks(FullAttentionManager):
         When vLLM asks whether to admit a request (`apply_admission_cap`), the blocks that the
         running requests will grow into are asked for as well.
         """
-        num_evicted = self.num_evicted.get(request_id)
-        if num_evicted is not None:
-            num_required = cdiv(num_tokens - num_evicted, self.block_size)
+        num_evicted = self.num_evicted.get(request_id, 0)
+        if num_evicted or (request_id in self.num_cached_block and not apply_admission_cap):
+            # A running request hits no further prefix: a thousand of these are asked for per step.
+            num_required = -((num_evicted - num_tokens) // self.block_size)
             return max(num_required - len(self.req_to_blocks[request_id]), 0)
         num_blocks = super().get_num_blocks_to_allocate(
             request_id,
@@ -76,6 +77,9 @@ class GroupBooks(FullAttentionManager):
     ) -> list[KVCacheBlock]:
         """Allocate up to `num_tokens` logical tokens of this request."""
         num_evicted = self.num_evicted.get(request_id, 0)
+        held = len(self.req_to_blocks[request_id]) * self.block_size
+        if num_tokens - num_evicted <= held and request_id not in self._partial_hit_reqs:
+            return []
         return super().allocate_new_blocks(
             request_id, num_tokens - num_evicted, num_tokens_main_model - num_evicted
         )
