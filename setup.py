@@ -22,8 +22,9 @@ def packages() -> list[str]:
 # Loaded through ctypes (kernels/native.py), hence no Python in it. Without errno and traps the
 # compiler may vectorise square roots and comparisons; results stay those of IEEE arithmetic.
 CPU_KERNELS = Extension(
-    "rkv_vllm._csrc",
-    sources=["csrc/cpu/observe.cpp", "csrc/cpu/rkv.cpp"],
+    "rkv_vllm.kernels._csrc",
+    sources=[f"csrc/cpu/{name}.cpp" for name in ("observe", "rkv", "select", "compact")],
+    depends=["csrc/cpu/paged.h"],
     language="c++",
     extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"],
     extra_link_args=["-fopenmp"],

@@ -34,7 +34,7 @@ from pairs_visited import TILES, share_visited, similar_and_newest
 from released_formulation import bytes_per_head
 from torch import Tensor
 
-from rkv_vllm.kernels import dispatch
+from rkv_vllm.kernels.ops import ops_for
 
 MODEL = measure.ROOT / ".models" / "SmolLM2-135M-Instruct"
 # Length -> tokens kept. The last is a long prompt's first compaction.
@@ -201,7 +201,7 @@ def run_case(shape: Shape, settings: Settings, bandwidth: float) -> dict[str, An
     return {
         **asdict(shape),
         "keys": "clustered",
-        "kernels": dispatch.backend(work.keys),
+        "kernels": ops_for(work.keys).name,
         "checks": checks,
         "failed_checks": [n for n, found in checks.items() if not found.startswith(("ok", "not"))],
         "milliseconds": {

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from rkv_vllm.bench.prompts import TASKS
-from rkv_vllm.kernels.eviction import Eviction, EvictionBatch
+from rkv_vllm.kernels.batch import Eviction, EvictionBatch
 from rkv_vllm.kernels.paged import Packing, PagedStates
+from rkv_vllm.methods import Heads, ModelFacts
 
 WINDOW = 8
 RING_LEN = WINDOW + 2
@@ -66,7 +67,7 @@ class Workload:
         values: the cache's values.
         batch: one eviction per request; survivors go to fresh blocks, so that a run can be
             repeated and every survivor is moved.
-        queries: [slots, num_layers, RING_LEN, query heads, head_size].
+        queries: [seats, num_layers, RING_LEN, query heads, head_size].
     """
 
     shape: Shape
@@ -74,6 +75,25 @@ class Workload:
     values: PagedStates
     batch: EvictionBatch
     queries: Tensor
+
+    @property
+    def heads(self) -> Heads:
+        """All layers, as a method sees them."""
+        return Heads(slice(0, self.shape.num_layers), self.keys, self.values, self.queries)
+
+    @cached_property
+    def model(self) -> ModelFacts:
+        """A model of these layers, without a soft cap."""
+        shape, per_layer = self.shape, {"device": self.keys.device, "dtype": torch.float32}
+        return ModelFacts(
+            layers=tuple(map(str, range(shape.num_layers))),
+            first_kv_head=0,
+            num_kv_heads=shape.num_heads,
+            num_query_heads=shape.num_heads * shape.group,
+            head_size=shape.head_size,
+            scale=torch.full((shape.num_layers,), shape.head_size**-0.5, **per_layer),
+            soft_cap=torch.zeros(shape.num_layers, **per_layer),
+        )
 
     @cached_property
     def dense(self) -> tuple[Tensor, Tensor]:
@@ -106,11 +126,13 @@ def new_workload(shape: Shape, kind: str, dtype: torch.dtype, device: torch.devi
     keys, values = _new_cache(shape, num_blocks, block_size, dtype, device)
     order = (1 + torch.randperm(num_blocks - 1)).tolist()
     evictions = []
-    for slot in range(shape.num_requests):
+    for seat in range(shape.num_requests):
         row, order = order[:old], order[old:]
         fresh, order = order[:new], order[new:]
         n = shape.num_tokens
-        evictions.append(Eviction(row, fresh, n, n, shape.budget, slot, n + 3 * slot))
+        evictions.append(
+            Eviction(row, fresh, n, n, shape.budget, seat=seat, window_end=n + 3 * seat)
+        )
         row_ids = torch.tensor(row, device=device)
         size = (shape.num_layers, shape.num_heads, n, shape.head_size)
         keys.write(row_ids, new_keys(kind, size, generator).to(dtype))

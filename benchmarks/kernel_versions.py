@@ -13,14 +13,10 @@ from torch import Tensor
 # The tests hold the only definition of "equal".
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from rkv_vllm.kernels.compact import compact
-from rkv_vllm.kernels.compact.naive import compact_naive
-from rkv_vllm.kernels.observe import observe
 from rkv_vllm.kernels.observe.naive import observe_naive
-from rkv_vllm.kernels.score import score
-from rkv_vllm.kernels.score.naive import score_naive
-from rkv_vllm.kernels.select import select
-from rkv_vllm.kernels.select.naive import select_naive
+from rkv_vllm.kernels.ops import Ops, naive_ops, ops_for
+from rkv_vllm.kernels.paged import PagedStates
+from rkv_vllm.methods.rkv import RKV
 from tests.kernels.cases import assert_equivalent_choice, assert_same_scores
 
 # Of our choice, when the released formulation computes in float32 too: another order of addition.
@@ -34,38 +30,29 @@ Version = dict[str, Callable[[], Any]]
 
 def ours(work: Workload) -> Version:
     """The kernels that serve this device, by operation."""
-    # Computed once here, so that `select` and `compact` can run alone.
-    scores = score(work.keys, work.batch, work.queries)
-    keep = select(scores, work.batch)
-
-    def move(kept: Tensor) -> None:
-        compact(work.keys, work.batch, kept)
-        compact(work.values, work.batch, kept)
-
-    return {
-        "score": lambda: score(work.keys, work.batch, work.queries),
-        "select": lambda: select(scores, work.batch),
-        "compact": lambda: move(keep),
-        "whole": lambda: move(select(score(work.keys, work.batch, work.queries), work.batch)),
-    }
+    return _version(work, ops_for(work.keys, WINDOW))
 
 
 def naive(work: Workload) -> Version:
     """The contract in plain torch, by operation."""
-    scores = score_naive(work.keys, work.batch, work.queries)
-    keep = select_naive(scores, work.batch)
+    return _version(work, naive_ops(work.keys))
+
+
+def _version(work: Workload, ops: Ops) -> Version:
+    method = RKV(RKV.Options(), work.model, ops)
+    # Computed once here, so that `select` and `compact` can run alone.
+    scores = method.score(work.heads, work.batch)
+    keep = ops.select(scores, work.batch)
 
     def move(kept: Tensor) -> None:
-        compact_naive(work.keys, work.batch, kept)
-        compact_naive(work.values, work.batch, kept)
+        ops.compact(work.keys, work.batch, kept)
+        ops.compact(work.values, work.batch, kept)
 
     return {
-        "score": lambda: score_naive(work.keys, work.batch, work.queries),
-        "select": lambda: select_naive(scores, work.batch),
+        "score": lambda: method.score(work.heads, work.batch),
+        "select": lambda: ops.select(scores, work.batch),
         "compact": lambda: move(keep),
-        "whole": lambda: move(
-            select_naive(score_naive(work.keys, work.batch, work.queries), work.batch)
-        ),
+        "whole": lambda: move(ops.select(method.score(work.heads, work.batch), work.batch)),
     }
 
 
@@ -172,6 +159,8 @@ def observe_versions(
     token_rows = torch.full((OBSERVED_TOKENS,), -1, dtype=torch.int32, device=device)
     watched = torch.arange(OBSERVED_WATCHED, device=device)
     token_rows[watched * (OBSERVED_TOKENS // OBSERVED_WATCHED)] = (watched * RING_LEN + 3).int()
+    cells = torch.zeros((1, 1, 1, 1, head_size), dtype=dtype, device=device)
+    observe = ops_for(PagedStates(cells, None, 1)).observe
     runs = {
         "ours": lambda: observe(pools[0], 0, query, token_rows),
         "naive": lambda: observe_naive(pools[1], 0, query, token_rows),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from rkv_vllm.bench.card import cpu_name
-from rkv_vllm.versions import installed_version
+from rkv_vllm.fit.versions import installed_version
 
 ROOT = Path(__file__).resolve().parent.parent
 _STATUS = Path("/proc/self/status")

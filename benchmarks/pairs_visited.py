@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-# (rows, columns) of a tile: those of csrc/cpu/rkv.cpp and of kernels/score/triton.py.
+# (rows, columns) of a tile: those of csrc/cpu/rkv.cpp and of kernels/rkv/triton.py.
 TILES = {"cpu": (4, 32), "triton": (64, 64)}
 _ROWS_AT_ONCE = 512
 _NORM_EPSILON = 1e-8

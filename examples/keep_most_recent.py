@@ -5,27 +5,29 @@ PYTHONPATH=examples vllm serve MODEL --kv-compression keep_most_recent.KeepMostR
 """
 
 import sys
+from dataclasses import dataclass
 
 import torch
 
 import rkv_vllm
-from rkv_vllm.methods import CompressionMethod
+from rkv_vllm.methods import DenseMethod, option
 
 
-class KeepMostRecent(CompressionMethod):
+class KeepMostRecent(DenseMethod):
     """The choice of StreamingLLM (arXiv:2309.17453), but every token keeps its position."""
 
-    @classmethod
-    def from_config(cls, config: rkv_vllm.KVCompressionConfig) -> "KeepMostRecent":
-        """There is nothing to set."""
-        return cls()
+    @dataclass(frozen=True)
+    class Options:
+        """What users can set, as --kv-option num_first=8."""
 
-    def keep_indices(self, keys, values, queries, budget: int) -> torch.LongTensor:
-        """Return [heads, budget] of keys [heads, n, head_size]; the window must be among them."""
-        num_first = min(4, budget - queries.shape[1])
-        kept = torch.arange(budget, device=keys.device)
-        kept[num_first:] += keys.shape[1] - budget
-        return kept.expand(keys.shape[0], budget)
+        num_first: int = option(4, "First tokens that always stay.", per_request=True)
+
+    def score_dense(self, keys, values, queries, layer):
+        """Later is better, and the first are the best."""
+        num_heads, n, _ = keys.shape
+        scores = torch.arange(float(n), device=keys.device)
+        scores[: self.options.num_first] += n
+        return scores.expand(num_heads, -1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The C++ kernels for CPUs (csrc/cpu/rkv.cpp), loaded through ctypes.
+"""The C++ kernels for CPUs (csrc/cpu/), loaded through ctypes.
 
 They are built with the package when a compiler is there. Where they are missing the torch versions
 serve; `is_available` tells which. Callers check shapes before they pass pointers.
@@ -16,9 +16,12 @@ from rkv_vllm.kernels.paged import PagedStates
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+# RkvResult of csrc/cpu/paged.h.
+_NO_MEMORY = -2
+
 
 class _Paged(Structure):
-    """RkvPaged of csrc/cpu/rkv.cpp, field by field."""
+    """RkvPaged of csrc/cpu/paged.h, field by field."""
 
     _fields_ = (
         ("base", c_void_p),
@@ -42,32 +45,38 @@ def is_available(states: PagedStates) -> bool:
 @cache
 def library() -> ctypes.CDLL | None:
     """The loaded library, None when it was not built."""
-    import rkv_vllm
-
-    folder = Path(rkv_vllm.__file__).parent
     # Of this Python only: another one's build in the same folder may be older.
-    path = folder / f"_csrc{sysconfig.get_config_var('EXT_SUFFIX')}"
+    path = Path(__file__).with_name(f"_csrc{sysconfig.get_config_var('EXT_SUFFIX')}")
     if not path.exists():
         return None
     # torch is imported above: the library shares the OpenMP runtime that torch loaded.
     loaded = ctypes.CDLL(str(path))
     paged = POINTER(_Paged)
-    loaded.rkv_score.restype = c_int64
-    loaded.rkv_score.argtypes = (
-        *(paged, c_void_p, c_void_p, c_int32, c_int64, c_int64, c_int64),
-        *(c_float, c_int64, c_float, c_void_p, c_int64),
+    keys = (paged, c_void_p, c_int32, c_int64, c_int64)
+    loaded.rkv_importance.restype = c_int64
+    loaded.rkv_importance.argtypes = (
+        *(*keys, c_void_p, c_void_p, c_void_p),
+        *(c_int64, c_int64, c_int64, c_void_p, c_int64),
     )
-    loaded.rkv_select.restype = None
+    loaded.rkv_redundancy.restype = c_int64
+    loaded.rkv_redundancy.argtypes = (*keys, c_int64, c_float, c_void_p, c_int64, c_void_p)
+    loaded.rkv_select.restype = c_int64
     loaded.rkv_select.argtypes = (
-        *(c_void_p, c_int64, c_int64, c_int64),
-        *(c_int64, c_int64, c_void_p, c_int64),
+        *(c_void_p, c_int64, c_int64, c_int64, c_int64),
+        *(c_int64, c_int64, c_void_p, c_int64, c_void_p),
     )
     loaded.rkv_compact.restype = None
     loaded.rkv_compact.argtypes = (
         *(paged, c_int64, c_void_p, c_void_p),
-        *(c_void_p, c_int64, c_int64, c_int64, c_int64),
+        *(c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64),
     )
     return loaded
+
+
+def check_memory(result: int, what: str) -> None:
+    """Raise MemoryError when a function of the library had no memory for its scratch."""
+    if result == _NO_MEMORY:
+        raise MemoryError(f"no memory to {what}")
 
 
 def paged(states: PagedStates) -> _Paged:

@@ -93,19 +93,23 @@ class PagedStates:
         """The same view over some of the layers."""
         return PagedStates(self.blocks[layers], self.packing, self.block_size)
 
-    def read(self, block_ids: Tensor, num_tokens: int) -> Tensor:
-        """Copy the first `num_tokens` tokens of a row of blocks.
+    def read(self, block_ids: Tensor, stop: int, start: int = 0) -> Tensor:
+        """Copy tokens [start, stop) of a row of blocks; reads no block before that of `start`.
 
         Args:
-            block_ids: int32 or int64 [n >= ceil(num_tokens / block_size)], the row in order.
-            num_tokens: physical tokens.
+            block_ids: int32 or int64 [n >= ceil(stop / block_size)], the row in order.
+            stop: physical tokens.
+            start: physical tokens to leave out at the front.
 
         Returns:
-            [num_layers, num_kv_heads, num_tokens, head_size] in the cache's dtype.
+            [num_layers, num_kv_heads, stop - start, head_size] in the cache's dtype.
         """
-        rows = self.cells[:, block_ids].transpose(1, 2)
+        first = start // self.block_size
+        last = -(-stop // self.block_size)
+        rows = self.cells[:, block_ids[first:last]].transpose(1, 2)
         dense = rows.reshape(self.num_layers, self.num_heads, -1, self.head_size)
-        return dense[:, :, :num_tokens]
+        left_out = first * self.block_size
+        return dense[:, :, start - left_out : stop - left_out]
 
     def write(self, block_ids: Tensor, states: Tensor) -> None:
         """Fill a row of blocks with tokens; what follows the last token becomes zero.

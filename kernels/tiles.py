@@ -1,6 +1,6 @@
 """What the Triton kernels share: tiles of a paged cache, and how to say to them where it lies.
 
-Imported only where Triton serves. Next: score/triton.py.
+Imported only where Triton serves. Next: rkv/triton.py.
 """
 
 from typing import NamedTuple

@@ -7,7 +7,9 @@ where it decides: `scheduling/`; where it moves the cache: `worker/`; what it ke
 
 from typing import TYPE_CHECKING, Any
 
-from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
+from rkv_vllm.option_field import options_of
+from rkv_vllm.options import CONFIG_KEY, METHOD_KEY, OPTIONS, ServerOptions, find_method
+from rkv_vllm.options import ServerOptions as KVCompressionConfig
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -24,13 +26,15 @@ COUNTERS = (
 )
 
 
-def engine_args(method: str = KVCompressionConfig.method, **options: int | float) -> dict[str, Any]:
+def engine_args(method: str = ServerOptions.method, **options: Any) -> dict[str, Any]:
     """Returns the keyword arguments that switch compression on: `LLM(model, **engine_args())`.
+
+    Also registers the plugin in this process, so that VLLM_PLUGINS cannot skip a check.
 
     Args:
         method: name of the method that chooses what to keep.
-        **options: the other fields of `KVCompressionConfig`, as `budget` and `buffer`; lengths in
-            tokens. What is left out has its default.
+        **options: fields of `KVCompressionConfig`, as `budget` and `buffer`, and options of the
+            method, as `lam`, or all of those in `options={...}`. What is left out has its default.
 
     Returns:
         `additional_config` (plain JSON), `scheduler_cls` and `worker_cls`. To set other keys of
@@ -39,9 +43,15 @@ def engine_args(method: str = KVCompressionConfig.method, **options: int | float
     Raises:
         ValueError: an unknown option, a bad value, or a platform that is not supported.
     """
-    from rkv_vllm.support import SCHEDULER_CLS, platform_worker_cls
+    from rkv_vllm.fit.versions import SCHEDULER_CLS, platform_worker_cls
+    from rkv_vllm.plugin import register
 
-    config = KVCompressionConfig.from_dict({"method": method, **options})
+    of_method = options_of(find_method(method).Options).keys() - OPTIONS.keys()
+    own = {name: options.pop(name) for name in list(options) if name in of_method}
+    if own:
+        options[METHOD_KEY] = {**options.get(METHOD_KEY, {}), **own}
+    config = ServerOptions.from_dict({"method": method, **options})
+    register()
     return {
         "additional_config": {CONFIG_KEY: config.to_dict()},
         "scheduler_cls": SCHEDULER_CLS,

@@ -8,11 +8,22 @@ engine config is made: read `patches/create_engine_config.py` next.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from rkv_vllm.config import CONFIG_KEY, OPTIONS, Option, check_options
+from rkv_vllm.option_field import OptionError
+from rkv_vllm.options import (
+    CONFIG_KEY,
+    FORMER_NAMES,
+    METHOD_KEY,
+    OPTIONS,
+    check_options,
+    flagged_method_options,
+)
 
+# What was given as flags, beside where it goes: `AdditionalConfigFlag` must not override it.
+FLAGS_KEY = "kv_compression_flags"
+OPTION_FLAG = "--kv-option"
 GROUP_TITLE = "KV cache compression (rkv-vllm)"
 # The first paragraph is also what `vllm serve --help` says of the group.
 GROUP_DESCRIPTION = """\
@@ -24,15 +35,15 @@ Where a flag and the JSON name the same option, the flag holds."""
 
 
 class CompressionFlag(argparse.Action):
-    """Checks one option and stores it under "kv_compression".
+    """Checks what one flag says and stores it under "kv_compression".
 
-    The value is also kept under the flag's own name, where `AdditionalConfigFlag` finds out which
-    options were given as flags.
+    Attributes:
+        read: makes options, as the JSON object has them, of the flag's value.
     """
 
-    def __init__(self, option_strings: Sequence[str], *, option: Option, **kwargs: Any) -> None:
-        super().__init__(option_strings, **kwargs)
-        self.option = option
+    def __init__(self, *args: Any, read: Callable[[Any], Mapping[str, Any]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.read = read
 
     def __call__(
         self,
@@ -43,13 +54,13 @@ class CompressionFlag(argparse.Action):
     ) -> None:
         """Stores the value; a bad one ends the program with exit code 2."""
         try:
-            value = self.option.check(_read(self.option, values))
+            given = check_options(self.read(values))
         except ValueError as error:
             parser.error(str(error))
-        setattr(namespace, self.dest, value)
-        # Copies: the parser hands out one and the same default dict every time.
+        setattr(namespace, FLAGS_KEY, merge(vars(namespace).get(FLAGS_KEY, {}), given))
+        # A copy: the parser hands out one and the same default dict every time.
         additional = dict(namespace.additional_config)
-        additional[CONFIG_KEY] = {**additional.get(CONFIG_KEY, {}), self.option.name: value}
+        additional[CONFIG_KEY] = merge(additional.get(CONFIG_KEY, {}), given)
         namespace.additional_config = additional
 
 
@@ -77,13 +88,21 @@ class AdditionalConfigFlag(argparse.Action):
             from_json = check_options(values.get(CONFIG_KEY, {}))
         except ValueError as error:
             parser.error(f"{option_string}: {error}")
-        given = vars(namespace)
-        from_flags = {o.name: given[o.dest] for o in OPTIONS if o.dest in given}
         earlier = namespace.additional_config.get(CONFIG_KEY, {})
-        options = {**earlier, **from_json, **from_flags}
+        options = merge(earlier, from_json, vars(namespace).get(FLAGS_KEY, {}))
         if options or CONFIG_KEY in values:
             values = {**values, CONFIG_KEY: options}
         setattr(namespace, self.dest, values)
+
+
+def merge(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns checked options with all of the method's own; of equal names the last one holds."""
+    merged: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    for part in parts:
+        merged.update(part)
+        own.update(part.get(METHOD_KEY, {}))
+    return {**merged, METHOD_KEY: own} if own else merged
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -93,25 +112,44 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         parser: the parser that `EngineArgs.add_cli_args` has filled.
     """
     group = parser.add_argument_group(GROUP_TITLE, GROUP_DESCRIPTION)
-    for option in OPTIONS:
-        default = "off" if option.name == "method" else option.default
+
+    def add(flag: str, read: Callable[[Any], Mapping[str, Any]], **settings: Any) -> None:
+        # Without a default in the namespace, a flag that is not given leaves no trace.
         group.add_argument(
+            flag, action=CompressionFlag, read=read, default=argparse.SUPPRESS, **settings
+        )
+
+    for name, option in {**OPTIONS, **flagged_method_options()}.items():
+        default = "off" if name == "method" else option.default
+        add(
             option.flag,
-            action=CompressionFlag,
-            option=option,
-            dest=option.dest,
+            lambda text, option=option: {option.name: option.parse(text)},
             metavar=option.metavar,
-            # Without a default in the namespace, a flag that is not given leaves no trace.
-            default=argparse.SUPPRESS,
-            help=f"{option.meaning} Takes {option.wanted}. (default: {default})",
+            help=f"{option.meaning} Takes {option.takes}. (default: {default})",
+        )
+    add(
+        OPTION_FLAG,
+        _read_pairs,
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="Options of the method by name, also of one that is not built in; may be repeated. An "
+        "unknown name ends the start with a list of what there is.",
+    )
+    for former, name in FORMER_NAMES.items():
+        add(
+            f"--kv-{former.replace('_', '-')}",
+            lambda text, name=name: {name: OPTIONS[name].parse(text)},
+            help=argparse.SUPPRESS,
         )
     # The stock action keeps its help, type and default; only what it does on a match changes.
     parser._option_string_actions["--additional-config"].__class__ = AdditionalConfigFlag
 
 
-def _read(option: Option, text: str) -> str | int | float:
-    """Returns the text as the option's type, or as it is for `Option.check` to refuse."""
-    try:
-        return option.type(text)
-    except ValueError:
-        return text
+def _read_pairs(texts: list[str]) -> dict[str, dict[str, str]]:
+    own = {}
+    for text in texts:
+        name, is_pair, value = text.partition("=")
+        if not is_pair or not name:
+            raise OptionError(OPTION_FLAG, text, "name=value", "write it without blanks")
+        own[name] = value
+    return {METHOD_KEY: own}

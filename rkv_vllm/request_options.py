@@ -1,52 +1,61 @@
-"""What one request may set for itself: its budget, its buffer, or no compression at all.
+"""What one request may set for itself: lengths, protection, its method's options, or nothing of it.
 
 Clients send these keys as `vllm_xargs` of an OpenAI request, offline callers as
 `SamplingParams(extra_args=...)`. The front end reads them to refuse bad values
-(`patches/process_inputs.py`, `patches/generate.py`), the scheduler to act on them
-(`scheduling/scheduler.py`). Knows neither vLLM nor HTTP.
+(`frontend/request_check.py`), the scheduler to act on them (`scheduling/scheduler.py`). Knows
+neither vLLM nor HTTP.
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
-from rkv_vllm.config import OPTIONS, KVCompressionConfig
+from rkv_vllm.option_field import (
+    Option,
+    OptionError,
+    change_method_options,
+    describe,
+    options_of,
+)
+from rkv_vllm.options import (
+    FORMER_NAMES,
+    OPTIONS,
+    ServerOptions,
+    flagged_method_options,
+    prefix_len,
+)
 
-METHOD_KEY = "kv_compression"
-BUDGET_KEY = "kv_budget"
-BUFFER_KEY = "kv_buffer"
+SWITCH_KEY = "kv_compression"
+OPTION_KEY = "kv_option"
 OFF = "off"
-# Lengths beyond it do not fit into the kernels' integers, and no context is that long.
-MOST_TOKENS = 2**31 - 1
 
-_REQUEST_KEYS = (METHOD_KEY, BUDGET_KEY, BUFFER_KEY)
-# Spelled like the flags. Silence would let a client believe that it had set them.
-_SERVER_KEYS = {option.dest: option.flag for option in OPTIONS if option.dest not in _REQUEST_KEYS}
+# Keys are spelled like the flags: "kv_budget" is the request's --kv-budget.
+_LENGTHS = {f"kv_{name}": each for name, each in OPTIONS.items() if each.per_request}
+_REQUEST_KEYS = (SWITCH_KEY, *_LENGTHS, OPTION_KEY)
 
 
-class RequestOptionError(ValueError):
-    """A request asks for something that it cannot have.
-
-    Attributes:
-        key: the key of `extra_args` at fault.
-        got: its value.
-    """
-
-    def __init__(self, key: str, got: object, wanted: str, cure: str) -> None:
-        super().__init__(f"{key}: got {got!r}, wanted {wanted}; {cure}")
-        self.key = key
-        self.got = got
+class RequestOptionError(OptionError):
+    """A request asks for something that it cannot have; `key` is that of `extra_args` at fault."""
 
 
 class RequestOptions(NamedTuple):
-    """Lengths that hold for one request, in tokens.
+    """What holds for one request; lengths in tokens.
 
     Attributes:
-        budget: tokens kept after a compaction, window included.
+        budget: tokens behind the protected ones that a compaction keeps, window included.
         buffer: decoded tokens between two compactions.
+        protect: "none", "prompt" or a number of first tokens.
+        method_options: of the method's options class; None for the server's.
     """
 
     budget: int
     buffer: int
+    protect: str | int = "none"
+    method_options: Any | None = None
+
+    def prefix_len(self, num_prompt_tokens: int) -> int:
+        """Returns the number of protected tokens at the front of the request's cache."""
+        return prefix_len(self.protect, num_prompt_tokens)
 
     def first_due_at(self, prefill_len: int) -> int:
         """Tokens at which a request is compacted first, if it decodes that far.
@@ -58,110 +67,153 @@ class RequestOptions(NamedTuple):
 
 
 def read_request_options(
-    extra_args: Mapping[str, Any] | None, config: KVCompressionConfig
+    extra_args: Mapping[str, Any] | None, server: ServerOptions, num_prompt_tokens: int = 0
 ) -> RequestOptions | None:
     """Combine what a request asks for with what the server was started with.
 
     Args:
         extra_args: of the request's sampling parameters; keys of other extensions are ignored.
-        config: the server's options.
+        server: the server's options.
+        num_prompt_tokens: of the request; 0 where they are not known yet, so that a protected
+            prompt is not held against the server's limit.
 
     Returns:
-        The request's lengths, None if its cache is to be kept whole.
+        What holds for the request, None if its cache is to be kept whole.
 
     Raises:
         RequestOptionError: a value of the wrong type, outside the server's limits, or a key that
             only the server can set.
     """
     if not extra_args:
-        return RequestOptions(config.budget, config.buffer)
-    for key, flag in _SERVER_KEYS.items():
-        if key in extra_args:
-            raise RequestOptionError(
-                key,
-                extra_args[key],
-                f"no value: {flag} holds for the whole server",
-                f"leave it out; a request can set {', '.join(_REQUEST_KEYS)}",
-            )
-    if METHOD_KEY in extra_args and _is_off(extra_args, config):
+        return RequestOptions(server.budget, server.buffer, server.protect)
+    _refuse_server_keys(extra_args)
+    if SWITCH_KEY in extra_args and _is_off(extra_args, server):
         return None
     options = RequestOptions(
-        _read_tokens(extra_args, BUDGET_KEY, config.budget),
-        _read_tokens(extra_args, BUFFER_KEY, config.buffer),
+        **{each.name: _read_length(key, extra_args, server) for key, each in _LENGTHS.items()},
+        method_options=_read_method_options(extra_args, server),
     )
-    _check_limits(options, extra_args, config)
+    _check_limits(options, extra_args, server, num_prompt_tokens)
     return options
 
 
-def _is_off(extra_args: Mapping[str, Any], config: KVCompressionConfig) -> bool:
-    method = extra_args[METHOD_KEY]
-    if method not in (OFF, config.method):
+@cache
+def _server_keys() -> dict[str, Option]:
+    """Keys spelled like flags that no request can set; silence would let it believe it had."""
+    former = {f"kv_{old}": OPTIONS[new] for old, new in FORMER_NAMES.items()}
+    flagged = {**OPTIONS, **flagged_method_options()}.values()
+    keys = {each.flag.removeprefix("--").replace("-", "_"): each for each in flagged}
+    return {key: each for key, each in (keys | former).items() if key not in _REQUEST_KEYS}
+
+
+def _refuse_server_keys(extra_args: Mapping[str, Any]) -> None:
+    for key, each in _server_keys().items():
+        if key in extra_args:
+            wanted = f"no value: {each.flag} holds for the whole server"
+            cure = f"leave it out; a request can set {', '.join(_REQUEST_KEYS)}"
+            if each.per_request:
+                wanted = "no value under this key"
+                cure = f'write "{OPTION_KEY}": "{each.name}=..."'
+            raise RequestOptionError(key, extra_args[key], wanted, cure)
+
+
+def _is_off(extra_args: Mapping[str, Any], server: ServerOptions) -> bool:
+    method = extra_args[SWITCH_KEY]
+    if method not in (OFF, server.method):
         raise RequestOptionError(
-            METHOD_KEY,
+            SWITCH_KEY,
             method,
-            f"{OFF!r} or this server's method {config.method!r}",
+            f"{OFF!r} or this server's method {server.method!r}",
             "change it or leave it out for the server's method",
         )
     if method != OFF:
         return False
-    if config.max_request_tokens:
+    if server.max_request_tokens:
         raise RequestOptionError(
-            METHOD_KEY,
+            SWITCH_KEY,
             method,
             f"compression, because this server lets no request keep more than "
-            f"--kv-max-request-tokens {config.max_request_tokens}",
-            f"leave it out or set {BUDGET_KEY} and {BUFFER_KEY} within the limit",
+            f"--kv-max-request-tokens {server.max_request_tokens}",
+            "leave it out or set kv_budget and kv_buffer within the limit",
         )
-    for key in (BUDGET_KEY, BUFFER_KEY):
+    for key in (*_LENGTHS, OPTION_KEY):
         if key in extra_args:
             raise RequestOptionError(
                 key,
                 extra_args[key],
-                f"no value, because {METHOD_KEY} is {OFF!r}",
+                f"no value, because {SWITCH_KEY} is {OFF!r}",
                 "leave out one of the two",
             )
     return True
 
 
-def _read_tokens(extra_args: Mapping[str, Any], key: str, default: int) -> int:
-    tokens = extra_args.get(key, default)
-    # Not isinstance: True is no number of tokens.
-    if type(tokens) is not int or tokens > MOST_TOKENS:
-        raise RequestOptionError(
-            key,
-            tokens,
-            f"a whole number of tokens, at most {MOST_TOKENS}",
-            f"change it or leave it out for the server's {default}",
-        )
-    return tokens
+def _read_length(key: str, extra_args: Mapping[str, Any], server: ServerOptions) -> str | int:
+    default = getattr(server, _LENGTHS[key].name)
+    try:
+        return _LENGTHS[key].check(extra_args.get(key, default))
+    except OptionError as error:
+        cure = f"change it or leave it out for the server's {default}"
+        raise RequestOptionError(key, error.got, error.wanted, cure) from error
+
+
+def _read_method_options(extra_args: Mapping[str, Any], server: ServerOptions) -> Any | None:
+    """The method's options of the request; None if it sets none."""
+    if OPTION_KEY not in extra_args:
+        return None
+    got = extra_args[OPTION_KEY]
+    cls = type(server.method_options)
+    listing = describe(server.method, cls)
+    allowed = [name for name, each in options_of(cls).items() if each.per_request]
+    changes = {}
+    for item in got if isinstance(got, list) else [got]:
+        name, is_pair, value = item.partition("=") if isinstance(item, str) else ("", "", "")
+        if not is_pair:
+            wanted = 'a text such as "name=value", or a list of them'
+            raise RequestOptionError(OPTION_KEY, got, wanted, "change it", listing)
+        if name not in allowed:
+            wanted = f"options that a request can set: {', '.join(allowed) or 'none'}"
+            cure = f"leave {name!r} out or ask for another server"
+            raise RequestOptionError(OPTION_KEY, got, wanted, cure, listing)
+        changes[name] = value
+    try:
+        return change_method_options(server.method, server.method_options, changes)
+    except OptionError as error:
+        wanted = f"{error.wanted} for {error.key.removeprefix('--kv-option ')}"
+        cure = "change it or leave it out for the server's"
+        raise RequestOptionError(OPTION_KEY, got, wanted, cure, listing) from error
 
 
 def _check_limits(
-    options: RequestOptions, extra_args: Mapping[str, Any], config: KVCompressionConfig
+    options: RequestOptions,
+    extra_args: Mapping[str, Any],
+    server: ServerOptions,
+    num_prompt_tokens: int,
 ) -> None:
     """Raise unless the lengths are possible and within the limits; the server's own always are."""
-    least_buffer = max(config.window, config.min_request_buffer)
-    if options.budget <= config.window:
+    least_buffer = max(server.window, server.min_request_buffer)
+    if options.budget <= server.window:
         raise RequestOptionError(
-            BUDGET_KEY,
+            "kv_budget",
             options.budget,
-            f"more tokens than this server's --kv-window {config.window}",
-            f"raise it or leave it out for the server's {config.budget}",
+            f"more tokens than this server's --kv-window {server.window}",
+            f"raise it or leave it out for the server's {server.budget}",
         )
     if options.buffer < least_buffer:
         raise RequestOptionError(
-            BUFFER_KEY,
+            "kv_buffer",
             options.buffer,
             f"at least {least_buffer} tokens on this server",
-            f"raise it or leave it out for the server's {config.buffer}",
+            f"raise it or leave it out for the server's {server.buffer}",
         )
-    limit = config.max_request_tokens
-    if limit and sum(options) > limit:
-        key = BUDGET_KEY if BUDGET_KEY in extra_args else BUFFER_KEY
+    limit = server.max_request_tokens
+    prefix = options.prefix_len(num_prompt_tokens)
+    given = [key for key in _LENGTHS if key in extra_args]
+    if limit and given and prefix + options.budget + options.buffer > limit:
+        protected = f"{prefix} protected + " if prefix else ""
         raise RequestOptionError(
-            key,
-            extra_args[key],
+            given[0],
+            extra_args[given[0]],
             f"a budget plus buffer of at most {limit} tokens (--kv-max-request-tokens), "
-            f"not {options.budget} + {options.buffer}",
+            f"not {protected}{options.budget} + {options.buffer}",
             "lower it",
         )

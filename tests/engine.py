@@ -12,6 +12,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 import rkv_vllm
 from tests.models import kv_cache_bytes
+from tests.worker.rows import assert_rows_agree
 
 BLOCK_SIZE = 32
 
@@ -35,6 +36,7 @@ class Engine:
         self.running_per_step: list[int] = []
         self.cached_tokens: dict[str, int] = {}
         self.preempted_at: dict[str, list[int]] = {}
+        self.compacted_rows_checked = 0
         self._count_preemptions()
 
     @property
@@ -45,6 +47,10 @@ class Engine:
     def model_runner(self):
         executor = self.llm.llm_engine.engine_core.engine_core.model_executor
         return executor.driver_worker.worker.model_runner
+
+    @property
+    def _is_one_process(self) -> bool:
+        return self.llm.llm_engine.vllm_config.parallel_config.world_size == 1
 
     @property
     def pool(self):
@@ -60,6 +66,11 @@ class Engine:
         )
 
     def step(self) -> None:
+        self._step()
+        if hasattr(self.scheduler, "_tracks") and self._is_one_process:
+            self.compacted_rows_checked += assert_rows_agree(self)
+
+    def _step(self) -> None:
         for item in self.llm.llm_engine.step():
             completion = item.outputs[0]
             output = self.outputs[item.request_id]
@@ -99,23 +110,26 @@ class Engine:
 
 
 @contextmanager
-def running_engine(model: Path, num_blocks: int = 1024, **options: Any) -> Iterator[Engine]:
+def running_engine(
+    model: Path, num_blocks: int = 1024, num_groups: int = 1, **options: Any
+) -> Iterator[Engine]:
     """Starts an engine and takes all of it down again.
 
     Args:
         model: folder of a random model (tests/models.py).
         num_blocks: blocks of the pool, the null block included.
+        num_groups: KV-cache groups that vLLM makes of the layers, all of as many.
         options: further arguments of `LLM`; `rkv_vllm.engine_args()` switches compression on.
     """
     bytes_per_element = 2 if options.get("dtype") == "bfloat16" else 4
-    pool_tokens = num_blocks * BLOCK_SIZE
+    pool_bytes = kv_cache_bytes(model, num_blocks * BLOCK_SIZE, bytes_per_element)
     defaults = {
         "dtype": "float32",
         "enforce_eager": True,
         "max_model_len": 1024,
         "max_num_seqs": 16,
         "block_size": BLOCK_SIZE,
-        "kv_cache_memory_bytes": kv_cache_bytes(model, pool_tokens, bytes_per_element),
+        "kv_cache_memory_bytes": pool_bytes // num_groups,
         "seed": 0,
     }
     llm = LLM(str(model), **{**defaults, **options})

@@ -61,6 +61,8 @@ def random_model(
     vocab: int = 1024,
     seed: int = 0,
     max_position_embeddings: int = 4096,
+    layer_types: Sequence[str] | None = None,
+    sliding_window: int | None = None,
 ) -> Path:
     """Writes a random float32 model with its tokenizer and returns its folder.
 
@@ -75,6 +77,9 @@ def random_model(
         vocab: tokens of the model and of its tokenizer alike.
         seed: seed of the weights; the same arguments give the same bytes.
         max_position_embeddings: longest text in tokens.
+        layer_types: of a Llama, "sliding_attention" or "full_attention" for each layer; vLLM obeys,
+            of transformers only `reference.py`.
+        sliding_window: tokens that a sliding layer sees, its own included.
 
     Returns:
         The folder, as a `Path`.
@@ -100,6 +105,8 @@ def random_model(
         eos_token_id=EOS_TOKEN_ID,
         pad_token_id=SPECIAL_TOKENS.index("<pad>"),
         dtype=torch.float32,
+        **({} if layer_types is None else {"layer_types": [*layer_types]}),
+        **({} if sliding_window is None else {"sliding_window": sliding_window}),
     )
     model = model_class(config).to(torch.float32)
     _draw_weights(model, torch.Generator().manual_seed(seed))

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rkv_vllm.config import KVCompressionConfig
-from rkv_vllm.methods.rkv import keep_indices
+from tests.methods.dense import keep_indices
 
 ATTENTION_NAME = "explicit_eviction"
 TOP = 5
@@ -127,6 +127,10 @@ def _explicit_attention(
     grouped = query[0].reshape(num_kv_heads, num_heads // num_kv_heads, num_new, head_dim)
     logits = grouped @ cache.keys.unsqueeze(1).transpose(-1, -2) * scaling
     visible = torch.ones(num_new, num_cached, dtype=torch.bool).tril(num_cached - num_new)
+    layer_types = getattr(module.config, "layer_types", None)
+    if layer_types is not None and layer_types[module.layer_idx] == "sliding_attention":
+        # Such a layer's cache is never trimmed here, only not seen.
+        visible &= visible.triu(num_cached - num_new - module.config.sliding_window + 1)
     weights = logits.float().masked_fill(~visible, float("-inf")).softmax(-1)
     output = weights.to(query.dtype) @ cache.values.unsqueeze(1)
     return output.reshape(1, num_heads, num_new, head_dim).transpose(1, 2), None

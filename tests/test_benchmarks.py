@@ -16,7 +16,7 @@ from benchmarks.gpu.children import Launcher
 from benchmarks.gpu.comparisons import compare_outputs
 from benchmarks.pairs_visited import share_visited, similar_and_newest
 from benchmarks.released_formulation import released_scores
-from rkv_vllm.methods.rkv import scores
+from tests.methods.dense import scores
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -26,12 +26,15 @@ WRONG_SELECT = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
 import bench_kernels, kernel_versions
-right = kernel_versions.select
-def wrong(scores, batch):
-    keep = right(scores, batch)
-    keep[:, :, 1] = keep[:, :, 0]
-    return keep
-kernel_versions.select = wrong
+right = kernel_versions.ops_for
+def ops_for(states, window=8):
+    ops = right(states, window)
+    def select(scores, batch):
+        keep = ops.select(scores, batch)
+        keep[:, :, 1] = keep[:, :, 0]
+        return keep
+    return ops._replace(select=select)
+kernel_versions.ops_for = ops_for
 bench_kernels.main(sys.argv[1:])
 """
 
@@ -93,9 +96,8 @@ IDLE_SCHEDULER = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
 import bench_scheduler
-from rkv_vllm.scheduling.planner import CompressionPlanner
-from rkv_vllm.scheduling.directive import StepPlan
-CompressionPlanner.plan_step = lambda *_: StepPlan()
+from rkv_vllm.scheduling.planner import GroupPlanner
+GroupPlanner.plan_step = lambda *_: None
 bench_scheduler.main()
 """
 

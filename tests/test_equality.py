@@ -8,8 +8,7 @@ from vllm.exceptions import VLLMValidationError
 
 import rkv_vllm
 from rkv_vllm.config import KVCompressionConfig
-from rkv_vllm.kernels.observe.triton import observe_triton
-from rkv_vllm.kernels.select.triton import select_triton
+from rkv_vllm.kernels.ops import triton_ops
 from tests.engine import Engine, running_engine
 from tests.models import assert_varied, random_prompt
 from tests.reference import ReferenceResult, generate_reference
@@ -184,11 +183,11 @@ def test_a_dummy_run_between_steps_touches_no_window_and_no_count(random_model_d
         dummies = 0
         while engine.llm.llm_engine.has_unfinished_requests():
             engine.step()
-            if engine.scheduler._planner.num_seats_in_use:
-                before = model_runner.query_ring.queries.clone()
+            if engine.scheduler._tracks[0].planner.num_seats_in_use:
+                before = model_runner._ring_memory.elements.clone()
                 evicted = [r["evicted_tokens"] for r in model_runner.request_reports()]
                 model_runner._dummy_run(4)
-                assert model_runner.query_ring.queries.equal(before)
+                assert model_runner._ring_memory.elements.equal(before)
                 assert [r["evicted_tokens"] for r in model_runner.request_reports()] == evicted
                 dummies += 1
         stats = engine.stats()
@@ -203,7 +202,7 @@ def test_a_head_size_of_80_is_packed_otherwise_and_compacted_as_well(random_mode
     model = random_model_dir("qwen3", 3, head_dim=80)
     prompt = random_prompt(90, seed=6)
     with running_engine(model, **OPTIONS) as engine:
-        isa = {layer.isa for layer in engine.model_runner._attention_layers().values()}
+        isa = {layer.isa for layer in engine.model_runner._compressed_layers().values()}
         engine.add("a", prompt, 120)
         engine.run()
         stats = engine.stats()
@@ -218,10 +217,7 @@ def test_with_every_kernel_in_triton_output_equals_explicit_eviction(
     random_model_dir, runner, monkeypatch
 ):
     """All that a GPU would launch, interpreted: slots, observe, score, select, compact."""
-    for module in ("kernels.score", "kernels.compact", "worker.flush"):
-        monkeypatch.setattr(f"rkv_vllm.{module}.backend", lambda states: "triton")
-    monkeypatch.setattr("rkv_vllm.kernels.select.select_cpu", select_triton)
-    monkeypatch.setattr("rkv_vllm.worker.query_ring.observe", observe_triton)
+    monkeypatch.setattr("rkv_vllm.worker.layer_set.ops_for", triton_ops)
     model = random_model_dir("qwen3", 3)
     prompts = {f"r{i}": random_prompt(60 + i, seed=i) for i in range(2)}
     with running_engine(model, **OPTIONS) as engine:

@@ -23,8 +23,9 @@ import vllm
 from transformers import AutoTokenizer
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.kernels.select.naive import largest
 from rkv_vllm.methods import get_method
+from rkv_vllm.options import ServerOptions
 from tests import reference
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
@@ -91,7 +92,7 @@ def keep_first_and_newest(
 def test_method_of_ones_own_says_what_explicit_eviction_says(model, run_here, monkeypatch):
     printed = run_here("keep_most_recent.py")
     tokenizer = AutoTokenizer.from_pretrained(model)
-    config = KVCompressionConfig(budget=128, buffer=64)
+    config = ServerOptions(budget=128, buffer=64)
     prompt = tokenizer("Once upon a time").input_ids
     monkeypatch.setattr(reference, "keep_indices", keep_first_and_newest)
     expected = reference.generate_reference(model, prompt, 300, config)
@@ -103,10 +104,11 @@ def test_method_of_ones_own_says_what_explicit_eviction_says(model, run_here, mo
 
 def test_method_of_ones_own_keeps_the_window_whatever_the_budget(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
-    method = get_method("keep_most_recent.KeepMostRecent").from_config(None)
-    keys, queries = torch.zeros(2, 20, 8), torch.zeros(6, 8, 8)
-    for budget, kept in ((9, [0, *range(12, 20)]), (20, [*range(20)])):
-        assert method.keep_indices(keys, keys, queries, budget).tolist() == [kept] * 2
+    cls = get_method("keep_most_recent.KeepMostRecent")
+    method = cls(cls.Options(), None, None)
+    scores = method.score_dense(torch.zeros(2, 20, 8), torch.zeros(2, 20, 8), None, 0)
+    for budget, kept in ((9, [3]), (20, [*range(12)]), (13, [*range(4), 11])):
+        assert largest(scores[:, :12], budget - 8).tolist() == [kept] * 2
 
 
 @pytest.mark.parametrize("name", [path.name for path in EXAMPLES.glob("*.py")])

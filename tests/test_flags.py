@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,8 +15,8 @@ from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import rkv_vllm
-from rkv_vllm.config import OPTIONS, KVCompressionConfig
 from rkv_vllm.flags import GROUP_DESCRIPTION, GROUP_TITLE
+from rkv_vllm.options import OPTIONS, ServerOptions, flagged_method_options
 from rkv_vllm.plugin import register
 from tests.checkpoint_configs import LLAMA, write_config
 
@@ -26,8 +27,9 @@ FLAGS = [
     "--kv-window=4",
     "--kv-lambda=0.25",
     "--kv-pool=5",
-    "--kv-threshold=0.75",
-    "--kv-observation-slots=3",
+    "--kv-option=threshold=0.75",
+    "--kv-protect=16",
+    "--kv-seats=3",
     "--kv-max-request-tokens=200",
     "--kv-min-request-buffer=16",
 ]
@@ -36,12 +38,11 @@ OPTIONS_OF_FLAGS = {
     "budget": 96,
     "buffer": 32,
     "window": 4,
-    "lam": 0.25,
-    "pool": 5,
-    "threshold": 0.75,
-    "observation_slots": 3,
+    "protect": 16,
+    "seats": 3,
     "max_request_tokens": 200,
     "min_request_buffer": 16,
+    "options": {"lam": 0.25, "pool": 5, "threshold": 0.75},
 }
 
 
@@ -90,7 +91,24 @@ def from_command_line(cli, model, *arguments):
 
 
 def test_every_flag_lands_in_additional_config(cli):
-    assert options(cli, *FLAGS) == OPTIONS_OF_FLAGS
+    own = {**OPTIONS_OF_FLAGS["options"], "threshold": "0.75"}
+    assert options(cli, *FLAGS) == {**OPTIONS_OF_FLAGS, "options": own}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--kv-option", "a_b=x=1.5", "c=2", "--kv-option=d="],
+        ["--kv_option", "a_b=x=1.5", "--kv_option=c=2", "--kv-option", "c=1", "d=", "c=2"],
+    ],
+)
+def test_options_of_a_method_are_kept_as_texts_until_it_is_known(cli, arguments):
+    assert options(cli, *arguments) == {"options": {"a_b": "x=1.5", "c": "2", "d": ""}}
+
+
+def test_the_former_flag_works_and_is_hidden(cli):
+    assert options(cli, "--kv-observation-slots=3") == {"seats": 3}
+    assert "observation" not in cli._subparsers._group_actions[0].choices["serve"].format_help()
 
 
 def test_without_flags_nothing_is_left_in_the_namespace(cli):
@@ -136,13 +154,21 @@ def test_dotted_options_join_flags_and_json(cli):
     assert options(cli, dotted, "--kv-compression=rkv", *JSON_BUDGET) == {
         "method": "rkv",
         "budget": 64,
-        "pool": 5,
+        "options": {"pool": 5},
         "buffer": 32,
     }
 
 
+@pytest.mark.parametrize("json_first", [True, False])
+def test_options_of_a_method_join_and_flags_hold(cli, json_first):
+    json_options = '{"kv_compression": {"options": {"lam": 0.5, "x": 1}, "pool": 5}}'
+    json_flag, flags = ["--additional-config", json_options], ["--kv-lambda=1", "--kv-option=y=2"]
+    arguments = [*json_flag, *flags] if json_first else [*flags, *json_flag]
+    assert options(cli, *arguments) == {"options": {"lam": 1.0, "x": 1, "pool": 5, "y": "2"}}
+
+
 def test_negative_threshold_is_read(cli):
-    assert options(cli, "--kv-threshold=-0.5") == {"threshold": -0.5}
+    assert options(cli, "--kv-threshold=-0.5") == {"options": {"threshold": -0.5}}
 
 
 def test_later_flag_replaces_an_earlier_one(cli):
@@ -169,7 +195,18 @@ def test_other_keys_of_additional_config_behave_as_in_vllm(cli):
         (["--kv-lambda", "nan"], "--kv-lambda (lam): got nan"),
         (["--kv-pool", "4"], "--kv-pool (pool): got 4, wanted an odd number"),
         (["--kv-threshold", "2"], "--kv-threshold (threshold): got 2.0"),
-        (["--kv-observation-slots", "0"], "--kv-observation-slots (observation_slots): got 0"),
+        (["--kv-seats", "0"], "--kv-seats (seats): got 0"),
+        (["--kv-observation-slots", "0"], "--kv-seats (seats): got 0"),
+        (
+            ["--kv-protect", "all"],
+            "--kv-protect (protect): got 'all', wanted 'none', 'prompt' or a",
+        ),
+        (["--kv-option", "lam"], "--kv-option: got 'lam', wanted name=value; write it"),
+        (["--kv-option", "=1"], "--kv-option: got '=1', wanted name=value; write it"),
+        (
+            ["--additional-config.kv_compression.options", "9"],
+            "kv_compression.options: got 9, wanted an object of options such as",
+        ),
         (["--additional-config", "{oops}"], "argument --additional-config: Value {oops} cannot"),
         (["--additional-config", "{oops"], "--additional-config: got '{oops', wanted a JSON obj"),
         (["--additional-config", "[1]"], "--additional-config: got '[1]', wanted a JSON object"),
@@ -191,16 +228,24 @@ def test_yaml_file_and_command_line_combine(cli, tmp_path):
     assert options(cli, "--config", str(file), "--kv-budget", "96") == {
         "method": "rkv",
         "budget": 96,
-        "threshold": 0.0,
+        "options": {"threshold": 0.0},
+    }
+    file.write_text(yaml.safe_dump({"kv-option": ["a=1", "b=2"], "kv-protect": "prompt"}))
+    assert options(cli, "--config", str(file)) == {
+        "protect": "prompt",
+        "options": {"a": "1", "b": "2"},
     }
 
 
 def test_all_routes_make_the_same_engine(cli, model, tmp_path):
     flat, nested = tmp_path / "flat.yaml", tmp_path / "nested.yaml"
-    flat.write_text(yaml.safe_dump(dict(flag.removeprefix("--").split("=") for flag in FLAGS)))
+    flat.write_text(yaml.safe_dump(dict(flag.removeprefix("--").split("=", 1) for flag in FLAGS)))
     nested.write_text(yaml.safe_dump({"additional-config": {"kv_compression": OPTIONS_OF_FLAGS}}))
     as_json = json.dumps({"kv_compression": dict(reversed(OPTIONS_OF_FLAGS.items()))})
-    dotted = [f"--additional-config.kv_compression.{k}={v}" for k, v in OPTIONS_OF_FLAGS.items()]
+    dotted = [
+        f"--additional-config.kv_compression.{k}={json.dumps(v) if k == 'options' else v}"
+        for k, v in OPTIONS_OF_FLAGS.items()
+    ]
     offline = {"model": model, "skip_tokenizer_init": True}
     routes = {
         "flags": from_command_line(cli, model, *FLAGS),
@@ -222,7 +267,7 @@ def test_all_routes_make_the_same_engine(cli, model, tmp_path):
 
 def test_defaults_are_spelled_out_in_the_engine_config(cli, model):
     made = engine_config(from_command_line(cli, model, "--kv-compression", "rkv"))
-    assert json.loads(made[0]) == {"kv_compression": KVCompressionConfig().to_dict()}
+    assert json.loads(made[0]) == {"kv_compression": ServerOptions().to_dict()}
 
 
 def test_a_namespace_parsed_in_another_process_keeps_the_options(cli, model):
@@ -260,12 +305,21 @@ def test_json_example_of_the_help_is_accepted(cli):
     assert options(cli, "--additional-config", example) == {"method": "rkv", "budget": 1024}
 
 
+def test_the_readme_says_what_the_fields_say():
+    rows = (Path(rkv_vllm.__file__).parents[1] / "README.md").read_text().splitlines()
+    for option in {**OPTIONS, **flagged_method_options()}.values():
+        default = "off" if option.name == "method" else option.default
+        assert f"| `{option.flag}` | {default} | {option.meaning} |" in rows
+
+
 def test_flag_group_names_meaning_unit_and_default_of_every_option(cli):
     serve = cli._subparsers._group_actions[0].choices["serve"]
     group = next(g for g in serve._action_groups if g.title == GROUP_TITLE)
     actions = {action.option_strings[0]: action for action in group._group_actions}
-    assert list(actions) == [option.flag for option in OPTIONS]
-    for option in OPTIONS:
+    flagged = {**OPTIONS, **flagged_method_options()}.values()
+    flags = [option.flag for option in flagged]
+    assert list(actions) == [*flags, "--kv-option", "--kv-observation-slots"]
+    for option in flagged:
         text = actions[option.flag].help
         assert option.meaning in text
         assert option.wanted in text
@@ -278,6 +332,11 @@ def test_flag_group_names_meaning_unit_and_default_of_every_option(cli):
     [
         (["--kv-compression", "rkv", "--kv-budget", "6"], 1, "wanted more tokens than --kv-window"),
         (["--kv-budget", "512"], 1, "add --kv-compression rkv"),
+        (
+            ["--kv-compression", "rkv", "--kv-option", "strength=3"],
+            1,
+            "--kv-option: got 'strength', wanted an option of the method 'rkv'",
+        ),
     ],
     ids=str,
 )

@@ -109,7 +109,7 @@ def counted_on_page(samples: dict[str, float]) -> dict[str, float]:
         "compactions": samples["compactions_total"],
         "evicted_tokens": samples["evicted_tokens_total"],
         "freed_blocks": samples["freed_blocks_total"],
-        "deferred": samples["deferred_total:slot"] + samples["deferred_total:blocks"],
+        "deferred": samples["deferred_total:seat"] + samples["deferred_total:blocks"],
     }
 
 
@@ -158,7 +158,7 @@ def test_two_api_servers_show_what_the_workers_did(model, tmp_path):
     assert max(scrape["seats_in_use"] for scrape in scrapes) == SLOTS
     assert [last[name] for name in GAUGES] == [0, 0, 0]
     # The pool has room for all, the slots have not.
-    assert last["deferred_total:slot"] > 0
+    assert last["deferred_total:seat"] > 0
     assert last["deferred_total:blocks"] == 0
     assert last["evicted_tokens_per_compaction_count"] == last["compactions_total"]
     assert last["evicted_tokens_per_compaction_sum"] == last["evicted_tokens_total"]

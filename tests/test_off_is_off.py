@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from rkv_vllm import patches
-from rkv_vllm.config import OPTIONS
 from rkv_vllm.flags import GROUP_TITLE
+from rkv_vllm.options import OPTIONS, flagged_method_options
 from tests.checkpoint_configs import LLAMA, write_config
 
 # Every module whose behaviour compression changes when it is on, or might be tempted to change.
@@ -169,7 +169,7 @@ def test_help_differs_by_our_group_only():
     added = [line[2:] for line in changes]
     assert added[0] == f"{GROUP_TITLE}:"
     text = " ".join(" ".join(added).split())
-    for option in OPTIONS:
+    for option in {**OPTIONS, **flagged_method_options()}.values():
         assert f"{option.flag} {option.metavar} {option.meaning}" in text
     # One block: the group and nothing between the other groups.
     start = ours.index(added[0])

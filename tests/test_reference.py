@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rkv_vllm.config import KVCompressionConfig
-from rkv_vllm.methods.rkv import keep_indices
+from tests.methods.dense import keep_indices
 from tests.models import EOS_TOKEN_ID, assert_varied, random_model, random_prompt
 from tests.reference import ReferenceRequest, generate_reference, load_model, single_thread
 

@@ -12,14 +12,14 @@ import openai
 import pytest
 import requests
 
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.options import ServerOptions
 from tests.models import assert_varied, random_prompt
 from tests.reference import ReferenceResult, generate_reference
 from tests.server import BLOCK_SIZE, Server, serving
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-CONFIG = KVCompressionConfig(budget=64, buffer=32)
+CONFIG = ServerOptions(budget=64, buffer=32)
 FLAGS = ("--kv-compression=rkv", "--kv-budget=64", "--kv-buffer=32")
 OFF = {"kv_compression": "off"}
 MAX_MODEL_LEN = 512
@@ -247,6 +247,9 @@ def test_prompt_beyond_max_model_len_gets_400_and_the_server_lives_on(server):
         ("kv_buffer", 1),
         ("kv_compression", "on"),
         ("kv_window", 4),
+        ("kv_protect", "all"),
+        ("kv_option", "lam=2"),
+        ("kv_option", ["threshold=0", "strength=3"]),
     ],
 )
 def test_a_bad_request_option_gets_400_with_its_name_and_is_not_run(
@@ -345,9 +348,35 @@ def test_json_schema_holds_across_compactions(server):
     assert compactions == num_compactions(used.prompt_tokens, used.completion_tokens) >= 1
 
 
-def test_compiled_and_behind_two_api_servers_it_says_the_same(model, reference, tmp_path):
-    flags = ("--no-enforce-eager", "--api-server-count=2")
+@pytest.fixture(scope="module")
+def other_server(model, tmp_path_factory):
+    flags = ("--no-enforce-eager", "--api-server-count=2", "--kv-max-request-tokens=400")
     # An own cache: what an earlier version of this package compiled must not answer.
-    with serving(model, *FLAGS, *flags, env={"VLLM_CACHE_ROOT": str(tmp_path)}) as server:
-        assert_says_what_the_reference_says(server, reference)
-        assert "Started 2 API server processes" in server.log
+    env = {"VLLM_CACHE_ROOT": str(tmp_path_factory.mktemp("cache"))}
+    with serving(model, *FLAGS, *flags, env=env) as server:
+        yield server
+
+
+def test_compiled_and_behind_two_api_servers_it_says_the_same(other_server, reference):
+    assert_says_what_the_reference_says(other_server, reference)
+    assert "Started 2 API server processes" in other_server.log
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("num_tokens", [304, 305])
+def test_a_protected_prompt_counts_against_the_servers_limit(other_server, num_tokens, stream):
+    answer = requests.post(
+        f"{other_server.base_url}/v1/completions",
+        json={
+            "model": other_server.model,
+            "prompt": random_prompt(num_tokens, seed=1),
+            "max_tokens": 1,
+            "stream": stream,
+            "vllm_xargs": {"kv_protect": "prompt"},
+        },
+        timeout=60,
+    )
+    assert answer.status_code == (200 if num_tokens + 64 + 32 <= 400 else 400)
+    if answer.status_code == 400:
+        assert answer.json()["error"]["param"] == "kv_protect"
+        assert "not 305 protected + 64 + 32; lower it" in answer.json()["error"]["message"]

@@ -9,19 +9,19 @@ import itertools
 import json
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import rkv_vllm
+from rkv_vllm.kernels.batch import Eviction, EvictionBatch
 from rkv_vllm.kernels.compact.triton import compact_triton
-from rkv_vllm.kernels.eviction import Eviction, EvictionBatch
 from rkv_vllm.kernels.observe.naive import observe_naive
 from rkv_vllm.kernels.observe.triton import observe_triton
+from rkv_vllm.kernels.ops import triton_ops
 from rkv_vllm.kernels.paged import PagedStates
-from rkv_vllm.kernels.score.naive import score_naive
-from rkv_vllm.kernels.score.triton import score_triton
 from rkv_vllm.kernels.select.naive import select_naive
 from rkv_vllm.kernels.select.triton import select_triton
 from rkv_vllm.kernels.slots import StepRows, StepSlots
@@ -30,6 +30,7 @@ from rkv_vllm.kernels.slots.triton import slots_triton
 from tests.kernels.cases import (
     ADVERSARIAL,
     DTYPES,
+    NAIVE,
     PLAIN,
     SCORE_TOLERANCE,
     Case,
@@ -38,6 +39,7 @@ from tests.kernels.cases import (
     assert_same_scores,
     new_case,
     random_keep,
+    rkv_scores,
 )
 
 Run = tuple[str, Callable[[], None]]
@@ -81,10 +83,10 @@ def all_cases(device: torch.device, small: bool) -> Iterator[Run]:
 
 def _ragged(device: torch.device, small: bool) -> Iterator[Run]:
     """All dtypes, groups, head sizes and layouts, in ragged batches of odd sizes."""
-    lengths = [(385, 388, 256), (63, 63, 40), (1152, 1153, 1024), (100, 107, 9)]
+    lengths = [(385, 388, 256), (63, 63, 40), (1152, 1153, 1024), (300, 307, 9, 150)]
     groups, head_sizes = (1, 3, 4, 8), (32, 64, 80, 96, 128)
     if small:
-        lengths, groups, head_sizes = [(70, 73, 30), (33, 33, 9)], (3,), (80,)
+        lengths, groups, head_sizes = [(70, 73, 30), (73, 73, 9, 40)], (3,), (80,)
     options = list(itertools.product(groups, head_sizes))
     for number, (dtype, layout, (group, head_size)) in enumerate(
         itertools.product(DTYPES, PLAIN, options)
@@ -121,9 +123,9 @@ def _adversarial(device: torch.device, small: bool) -> Iterator[Run]:
             case = new_case([(96, 96, 30)], head_size=128, **heads)
             keys = adversarial_keys(kind, 96, 128).expand(1, 2, -1, -1)
             case.states.write(case.batch.old_block_table[0], keys)
-            expected = score_naive(case.states, case.batch, case.queries)
-            states, batch = _moved(case, device)
-            got = score_triton(states, batch, case.queries.to(device)).cpu()
+            expected = rkv_scores(case, NAIVE)
+            moved = _moved(case, device)
+            got = rkv_scores(moved, triton_ops(moved.states)).cpu()
             torch.testing.assert_close(got, expected, **SCORE_TOLERANCE)
 
         yield f"score {kind} keys", run
@@ -134,7 +136,7 @@ def _selections(device: torch.device, small: bool) -> Iterator[Run]:
 
         def run(m=m) -> None:
             counts = sorted({1, (m + 1) // 2, m})
-            evictions = [Eviction([], [], m + 2, m + 2, count + 2, 0, m + 2) for count in counts]
+            evictions = [Eviction([], [], m + 2, m + 2, count + 2) for count in counts]
             shape = (len(counts), 6, m)
             ties = torch.randint(-1, 2, shape) * 0.5
             for scores in (ties, torch.randn(shape) * 1e-3):
@@ -146,7 +148,7 @@ def _selections(device: torch.device, small: bool) -> Iterator[Run]:
 
 
 def _compactions(device: torch.device, small: bool) -> Iterator[Run]:
-    lengths = [(150, 153, 70), (70, 70, 70), (40, 45, 9)]
+    lengths = [(150, 153, 70), (70, 70, 70), (90, 95, 9, 50)]
     if not small:
         lengths.append((2000, 2001, 1024))
     for layout, dtype, fresh in itertools.product(
@@ -158,7 +160,8 @@ def _compactions(device: torch.device, small: bool) -> Iterator[Run]:
         def run(layout=layout, dtype=dtype, fresh=fresh) -> None:
             case = new_case(lengths, layout=layout, dtype=dtype, fresh=fresh, head_size=80)
             keep = random_keep(case.batch, case.states.num_layers * case.states.num_heads)
-            states, batch = _moved(case, device)
+            moved = _moved(case, device)
+            states, batch = moved.states, moved.batch
             new = {i for eviction in batch.evictions for i in eviction.new_block_ids}
             others = [i for i in range(states.num_blocks) if i not in new]
             before = states.cells[:, others].clone()
@@ -223,14 +226,14 @@ _STEP_TENSORS = ("state_idx", "query_start_loc", "num_evicted", "slots")
 
 def _check_whole(case: Case, device: torch.device) -> None:
     """Score, select and compact on the device, each against naive."""
-    expected = score_naive(case.states, case.batch, case.queries)
-    states, batch = _moved(case, device)
-    scores = score_triton(states, batch, case.queries.to(device))
+    expected = rkv_scores(case, NAIVE)
+    moved = _moved(case, device)
+    scores = rkv_scores(moved, triton_ops(moved.states))
     assert_same_scores(scores.cpu(), expected, case.batch)
-    keep = select_triton(scores, batch)
+    keep = select_triton(scores, moved.batch)
     assert_equivalent_choice(keep.cpu(), expected, case.batch)
-    compact_triton(states, batch, keep)
-    _assert_compacted(case, states, batch, keep.cpu())
+    compact_triton(moved.states, moved.batch, keep)
+    _assert_compacted(case, moved.states, moved.batch, keep.cpu())
 
 
 def _assert_compacted(case: Case, states: PagedStates, batch: EvictionBatch, keep: Tensor) -> None:
@@ -239,14 +242,15 @@ def _assert_compacted(case: Case, states: PagedStates, batch: EvictionBatch, kee
         assert torch.equal(after, case.kept_and_tail(keep, i))
 
 
-def _moved(case: Case, device: torch.device) -> tuple[PagedStates, EvictionBatch]:
-    """The case's cache with the same strides, and its batch, on the device."""
+def _moved(case: Case, device: torch.device) -> Case:
+    """The same case on the device, its cache with the same strides."""
     blocks = case.states.blocks
     # A copy of the view alone would be contiguous.
     memory = blocks.new_empty(0).set_(blocks.untyped_storage()).clone().to(device)
     view = memory.as_strided(blocks.shape, blocks.stride(), blocks.storage_offset())
     states = PagedStates(view, case.states.packing, case.states.block_size)
-    return states, EvictionBatch.of(case.batch.evictions, case.batch.window, device)
+    batch = EvictionBatch.of(case.batch.evictions, case.batch.window, device)
+    return replace(case, states=states, batch=batch, queries=case.queries.to(device))
 
 
 if __name__ == "__main__":

@@ -1,39 +1,19 @@
-// R-KV's score, select and compact for CPUs, one head at a time, heads spread over threads.
+// R-KV's importance and redundancy for CPUs, one head at a time, heads spread over threads.
 //
-// score:  importance and redundancy of every candidate (docs/method.md), float32, memory
-//         O(n * head_size) per thread. The search for the newest similar key runs in tiles from the newest key backwards
-//         and ends for a group of rows as soon as each has found one.
-// select: the indices of the largest scores, ascending; of equal scores the lower index stays.
-// compact: moves the survivors of every head together, in place or to other blocks.
-//
-// score and compact address the paged cache itself. Element (token t, dimension k) of a block of a
-// head lies at token_offsets[t] + dim_offsets[k]: that covers dense rows as well as the packed
-// blocks of vLLM's CPU_ATTN (rkv_vllm/worker/cache_views.py).
-//
-// Plain C interface, called through ctypes (kernels/native.py), so that building needs a compiler
-// and no torch. OpenMP is the runtime that torch has loaded already, which keeps vLLM's number of
-// threads and their binding.
+// The formulas are in docs/method.md; all arithmetic is float32. Importance needs O(window * n)
+// memory per thread. Redundancy needs the unit keys once, transposed; its search for the newest
+// similar key runs in tiles from the newest key backwards and ends for a group of rows as soon as
+// each has found one. The result of a head that holds NaN or Inf is NaN throughout.
 
 #include <omp.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
-#include <functional>
-#include <memory>
 #include <new>
-#include <numeric>
 #include <vector>
 
-#if defined(__x86_64__)
-// One binary for all: the loader picks AVX-512, AVX2 or the baseline.
-#define RKV_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define RKV_CLONES
-#endif
-// Helpers are inlined into each clone, otherwise they would stay at the baseline.
-#define RKV_INLINE static inline __attribute__((always_inline))
+#include "paged.h"
 
 namespace {
 
@@ -42,42 +22,19 @@ namespace {
 constexpr int64_t kRows = 4;
 constexpr int64_t kColumns = 32;
 constexpr float kNormEpsilon = 1e-8f;
+// All threads together: 16 of them at 128K tokens of 128 dimensions. More would wait for memory
+// that the machine may have promised to others.
+constexpr int64_t kMostScratchBytes = int64_t{1} << 30;
 
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-}  // namespace
-
-extern "C" {
-
-// Where the keys or values of a request lie; strides and offsets in elements. Mirrored field by field
-// by a ctypes structure in kernels/native.py.
-struct RkvPaged {
-  void* base;
-  int64_t layer_stride, block_stride, head_stride;
-  int64_t num_layers, num_heads, block_size, head_size;
-  const int64_t* token_offsets;  // [block_size]
-  const int64_t* dim_offsets;    // [head_size]
+// The judged keys of one request: n tokens from physical token `first` on.
+struct Keys {
+  RkvPaged paged;
+  const int32_t* block_ids;  // [ceil((first + n) / block_size)]
+  int32_t dtype;
+  int64_t first, n;
 };
-
-}  // extern "C"
-
-namespace {
-
-struct ScoreArgs {
-  RkvPaged keys;
-  const int32_t* block_ids;  // [ceil(n / block_size)]
-  const void* queries;       // [num_layers * num_heads * group][window][head_size], contiguous
-  int32_t dtype;             // of keys and queries
-  int64_t n, head_size, group, window, pool;
-  float lam, threshold;
-};
-
-// Offset of a token of one (flattened) head, its dimension offsets not included.
-RKV_INLINE int64_t token_place(const RkvPaged& p, const int32_t* block_ids, int64_t head,
-                               int64_t token) {
-  return head / p.num_heads * p.layer_stride + head % p.num_heads * p.head_stride +
-         block_ids[token / p.block_size] * p.block_stride + p.token_offsets[token % p.block_size];
-}
 
 RKV_INLINE float to_float(uint16_t bits, int32_t dtype) {
   if (dtype == kBFloat16) {
@@ -91,8 +48,8 @@ RKV_INLINE float to_float(uint16_t bits, int32_t dtype) {
   return static_cast<float>(half);
 }
 
-RKV_INLINE void load(const void* source, int64_t offset, int64_t count, int32_t dtype,
-                     float* target) {
+RKV_INLINE void load_row(const void* source, int64_t offset, int64_t count, int32_t dtype,
+                         float* target) {
   if (dtype == kFloat32) {
     std::memcpy(target, static_cast<const float*>(source) + offset, count * sizeof(float));
     return;
@@ -101,37 +58,34 @@ RKV_INLINE void load(const void* source, int64_t offset, int64_t count, int32_t 
   for (int64_t i = 0; i < count; ++i) target[i] = to_float(halves[i], dtype);
 }
 
-RKV_INLINE void load_keys(const ScoreArgs& a, int64_t head, float* target) {
-  const int64_t* dims = a.keys.dim_offsets;
-  for (int64_t i = 0; i < a.n; ++i, target += a.head_size) {
-    const int64_t place = token_place(a.keys, a.block_ids, head, i);
-    if (a.dtype == kFloat32) {
-      const float* key = static_cast<const float*>(a.keys.base) + place;
-      for (int64_t k = 0; k < a.head_size; ++k) target[k] = key[dims[k]];
+// Keys [start, start + count) of one head into target[k * stride + i], count <= kColumns.
+RKV_INLINE void load_columns(const Keys& keys, int64_t head, int64_t start, int64_t count,
+                             float* target, int64_t stride) {
+  int64_t places[kColumns];
+  for (int64_t i = 0; i < count; ++i)
+    places[i] = token_place(keys.paged, keys.block_ids, head, keys.first + start + i);
+  for (int64_t k = 0; k < keys.paged.head_size; ++k) {
+    const int64_t dim = keys.paged.dim_offsets[k];
+    float* row = target + k * stride;
+    if (keys.dtype == kFloat32) {
+      const float* base = static_cast<const float*>(keys.paged.base) + dim;
+      for (int64_t i = 0; i < count; ++i) row[i] = base[places[i]];
     } else {
-      const uint16_t* key = static_cast<const uint16_t*>(a.keys.base) + place;
-      for (int64_t k = 0; k < a.head_size; ++k) target[k] = to_float(key[dims[k]], a.dtype);
+      const uint16_t* base = static_cast<const uint16_t*>(keys.paged.base) + dim;
+      for (int64_t i = 0; i < count; ++i) row[i] = to_float(base[places[i]], keys.dtype);
     }
   }
 }
 
-RKV_INLINE float dot(const float* a, const float* b, int64_t count) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t k = 0; k < count; ++k) sum += a[k] * b[k];
-  return sum;
-}
-
-// products[r][c] = rows[r] . columns[:, c] for kRows rows of `stride` floats and kColumns columns of
-// a transposed matrix with `columns_stride` floats per dimension.
-RKV_INLINE void micro_tile(const float* rows, int64_t stride, const float* columns,
-                           int64_t columns_stride, int64_t head_size,
-                           float (&products)[kRows][kColumns]) {
+// products[r][c] = rows[r] . columns[:, c] for kRows rows of head_size floats and kColumns columns
+// of a transposed matrix with `stride` floats per dimension.
+RKV_INLINE void micro_tile(const float* rows, const float* columns, int64_t stride,
+                           int64_t head_size, float (&products)[kRows][kColumns]) {
   float sums[kRows][kColumns] = {};
   for (int64_t k = 0; k < head_size; ++k) {
-    const float* column = columns + k * columns_stride;
+    const float* column = columns + k * stride;
     for (int64_t r = 0; r < kRows; ++r) {
-      const float factor = rows[r * stride + k];
+      const float factor = rows[r * head_size + k];
 #pragma omp simd
       for (int64_t c = 0; c < kColumns; ++c) sums[r][c] += factor * column[c];
     }
@@ -156,55 +110,53 @@ RKV_INLINE bool softmax(float* values, int64_t count) {
   return true;
 }
 
-// The memory of one thread, reused for all its heads. Matrices are padded with zeros to whole tiles.
-struct Scratch {
-  int64_t rows, columns;         // n padded to kRows; n plus one tile of slack, padded to kColumns
-  std::vector<float> keys;       // [rows][head_size]; unit keys after the importance is done
-  std::vector<float> transposed; // [head_size][columns]
-  std::vector<float> norms;      // [n]
-  std::vector<float> queries;    // [group * window padded to kRows][head_size]
-  std::vector<float> logits;     // [window][columns]
-  std::vector<float> mean;       // [n], later the keys' inverse norms
-  std::vector<float> sums;       // [n]
-  std::vector<double> total;     // [head_size], sum of the unit keys
-  std::vector<float> sum;        // [head_size], the same rounded once
-
-  explicit Scratch(const ScoreArgs& a)
-      : rows(round_up(a.n, kRows)),
-        columns(round_up(a.n, kColumns) + kColumns),
-        keys(rows * a.head_size),
-        transposed(a.head_size * columns),
-        norms(a.n),
-        queries(round_up(a.group * a.window, kRows) * a.head_size),
-        logits(a.window * columns),
-        mean(a.n),
-        sums(a.n),
-        total(a.head_size),
-        sum(a.head_size) {}
+struct ImportanceArgs {
+  Keys keys;
+  const void* queries;    // [num_layers * num_heads * group][window][head_size], contiguous
+  const float* scale;     // [num_layers]
+  const float* soft_cap;  // [num_layers], 0 = none
+  int64_t group, window, pool;
 };
 
-RKV_INLINE void transpose(const ScoreArgs& a, Scratch& s) {
-  for (int64_t i = 0; i < a.n; ++i)
-    for (int64_t k = 0; k < a.head_size; ++k)
-      s.transposed[k * s.columns + i] = s.keys[i * a.head_size + k];
-}
+// The memory of one thread, reused for all its heads. Matrices are padded with zeros to whole
+// tiles; so is the one below.
+struct ImportanceScratch {
+  int64_t columns;             // m padded to kColumns
+  std::vector<float> tile;     // [head_size][kColumns]
+  std::vector<float> queries;  // [group * window padded to kRows][head_size]
+  std::vector<float> logits;   // [window][columns]
+  std::vector<float> mean;     // [m]
 
-// Attention of the window's queries to the candidates: max over the group on raw logits, softmax
-// over the candidates, mean over the window, max-pool. Result in `scores` [n - window].
-RKV_INLINE bool importance(const ScoreArgs& a, int64_t head, Scratch& s, float* scores) {
-  const int64_t m = a.n - a.window, num_queries = a.group * a.window;
-  load(a.queries, head * num_queries * a.head_size, num_queries * a.head_size, a.dtype,
-       s.queries.data());
-  const float scale = 1.0f / std::sqrt(static_cast<float>(a.head_size));
-  for (int64_t i = 0; i < num_queries * a.head_size; ++i) s.queries[i] *= scale;
+  static int64_t num_floats(const ImportanceArgs& a) {
+    return (a.window + 1) * round_up(a.keys.n, kColumns) +
+           (kColumns + a.group * a.window + kRows) * a.keys.paged.head_size;
+  }
+
+  explicit ImportanceScratch(const ImportanceArgs& a)
+      : columns(round_up(a.keys.n - a.window, kColumns)),
+        tile(a.keys.paged.head_size * kColumns),
+        queries(round_up(a.group * a.window, kRows) * a.keys.paged.head_size),
+        logits(a.window * columns),
+        mean(a.keys.n - a.window) {}
+};
+
+// Attention of the window's queries to the candidates: max over the group on capped logits, softmax
+// over the candidates, mean over the window, max-pool. Returns false when a logit is not finite.
+RKV_CLONES bool importance(const ImportanceArgs& a, int64_t head, ImportanceScratch& s,
+                           float* result) {
+  const int64_t m = a.keys.n - a.window, num_queries = a.group * a.window;
+  const int64_t head_size = a.keys.paged.head_size, layer = head / a.keys.paged.num_heads;
+  load_row(a.queries, head * num_queries * head_size, num_queries * head_size, a.keys.dtype,
+           s.queries.data());
+  for (int64_t i = 0; i < num_queries * head_size; ++i) s.queries[i] *= a.scale[layer];
   std::fill(s.logits.begin(), s.logits.end(), -INFINITY);
   float products[kRows][kColumns];
   bool finite = true;
   for (int64_t first = 0; first < m; first += kColumns) {
     const int64_t valid = std::min(kColumns, m - first);
+    load_columns(a.keys, head, first, valid, s.tile.data(), kColumns);
     for (int64_t row = 0; row < num_queries; row += kRows) {
-      micro_tile(&s.queries[row * a.head_size], a.head_size, &s.transposed[first], s.columns,
-                 a.head_size, products);
+      micro_tile(&s.queries[row * head_size], s.tile.data(), kColumns, head_size, products);
       for (int64_t r = 0; r < std::min(kRows, num_queries - row); ++r) {
         float* logits = &s.logits[(row + r) % a.window * s.columns + first];
         for (int64_t c = 0; c < valid; ++c) {
@@ -216,31 +168,63 @@ RKV_INLINE bool importance(const ScoreArgs& a, int64_t head, Scratch& s, float* 
   }
   if (!finite) return false;
   std::fill(s.mean.begin(), s.mean.end(), 0.0f);
+  const float cap = a.soft_cap[layer];
   for (int64_t q = 0; q < a.window; ++q) {
     float* row = &s.logits[q * s.columns];
+    // A cap keeps the order, so the largest of the group is still the largest.
+    if (cap > 0)
+      for (int64_t i = 0; i < m; ++i) row[i] = cap * std::tanh(row[i] / cap);
     if (!softmax(row, m)) return false;
     for (int64_t i = 0; i < m; ++i) s.mean[i] += row[i] / static_cast<float>(a.window);
   }
   const int64_t half = a.pool / 2;
   for (int64_t i = 0; i < m; ++i) {
     const int64_t stop = std::min(i + half + 1, m);
-    scores[i] = *std::max_element(&s.mean[std::max<int64_t>(i - half, 0)], s.mean.data() + stop);
+    result[i] = *std::max_element(&s.mean[std::max<int64_t>(i - half, 0)], s.mean.data() + stop);
   }
   return true;
 }
 
-// The newest other key similar to each of kRows rows, 0 without any, and the cosine with it.
-RKV_INLINE void newest_similar(const ScoreArgs& a, const Scratch& s, int64_t row,
+struct RedundancyArgs {
+  Keys keys;
+  int64_t num_candidates;
+  float threshold;
+};
+
+struct RedundancyScratch {
+  int64_t columns;            // n plus one tile of slack, padded to kColumns
+  std::vector<float> unit;    // [head_size][columns], unit keys, transposed
+  std::vector<float> norms;   // [n], later each key divided by its norm, then the inverse norms
+  std::vector<float> sums;    // [n]
+  std::vector<float> rows;    // [kRows][head_size]
+  int64_t num_tiles = 0;      // micro tiles that the searches of this thread looked at
+
+  static int64_t num_floats(const RedundancyArgs& a) {
+    return (a.keys.paged.head_size + 2) * (round_up(a.keys.n, kColumns) + kColumns);
+  }
+
+  explicit RedundancyScratch(const RedundancyArgs& a)
+      : columns(round_up(a.keys.n, kColumns) + kColumns),
+        unit(a.keys.paged.head_size * columns),
+        norms(columns),
+        sums(columns),
+        rows(kRows * a.keys.paged.head_size) {}
+};
+
+// The newest other key similar to each of kRows rows from `row` on, 0 without any, and the cosine
+// with it. The rows are in s.rows.
+RKV_INLINE void newest_similar(const RedundancyArgs& a, RedundancyScratch& s, int64_t row,
                                int64_t (&newest)[kRows], float (&cosine)[kRows]) {
-  const int64_t num_rows = std::min(kRows, a.n - row);
+  const int64_t n = a.keys.n, head_size = a.keys.paged.head_size;
+  const int64_t num_rows = std::min(kRows, n - row);
   int64_t open = num_rows;
   std::fill(newest, newest + kRows, -1);
   float products[kRows][kColumns];
-  for (int64_t stop = a.n; stop > 0 && open > 0; stop -= kColumns) {
+  for (int64_t stop = n; stop > 0 && open > 0; stop -= kColumns) {
     // The last tile may reach below the first key; its columns start at 0 and overlap.
     const int64_t first = std::max<int64_t>(stop - kColumns, 0);
-    micro_tile(&s.keys[row * a.head_size], a.head_size, &s.transposed[first], s.columns,
-               a.head_size, products);
+    micro_tile(s.rows.data(), &s.unit[first], s.columns, head_size, products);
+    ++s.num_tiles;
     for (int64_t r = 0; r < num_rows; ++r) {
       if (newest[r] >= 0) continue;
       for (int64_t c = std::min(kColumns, stop - first) - 1; c >= 0; --c) {
@@ -256,143 +240,125 @@ RKV_INLINE void newest_similar(const ScoreArgs& a, const Scratch& s, int64_t row
   for (int64_t r = 0; r < num_rows; ++r) {
     if (newest[r] >= 0) continue;
     newest[r] = 0;
-    cosine[r] = dot(&s.keys[(row + r) * a.head_size], s.keys.data(), a.head_size);
+    cosine[r] = 0;
+    for (int64_t k = 0; k < head_size; ++k)
+      cosine[r] += s.rows[r * head_size + k] * s.unit[k * s.columns];
   }
 }
 
 // How much each key repeats the others, as a distribution over all n, in s.sums.
-RKV_INLINE bool redundancy(const ScoreArgs& a, Scratch& s) {
-  std::fill(s.total.begin(), s.total.end(), 0.0);
-  for (int64_t i = 0; i < a.n; ++i) {
-    float* key = &s.keys[i * a.head_size];
-    s.norms[i] = std::sqrt(dot(key, key, a.head_size));
-    s.mean[i] = 1.0f / (s.norms[i] + kNormEpsilon);
-    for (int64_t k = 0; k < a.head_size; ++k) {
-      key[k] *= s.mean[i];
-      s.total[k] += key[k];
-    }
-  }
-  for (int64_t k = 0; k < a.head_size; ++k) {
-    float* column = &s.transposed[k * s.columns];
+RKV_CLONES bool redundancy(const RedundancyArgs& a, int64_t head, RedundancyScratch& s) {
+  const int64_t n = a.keys.n, head_size = a.keys.paged.head_size;
+  for (int64_t first = 0; first < n; first += kColumns)
+    load_columns(a.keys, head, first, std::min(kColumns, n - first), &s.unit[first], s.columns);
+  std::fill(s.norms.begin(), s.norms.end(), 0.0f);
+  for (int64_t k = 0; k < head_size; ++k) {
+    const float* key = &s.unit[k * s.columns];
 #pragma omp simd
-    for (int64_t i = 0; i < a.n; ++i) column[i] *= s.mean[i];
+    for (int64_t i = 0; i < n; ++i) s.norms[i] += key[i] * key[i];
   }
-  std::copy(s.total.begin(), s.total.end(), s.sum.begin());
-  for (int64_t i = 0; i < a.n; ++i) {
-    const float own = s.norms[i] / (s.norms[i] + kNormEpsilon);
-    s.sums[i] = dot(&s.keys[i * a.head_size], s.sum.data(), a.head_size) - own * own;
+  // Until the column sums are there, s.sums holds the inverse norms.
+  for (int64_t i = 0; i < n; ++i) {
+    s.norms[i] = std::sqrt(s.norms[i]);
+    s.sums[i] = 1.0f / (s.norms[i] + kNormEpsilon);
+  }
+  for (int64_t k = 0; k < head_size; ++k) {
+    float* key = &s.unit[k * s.columns];
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) key[i] *= s.sums[i];
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const float own = s.norms[i] * s.sums[i];
+    s.sums[i] = -own * own;
+  }
+  for (int64_t k = 0; k < head_size; ++k) {
+    const float* key = &s.unit[k * s.columns];
+    double exact = 0;
+    for (int64_t i = 0; i < n; ++i) exact += key[i];
+    const float total = static_cast<float>(exact);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) s.sums[i] += key[i] * total;
   }
   int64_t newest[kRows];
   float cosine[kRows];
-  for (int64_t row = 0; row < a.n; row += kRows) {
+  for (int64_t row = 0; row < n; row += kRows) {
+    // Rows behind the last one are the zeros of the padding.
+    for (int64_t r = 0; r < kRows; ++r)
+      for (int64_t k = 0; k < head_size; ++k)
+        s.rows[r * head_size + k] = s.unit[k * s.columns + row + r];
     newest_similar(a, s, row, newest, cosine);
-    for (int64_t r = 0; r < std::min(kRows, a.n - row); ++r)
+    for (int64_t r = 0; r < std::min(kRows, n - row); ++r)
       // Row 0 points to itself when nothing is similar; its own cosine was never in the sum.
       if (newest[r] != row + r) s.sums[newest[r]] -= cosine[r];
   }
-  for (int64_t i = 0; i < a.n; ++i) s.sums[i] /= static_cast<float>(a.n);
-  return softmax(s.sums.data(), a.n);
+  for (int64_t i = 0; i < n; ++i) s.sums[i] /= static_cast<float>(n);
+  return softmax(s.sums.data(), n);
 }
 
-// Scores of one head; false when one is not finite.
-RKV_CLONES bool score_head(const ScoreArgs& a, int64_t head, Scratch& s, float* scores) {
-  load_keys(a, head, s.keys.data());
-  transpose(a, s);
-  if (!importance(a, head, s, scores) || !redundancy(a, s)) return false;
-  bool finite = true;
-  for (int64_t i = 0; i < a.n - a.window; ++i) {
-    scores[i] = a.lam * scores[i] - (1.0f - a.lam) * s.sums[i];
-    finite &= std::isfinite(scores[i]);
+// Runs `work(head, scratch)` for all heads. Each thread makes its scratch itself when it has a
+// head to work on; threads beyond what may be allocated are not started.
+template <class Scratch, class Args, class Work>
+int64_t for_all_heads(const Args& args, Work work) {
+  const int64_t num_heads = args.keys.paged.num_layers * args.keys.paged.num_heads;
+  const int64_t bytes = Scratch::num_floats(args) * static_cast<int64_t>(sizeof(float));
+  const int64_t affordable = std::max<int64_t>(kMostScratchBytes / bytes, 1);
+  const int64_t num_threads =
+      std::min({static_cast<int64_t>(omp_get_max_threads()), num_heads, affordable});
+  if (num_threads == 0) return kDone;
+  bool failed = false;
+#pragma omp parallel num_threads(static_cast<int>(num_threads)) reduction(|| : failed)
+  {
+    // An exception may not leave the region.
+    Scratch* scratch = nullptr;
+    try {
+      scratch = new Scratch(args);
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
+#pragma omp for schedule(static)
+    for (int64_t head = 0; head < num_heads; ++head)
+      if (scratch != nullptr) work(head, *scratch);
+    delete scratch;
   }
-  return finite;
-}
-
-void select_row(const float* scores, int64_t m, int64_t count, std::vector<float>& sorted,
-                int32_t* kept) {
-  if (count == 0) return;
-  sorted.assign(scores, scores + m);
-  std::nth_element(sorted.begin(), sorted.begin() + (count - 1), sorted.end(), std::greater<>());
-  const float cut = sorted[count - 1];
-  int64_t ties = count - std::count_if(scores, scores + m, [cut](float x) { return x > cut; });
-  for (int64_t i = 0; i < m; ++i)
-    if (scores[i] > cut || (scores[i] == cut && ties-- > 0)) *kept++ = static_cast<int32_t>(i);
-}
-
-// Moves one head's survivors. Ascending order: a destination is never behind its source within the
-// blocks that stay, and other blocks hold nothing that is still to be read.
-template <class T>
-void compact_head(const RkvPaged& p, const int32_t* old_ids, const int32_t* new_ids, int64_t head,
-                  const int32_t* keep, int64_t budget, int64_t settled_len, int64_t total_len) {
-  T* base = static_cast<T*>(p.base);
-  const int64_t new_len = budget + total_len - settled_len;
-  for (int64_t token = 0; token < new_len; ++token) {
-    const int64_t source = token < budget ? keep[token] : settled_len + token - budget;
-    const T* from = base + token_place(p, old_ids, head, source);
-    T* to = base + token_place(p, new_ids, head, token);
-    if (from == to) continue;
-    for (int64_t k = 0; k < p.head_size; ++k) to[p.dim_offsets[k]] = from[p.dim_offsets[k]];
-  }
+  return failed ? kNoMemory : kDone;
 }
 
 }  // namespace
 
 extern "C" {
 
-// scores: float [num_layers * num_heads][scores_stride], of which n - window are written. Returns the
-// first flattened head with a score that is not finite, -1 without one, -2 when memory ran out.
-int64_t rkv_score(const RkvPaged* keys, const int32_t* block_ids, const void* queries,
-                  int32_t dtype, int64_t n, int64_t group, int64_t window, float lam, int64_t pool,
-                  float threshold, float* scores, int64_t scores_stride) {
-  const ScoreArgs args{*keys, block_ids, queries, dtype,  n,  keys->head_size,
-                       group, window,    pool,    lam,    threshold};
-  const int64_t num_heads = keys->num_layers * keys->num_heads;
-  // Threads without a head would allocate for nothing. An exception may not leave the region.
-  const int num_threads = static_cast<int>(std::min<int64_t>(omp_get_max_threads(), num_heads));
-  if (num_threads == 0) return -1;
-  std::vector<std::unique_ptr<Scratch>> scratches(num_threads);
-  try {
-    for (auto& scratch : scratches) scratch = std::make_unique<Scratch>(args);
-  } catch (const std::bad_alloc&) {
-    return -2;
-  }
-  int64_t bad_head = num_heads;
-#pragma omp parallel for schedule(static) num_threads(num_threads) reduction(min : bad_head)
-  for (int64_t head = 0; head < num_heads; ++head)
-    if (!score_head(args, head, *scratches[omp_get_thread_num()], scores + head * scores_stride))
-      bad_head = std::min(bad_head, head);
-  return bad_head == num_heads ? -1 : bad_head;
+// result: float [num_layers * num_heads][result_stride], of which n - window > 0 are written.
+int64_t rkv_importance(const RkvPaged* keys, const int32_t* block_ids, int32_t dtype, int64_t first,
+                       int64_t n, const void* queries, const float* scale, const float* soft_cap,
+                       int64_t group, int64_t window, int64_t pool, float* result,
+                       int64_t result_stride) {
+  const ImportanceArgs args{
+      {*keys, block_ids, dtype, first, n}, queries, scale, soft_cap, group, window, pool};
+  return for_all_heads<ImportanceScratch>(args, [&](int64_t head, ImportanceScratch& scratch) {
+    float* row = result + head * result_stride;
+    if (!importance(args, head, scratch, row)) std::fill(row, row + n - window, NAN);
+  });
 }
 
-// scores: float [num_rows][scores_stride], m of each row count; kept: int32 [num_rows][kept_stride], of
-// which the `count` best, ascending, and then the window [m, m + window) are written. count <= m.
-void rkv_select(const float* scores, int64_t scores_stride, int64_t num_rows, int64_t m,
-                int64_t count, int64_t window, int32_t* kept, int64_t kept_stride) {
-#pragma omp parallel
-  {
-    std::vector<float> sorted;
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < num_rows; ++row) {
-      int32_t* target = kept + row * kept_stride;
-      select_row(scores + row * scores_stride, m, count, sorted, target);
-      std::iota(target + count, target + count + window, static_cast<int32_t>(m));
+// result: float [num_layers * num_heads][result_stride], of which num_candidates <= n are written.
+// num_tiles, if not null, is raised by the micro tiles that the search looked at.
+int64_t rkv_redundancy(const RkvPaged* keys, const int32_t* block_ids, int32_t dtype, int64_t first,
+                       int64_t n, int64_t num_candidates, float threshold, float* result,
+                       int64_t result_stride, int64_t* num_tiles) {
+  const RedundancyArgs args{{*keys, block_ids, dtype, first, n}, num_candidates, threshold};
+  return for_all_heads<RedundancyScratch>(args, [&](int64_t head, RedundancyScratch& scratch) {
+    float* row = result + head * result_stride;
+    scratch.num_tiles = 0;
+    if (redundancy(args, head, scratch)) {
+      std::copy(scratch.sums.begin(), scratch.sums.begin() + num_candidates, row);
+    } else {
+      std::fill(row, row + num_candidates, NAN);
     }
-  }
-}
-
-// keep: int32 [num_layers * num_heads][keep_stride], the first `budget` ascending and < settled_len.
-// element_size: 2 or 4.
-void rkv_compact(const RkvPaged* states, int64_t element_size, const int32_t* old_ids,
-                 const int32_t* new_ids, const int32_t* keep, int64_t keep_stride, int64_t budget,
-                 int64_t settled_len, int64_t total_len) {
-  const int64_t num_heads = states->num_layers * states->num_heads;
-#pragma omp parallel for schedule(static)
-  for (int64_t head = 0; head < num_heads; ++head) {
-    const int32_t* kept = keep + head * keep_stride;
-    if (element_size == 2)
-      compact_head<uint16_t>(*states, old_ids, new_ids, head, kept, budget, settled_len, total_len);
-    else
-      compact_head<uint32_t>(*states, old_ids, new_ids, head, kept, budget, settled_len, total_len);
-  }
+    if (num_tiles != nullptr) {
+#pragma omp atomic
+      *num_tiles += scratch.num_tiles;
+    }
+  });
 }
 
 }  // extern "C"

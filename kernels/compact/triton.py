@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rkv_vllm.kernels.eviction import EvictionBatch
+from rkv_vllm.kernels.batch import EvictionBatch
+from rkv_vllm.kernels.compact.naive import check_keep
 from rkv_vllm.kernels.paged import PagedStates
 from rkv_vllm.kernels.tiles import kernel_block_size, strides_of, token_places
 
@@ -22,7 +23,7 @@ from rkv_vllm.kernels.tiles import kernel_block_size, strides_of, token_places
 # 2 to 3 MiB that hide the latency of an H100's memory at full bandwidth. Not measured yet.
 TILE = tl.constexpr(64)
 
-# score/passes.py says why.
+# rkv/triton.py says why.
 VARYING = (
     "p_old_block_table",
     "old_table_stride",
@@ -31,6 +32,7 @@ VARYING = (
     "p_settled_lens",
     "p_total_lens",
     "p_budgets",
+    "p_prefix_lens",
     "num_layers",
     "max_budget",
 )
@@ -52,6 +54,7 @@ def compact_kernel(
     p_settled_lens,
     p_total_lens,
     p_budgets,
+    p_prefix_lens,
     p_keep,
     num_layers,
     max_budget,
@@ -67,19 +70,23 @@ def compact_kernel(
     i_layer = i_row // NUM_HEADS % num_layers
     i_head = i_row % NUM_HEADS
     settled_len = tl.load(p_settled_lens + i_request)
-    budget = tl.load(p_budgets + i_request)
-    new_len = budget + tl.load(p_total_lens + i_request) - settled_len
+    prefix_len = tl.load(p_prefix_lens + i_request)
+    kept_len = prefix_len + tl.load(p_budgets + i_request)
+    new_len = kept_len + tl.load(p_total_lens + i_request) - settled_len
     p_head = p_states + i_layer * layer_stride + i_head * head_stride
     p_old_row = p_old_block_table + i_request * old_table_stride
     p_new_row = p_new_block_table + i_request * new_table_stride
     p_kept = p_keep + i_row * max_budget
     o_dim = tl.arange(0, BLOCK_D)
     m_dim = o_dim < HEAD_SIZE
-    for first in range(0, new_len, TILE):
+    # Blocks full of prefix are skipped; what the next one holds of it goes along.
+    for first in range(prefix_len // BLOCK_SIZE * BLOCK_SIZE, new_len, TILE):
         o_token = first + tl.arange(0, TILE)
         m_token = o_token < new_len
-        kept = tl.load(p_kept + o_token, mask=o_token < budget, other=0)
-        source = tl.where(o_token < budget, kept, settled_len + o_token - budget)
+        m_kept = (o_token >= prefix_len) & (o_token < kept_len)
+        kept = tl.load(p_kept + o_token - prefix_len, mask=m_kept, other=0)
+        source = tl.where(o_token < prefix_len, o_token, settled_len + o_token - kept_len)
+        source = tl.where(m_kept, kept, source)
         old_places = token_places(
             p_old_row,
             source,
@@ -111,7 +118,7 @@ def compact_kernel(
 def compact_triton(states: PagedStates, batch: EvictionBatch, keep: Tensor) -> None:
     """As `compact_naive`, but cells behind the last token keep what they held."""
     batch.check_rows(states)
-    batch.check_keep(keep, states)
+    check_keep(keep, batch, states)
     if keep.numel() == 0:
         return
     compact_kernel[(keep.shape[0] * keep.shape[1],)](
@@ -124,6 +131,7 @@ def compact_triton(states: PagedStates, batch: EvictionBatch, keep: Tensor) -> N
         batch.settled_lens,
         batch.total_lens,
         batch.budgets,
+        batch.prefix_lens,
         keep.contiguous(),
         states.num_layers,
         batch.max_budget,

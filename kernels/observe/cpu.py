@@ -6,17 +6,22 @@ from functools import cache
 from torch import Tensor
 
 from rkv_vllm.kernels.native import library
+from rkv_vllm.kernels.observe.naive import check_observe, observe_naive
 
 
-def observe_cpu(pool: Tensor, layer_idx: int, query: Tensor, token_rows: Tensor) -> None:
-    """As `observe_naive`, for a query in the pool's dtype."""
+def observe_cpu(ring: Tensor, layer_idx: int, query: Tensor, token_rows: Tensor) -> None:
+    """As `observe_naive`; it copies bytes, so torch serves where a query has to be rounded."""
+    if query.dtype != ring.dtype:
+        observe_naive(ring, layer_idx, query, token_rows)
+        return
+    check_observe(ring, layer_idx, query, token_rows)
     num_tokens, num_heads, head_size = query.shape
     _function()(
-        pool.data_ptr(),
-        pool.stride(0),
-        pool.stride(2),
-        layer_idx * pool.stride(1),
-        pool.shape[2],
+        ring.data_ptr(),
+        ring.stride(0),
+        ring.stride(2),
+        layer_idx * ring.stride(1),
+        ring.shape[2],
         query.data_ptr(),
         query.stride(0),
         query.stride(1),
@@ -24,7 +29,7 @@ def observe_cpu(pool: Tensor, layer_idx: int, query: Tensor, token_rows: Tensor)
         num_tokens,
         num_heads,
         head_size,
-        pool.element_size(),
+        ring.element_size(),
     )
 
 

@@ -9,25 +9,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rkv_vllm.kernels.observe.naive import check_observe
+
 # Elements per inner step: 32 query heads of 128 take four steps of one program.
 _TILE = 1024
 
 
-def observe_triton(pool: Tensor, layer_idx: int, query: Tensor, token_rows: Tensor) -> None:
+def observe_triton(ring: Tensor, layer_idx: int, query: Tensor, token_rows: Tensor) -> None:
     """As `observe_naive`."""
+    check_observe(ring, layer_idx, query, token_rows)
     num_tokens, num_heads, head_size = query.shape
     if num_tokens == 0:
         return
     observe_kernel[(num_tokens,)](
-        pool,
-        pool.stride(0),
-        pool.stride(2),
-        layer_idx * pool.stride(1),
+        ring,
+        ring.stride(0),
+        ring.stride(2),
+        layer_idx * ring.stride(1),
         query,
         query.stride(0),
         query.stride(1),
         token_rows,
-        RING_LEN=pool.shape[2],
+        RING_LEN=ring.shape[2],
         NUM_HEADS=num_heads,
         HEAD_SIZE=head_size,
         TILE=min(_TILE, triton.next_power_of_2(num_heads * head_size)),
@@ -36,8 +39,8 @@ def observe_triton(pool: Tensor, layer_idx: int, query: Tensor, token_rows: Tens
 
 @triton.jit
 def observe_kernel(
-    p_pool,
-    slot_stride,
+    p_ring,
+    seat_stride,
     ring_stride,
     layer_offset,
     p_query,
@@ -55,7 +58,7 @@ def observe_kernel(
     if row < 0:
         return
     p_source = p_query + i_token * token_stride
-    p_target = p_pool + (row // RING_LEN) * slot_stride + (row % RING_LEN) * ring_stride
+    p_target = p_ring + (row // RING_LEN) * seat_stride + (row % RING_LEN) * ring_stride
     for start in range(0, NUM_HEADS * HEAD_SIZE, TILE):
         o_element = start + tl.arange(0, TILE)
         m_element = o_element < NUM_HEADS * HEAD_SIZE
@@ -63,6 +66,6 @@ def observe_kernel(
         b_query = tl.load(p_source + o_source, mask=m_element)
         tl.store(
             p_target + layer_offset + o_element,
-            b_query.to(p_pool.dtype.element_ty),
+            b_query.to(p_ring.dtype.element_ty),
             mask=m_element,
         )

@@ -5,11 +5,11 @@ import platform
 import shlex
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rkv_vllm.versions import installed_version
+from rkv_vllm.fit.versions import installed_version
 
 PACKAGE = Path(__file__).resolve().parent.parent
 _DISTRIBUTIONS = ("rkv-vllm", "vllm", "torch", "transformers")
@@ -26,7 +26,7 @@ def make_card(model: str) -> dict[str, Any]:
     """
     card: dict[str, Any] = {
         "command": shlex.join(["rkv-vllm", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}",
         "cpu": f"{os.cpu_count()} x {cpu_name()}",
     }

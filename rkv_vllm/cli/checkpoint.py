@@ -12,7 +12,7 @@ from typing import Any
 
 from rkv_vllm.cli.errors import REFUSED, CommandError
 from rkv_vllm.cli.options import DTYPE_BYTES, DTYPES
-from rkv_vllm.support import FULL_ATTENTION_LAYERS
+from rkv_vllm.fit.refusals import has_limited_layers
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
 
@@ -129,13 +129,11 @@ def read_decoder(fields: Mapping[str, Any]) -> Decoder:
 
 def _refuse_other_attention(fields: Mapping[str, Any]) -> None:
     """Refuse what a KV cache of one size per token does not describe."""
-    limited = bool(fields.get("sliding_window") and fields.get("use_sliding_window", True))
-    if layer_types := fields.get("layer_types"):
-        limited = not FULL_ATTENTION_LAYERS.issuperset(layer_types)
+    windowed = fields.get("sliding_window") and fields.get("use_sliding_window", True)
     found = {
         "multi-head latent attention (kv_lora_rank)": fields.get("kv_lora_rank"),
         "chunked attention (attention_chunk_size)": fields.get("attention_chunk_size"),
-        "sliding-window or linear attention layers": limited,
+        "sliding-window or linear attention layers": has_limited_layers(fields, bool(windowed)),
         "an encoder beside the decoder (is_encoder_decoder)": fields.get("is_encoder_decoder"),
     }
     for feature, is_there in found.items():

@@ -12,6 +12,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from rkv_vllm.config import CONFIG_KEY
+from rkv_vllm.fit.overrides import overrides
 from rkv_vllm.scheduling.step_stats import StepStats
 
 _LABELS = ("model_name", "engine")
@@ -25,11 +26,13 @@ class CompressionStatLogger(AggregateStatLoggerBase):
             the engine is initialised, and for an engine without compression.
     """
 
+    @overrides("vllm.v1.metrics.loggers:AggregateStatLoggerBase.__init__")
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
         self._vllm_config = vllm_config
         self._engine_indexes = engine_indexes
         self.families: dict[str, Counter | Gauge | Histogram] = {}
 
+    @overrides("vllm.v1.metrics.loggers:AggregateStatLoggerBase.log_engine_initialized")
     def log_engine_initialized(self) -> None:
         """Make the metrics; all start at zero.
 
@@ -45,6 +48,7 @@ class CompressionStatLogger(AggregateStatLoggerBase):
         for engine in self._engine_indexes:
             self._show(StepStats(), engine)
 
+    @overrides("vllm.v1.metrics.loggers:AggregateStatLoggerBase.record")
     def record(
         self,
         scheduler_stats: SchedulerStats | None,
@@ -76,8 +80,8 @@ class CompressionStatLogger(AggregateStatLoggerBase):
         self._add(
             Counter,
             "vllm:kv_compression_deferred",
-            "Number of compactions that became due and had to wait. Reason labels: 'slot' = no "
-            "observation slot, or its window is not full yet; 'blocks' = no free block for a "
+            "Number of compactions that became due and had to wait. Reason labels: 'seat' = no "
+            "seat in the query ring, or its window is not full yet; 'blocks' = no free block for a "
             "private copy of a shared one.",
             "reason",
         )
@@ -86,7 +90,7 @@ class CompressionStatLogger(AggregateStatLoggerBase):
         for name, documentation in (
             ("logical_tokens", "Tokens that the running requests have computed."),
             ("physical_tokens", "Tokens that the running requests hold in the KV cache."),
-            ("seats_in_use", "Observation slots that belong to a request."),
+            ("seats_in_use", "Seats of the query ring that belong to a request."),
         ):
             self._add(
                 Gauge,
@@ -121,7 +125,7 @@ class CompressionStatLogger(AggregateStatLoggerBase):
         self._of("compactions", engine).inc(len(step.evicted_tokens))
         self._of("evicted_tokens", engine).inc(sum(step.evicted_tokens))
         self._of("freed_blocks", engine).inc(step.freed_blocks)
-        self._of("deferred", engine, "slot").inc(step.deferred_for_slot)
+        self._of("deferred", engine, "seat").inc(step.deferred_for_seat)
         self._of("deferred", engine, "blocks").inc(step.deferred_for_blocks)
         self._of("logical_tokens", engine).set(step.logical_tokens)
         self._of("physical_tokens", engine).set(step.physical_tokens)

@@ -1,24 +1,35 @@
 """Registry of compression methods: which tokens of a request's KV cache to keep.
 
-A method is one file with one class derived from ``CompressionMethod`` (see ``base.py``; ``rkv.py``
-is the first). A class is found by a registered name, which other distributions add through the
+A method is one file with one class derived from ``Method`` (see ``base.py``; ``rkv.py`` is the
+first). A class is found by a registered name, which other distributions add through the
 entry point group ``rkv_vllm.methods``, or by its qualified name, spelled as vLLM spells those of
 schedulers: ``package.module.Class``. Nothing here knows vLLM, blocks or requests.
 """
 
 import inspect
+from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from operator import attrgetter
 
-from rkv_vllm.methods.base import CompressionMethod
+from rkv_vllm.methods.base import DenseMethod, Heads, Method, ModelFacts, Need
+from rkv_vllm.option_field import option
 
 ENTRY_POINT_GROUP = "rkv_vllm.methods"
 
 # Listed here as well as in the distribution's metadata, which a bare source tree does not have.
 _BUILT_IN = (EntryPoint(name="rkv", value="rkv_vllm.methods.rkv:RKV", group=ENTRY_POINT_GROUP),)
 
-__all__ = ["CompressionMethod", "available_methods", "get_method"]
+__all__ = [
+    "DenseMethod",
+    "Heads",
+    "Method",
+    "ModelFacts",
+    "Need",
+    "available_methods",
+    "get_method",
+    "option",
+]
 
 
 def available_methods() -> list[str]:
@@ -26,7 +37,7 @@ def available_methods() -> list[str]:
     return sorted(_registered())
 
 
-def get_method(name: str) -> type[CompressionMethod]:
+def get_method(name: str) -> type[Method]:
     """Load the class of a compression method.
 
     Args:
@@ -34,12 +45,12 @@ def get_method(name: str) -> type[CompressionMethod]:
             class, for example ``"rkv_vllm.methods.rkv.RKV"``. Its module is imported.
 
     Returns:
-        The class; ``get_method(name).from_config(config)`` makes a method object.
+        The class; ``get_method(name)(options, model, ops)`` makes a method object.
 
     Raises:
         ValueError: The name is unknown, two distributions register it for different classes, or
-            what it names cannot be imported or is no complete ``CompressionMethod``. The message
-            starts with what was got, so that callers can put the option's name before it.
+            what it names cannot be imported or is no complete ``Method``. The message starts with
+            what was got, so that callers can put the option's name before it.
     """
     if entry := _registered().get(name):
         module_name, class_name = entry.module, entry.attr
@@ -88,13 +99,35 @@ def _load(name: str, module_name: str, class_name: str) -> object:
 
 
 def _check_complete(name: str, method: object) -> None:
-    if not (isinstance(method, type) and issubclass(method, CompressionMethod)):
+    if not (isinstance(method, type) and issubclass(method, Method)):
         raise ValueError(
-            f"got {name!r}, wanted a class derived from rkv_vllm.methods.CompressionMethod, but it "
-            f"names {method!r}; derive the class or name another one"
+            f"got {name!r}, wanted a class derived from rkv_vllm.methods.Method, but it names "
+            f"{method!r}; derive the class or name another one"
         )
     if inspect.isabstract(method):
         raise ValueError(
-            f"got {name!r}, wanted a class with all methods of CompressionMethod, but it lacks "
+            f"got {name!r}, wanted a class with all methods of Method, but it lacks "
             f"{', '.join(sorted(method.__abstractmethods__))}; add them"
+        )
+    _check_options(name, method.Options)
+
+
+def _check_options(name: str, options: object) -> None:
+    """Options travel as JSON, are keys of caches and may all be left out."""
+    if not (
+        isinstance(options, type) and is_dataclass(options) and options.__dataclass_params__.frozen
+    ):
+        raise ValueError(
+            f"got {name!r}, wanted a method whose Options is a frozen dataclass, but it is "
+            f"{options!r}; decorate it with @dataclass(frozen=True)"
+        )
+    bare = [
+        field.name
+        for field in fields(options)
+        if field.default is MISSING and field.default_factory is MISSING
+    ]
+    if bare:
+        raise ValueError(
+            f"got {name!r}, wanted a method whose Options all have defaults, but "
+            f"{', '.join(bare)} of {options.__name__} has none; give it one"
         )

@@ -1,142 +1,203 @@
 """The interface between a compression method and the worker that applies it.
 
-A method sees tensors of flattened heads and answers which tokens stay. It knows neither vLLM nor
-requests: moving the survivors is the worker's task, and so is gathering dense input unless the
-method reads the paged cache itself. Read
-``rkv.py`` next for the first method.
+A method answers one question: how much is each token of a head worth keeping? Everything else
+belongs to the frame: the protected prefix, the window, ties, NaN, the choice of the best and their
+order (`select`), moving survivors (`compact`). Nothing here knows vLLM or requests.
+`DenseMethod` is the short way to a new method; `rkv.py` next is one that has kernels.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from rkv_vllm.config import KVCompressionConfig
-    from rkv_vllm.kernels.eviction import EvictionBatch
-    from rkv_vllm.kernels.paged import PagedStates
+from rkv_vllm.kernels.batch import EvictionBatch
+from rkv_vllm.kernels.ops import Ops
+from rkv_vllm.kernels.paged import PagedStates
 
 
-class NonFiniteScoreError(ValueError):
-    """A score is NaN or infinite, so the cache or the queries of one head are corrupt.
+class Need(NamedTuple):
+    """What a method wants to be recorded while a request runs.
 
     Attributes:
-        head: Index of the first such head in the flattened ``[heads, n, head_size]`` input.
-        request: Its index in the batch, 0 where there is only one.
+        queries: the queries of the window; without them there is no ring, no launch, no seat.
     """
 
-    def __init__(self, head: int, request: int = 0) -> None:
-        super().__init__(
-            f"score of flattened head {head} is NaN or infinite; its keys or queries hold NaN, "
-            "Inf or values beyond float32"
-        )
-        self.head = head
-        self.request = request
+    queries: bool = False
 
 
-class CompressionMethod(ABC):
-    """Decides for every KV head on its own which tokens of a cache to keep.
+class ModelFacts(NamedTuple):
+    """What a method may know of the layers whose caches it sees, on this rank.
+
+    Attributes:
+        layers: their names, in the order of the cache's first dimension.
+        first_kv_head: number, in the whole model, of the first KV head of this rank.
+        num_kv_heads: KV heads of a layer on this rank.
+        num_query_heads: query heads of a layer on this rank.
+        head_size: elements of a key.
+        scale: float32 [layers] on the cache's device, factor of each layer's attention logits.
+        soft_cap: float32 [layers] there, c of c * tanh(logit / c), 0 for a layer without one.
+    """
+
+    layers: tuple[str, ...]
+    first_kv_head: int
+    num_kv_heads: int
+    num_query_heads: int
+    head_size: int
+    scale: Tensor
+    soft_cap: Tensor
+
+
+class Heads(NamedTuple):
+    """The caches of some layers.
+
+    Attributes:
+        layers: which of `ModelFacts.layers`.
+        keys: their keys after RoPE.
+        values: their values.
+        queries: [seats, these layers, ring_len, query heads, head_size] after RoPE, None unless the
+            method needs them; the query of logical position p lies at p modulo ring_len.
+    """
+
+    layers: slice
+    keys: PagedStates
+    values: PagedStates
+    queries: Tensor | None
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A method without options of its own."""
+
+
+class Method(ABC):
+    """Says of every token, KV head by KV head, how much it is worth keeping.
 
     An object holds parameters only, never state of a request: the same object serves all requests
-    and layers, in any order.
+    of equal options, in any order.
+
+    Attributes:
+        Options: frozen dataclass of the method's options, each with a default; its fields are made
+            by `rkv_vllm.option_field.option`, or plain ones.
+        options: the values of this object.
+        model: the layers that it serves.
+        ops: the kernels of their caches.
     """
 
+    Options: ClassVar[type] = NoOptions
+
     @classmethod
-    @abstractmethod
-    def from_config(cls, config: KVCompressionConfig) -> CompressionMethod:
-        """Make a method object from the validated options of the engine."""
+    def need(cls, options: Any) -> Need:
+        """What to record for a method with these options."""
+        return Need()
 
-    @abstractmethod
-    def keep_indices(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        queries: torch.Tensor,
-        budget: int,
-    ) -> torch.LongTensor:
-        """Choose the ``budget`` tokens that each head keeps.
+    def __init__(self, options: Any, model: ModelFacts, ops: Ops) -> None:
+        self.options = options
+        self.model = model
+        self.ops = ops
 
-        The heads of several layers (of one request) may be flattened into the first dimension; a
-        method must not let them see each other.
+    @classmethod
+    def layer_budgets(cls, options: Any, budget: int, num_layers: int) -> Sequence[int]:
+        """Tokens that each compressed layer of the model keeps.
 
         Args:
-            keys: [heads, n, head_size], cache dtype, cache order, after RoPE.
-            values: [heads, n, head_size], cache dtype, cache order.
-            queries: [heads * group, window, head_size], after RoPE, of the last ``window`` of the
-                n tokens in temporal order. Query head ``h * group + g`` reads KV head ``h``.
-            budget: Tokens to keep per head, with ``window < budget <= n``.
-
-        Returns:
-            int64 [heads, budget], ascending in every row and without repetition. The last
-            ``window`` tokens are always among them.
-
-        Raises:
-            ValueError: The shapes do not fit each other.
-            NonFiniteScoreError: A score is NaN or infinite; the worker names its layer.
+            options: the server's.
+            budget: what the user asked for, the mean to aim at.
+            num_layers: compressed layers of the whole model.
         """
+        return [budget] * num_layers
 
-    def keep_paged(
-        self,
-        keys: PagedStates,
-        values: PagedStates,
-        batch: EvictionBatch,
-        observation_queries: torch.Tensor,
-    ) -> torch.Tensor:
-        """Choose for a batch of requests, straight from a paged cache.
-
-        This version copies one request after the other out of the cache and asks ``keep_indices``;
-        a method that has kernels overrides it.
+    @abstractmethod
+    def score(self, heads: Heads, batch: EvictionBatch) -> Tensor:
+        """Score the candidates of a batch of requests, straight from the paged cache.
 
         Args:
-            keys: The cache's keys after RoPE.
-            values: The cache's values.
-            batch: The requests with their rows, lengths and budgets.
-            observation_queries: [slots, layers, ring_len, query heads, head_size], after RoPE;
-                the query of logical position p lies at p modulo ring_len.
+            heads: some layers; heads must not see each other.
+            batch: the requests. The candidates of request r are its settled tokens behind the
+                protected prefix and before the window; their physical positions start at
+                `prefix_len`.
 
         Returns:
-            int32 [requests, layers * KV heads, largest budget]; of each row the request's
-            ``budget`` entries as ``keep_indices`` returns them, -1 behind them.
+            float32 [requests, layers * KV heads, most candidates]; larger means more worth keeping.
+            Of request r the first `batch.num_candidates(r)` of each row count. A head with a NaN
+            or infinite score keeps its newest tokens.
+        """
+
+
+class DenseMethod(Method):
+    """A method that is one function of dense tensors: one request and one layer at a time."""
+
+    @abstractmethod
+    def score_dense(
+        self, keys: Tensor, values: Tensor, queries: Tensor | None, layer: int
+    ) -> Tensor:
+        """Score the candidates of one request in one layer.
+
+        Args:
+            keys: [KV heads, n, head_size], cache dtype, after RoPE, the settled tokens behind the
+                protected prefix in temporal order. The last `window` of them are always kept.
+            values: the same of the values.
+            queries: [query heads, window, head_size] of the last `window` tokens, after RoPE, None
+                unless `need` asks for them. Query head `h * group + g` reads KV head `h`.
+            layer: index into `model.layers`.
+
+        Returns:
+            [KV heads, n - window] or, where that is easier, [KV heads, n], of which the window's
+            are left out; any float dtype. Larger means more worth keeping.
+        """
+
+    def score(self, heads: Heads, batch: EvictionBatch) -> Tensor:
+        """Ask `score_dense` about each request and layer. See the base class.
 
         Raises:
-            ValueError: ``keep_indices`` returned another shape than promised.
-            NonFiniteScoreError: A score is NaN or infinite; the worker names request and layer.
+            ValueError: it returned another shape than promised, or no floats.
         """
-        num_heads = keys.num_layers * keys.num_heads
-        shape = (batch.num_requests, num_heads, batch.max_budget)
-        keep = torch.full(shape, -1, dtype=torch.int32, device=keys.device)
+        keys, num_heads = heads.keys, heads.keys.num_heads
+        shape = (batch.num_requests, keys.num_layers * num_heads, batch.max_candidates)
+        scores = torch.full(shape, -torch.inf, dtype=torch.float32, device=keys.device)
+        layers = range(len(self.model.layers))[heads.layers]
         for i, eviction in enumerate(batch.evictions):
-            row = batch.old_block_table[i]
-            dense = [s.read(row, eviction.settled_len).flatten(0, 1) for s in (keys, values)]
-            queries = batch.window_queries(i, observation_queries)
-            try:
-                kept = self.keep_indices(*dense, queries, eviction.budget)
-            except NonFiniteScoreError as error:
-                raise NonFiniteScoreError(error.head, request=i) from error
-            if kept.shape != (num_heads, eviction.budget):
-                raise ValueError(
-                    f"{type(self).__name__}.keep_indices returned {list(kept.shape)}, expected "
-                    f"{[num_heads, eviction.budget]}"
+            num_candidates, row = batch.num_candidates(i), batch.old_block_table[i]
+            if not num_candidates:
+                continue
+            for own, layer in enumerate(layers):
+                only = slice(own, own + 1)
+                dense = (
+                    states.layers(only).read(row, eviction.settled_len, eviction.prefix_len)[0]
+                    for states in (heads.keys, heads.values)
                 )
-            keep[i, :, : eviction.budget] = kept
-        return keep
+                queries = heads.queries
+                if queries is not None:
+                    queries = batch.window_queries(i, queries[:, only])
+                part = self.score_dense(*dense, queries, layer)
+                self._check_dense(part, num_heads, eviction.num_judged, num_candidates)
+                own_heads = slice(own * num_heads, (own + 1) * num_heads)
+                scores[i, own_heads, :num_candidates] = part[:, :num_candidates]
+        return scores
 
-    def score_paged(
-        self, keys: PagedStates, batch: EvictionBatch, observation_queries: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Return the scores behind ``keep_paged``'s choice, for people who look at it.
+    def _check_dense(self, part: Tensor, num_heads: int, n: int, num_candidates: int) -> None:
+        wanted = [num_heads, num_candidates]
+        if list(part.shape) not in (wanted, [num_heads, n]) or not part.is_floating_point():
+            raise ValueError(
+                f"{type(self).__name__}.score_dense: got {part.dtype} {list(part.shape)}, wanted "
+                f"floats {wanted} or {[num_heads, n]}: one per KV head and token, the window left "
+                "out or not"
+            )
 
-        Serving never asks. A method that ranks tokens overrides it; this version has no scores.
 
-        Args:
-            keys: As for ``keep_paged``.
-            batch: As for ``keep_paged``.
-            observation_queries: As for ``keep_paged``.
+def check_scores(method: Method, scores: Tensor, heads: Heads, batch: EvictionBatch) -> None:
+    """Raise ValueError, naming the method, unless its scores are what `Method.score` promises.
 
-        Returns:
-            float32 [requests, layers * KV heads, most candidates], larger means more worth keeping;
-            of request r the first ``settled_len - window`` of each row count. None without scores.
-        """
-        return None
+    What the scores hold is not looked at, which would wait for the device: `select` takes care of
+    those that are not finite.
+    """
+    num_heads = heads.keys.num_layers * heads.keys.num_heads
+    shape, device = (batch.num_requests, num_heads, batch.max_candidates), heads.keys.device
+    if scores.shape != shape or scores.dtype != torch.float32 or scores.device != device:
+        raise ValueError(
+            f"{type(method).__name__}.score: got {scores.dtype} {list(scores.shape)} on "
+            f"{scores.device}, wanted {torch.float32} {list(shape)} on {device}"
+        )

@@ -9,7 +9,8 @@ import functools
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
-from rkv_vllm.patches.process_inputs import check_request_options
+from rkv_vllm.fit.overrides import overrides
+from rkv_vllm.frontend.request_check import check_request, prompt_len
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 
+@overrides("vllm.v1.engine.async_llm:AsyncLLM.generate")
 @functools.cache
 def apply() -> None:
     """Puts the replacement in place; a second call does nothing."""
@@ -28,7 +30,10 @@ def apply() -> None:
     def generate(
         self: "AsyncLLM", prompt: Any, sampling_params: "SamplingParams", *args: Any, **kwargs: Any
     ) -> "AsyncGenerator[RequestOutput, None]":
-        check_request_options(sampling_params, self.vllm_config)
+        # vLLM's servers hand in rendered prompts. Others are tokenised in `process_inputs`.
+        rendered = prompt if isinstance(prompt, dict) else {}
+        num_tokens = prompt_len(rendered.get("prompt_token_ids"), rendered.get("prompt_embeds"))
+        check_request(sampling_params, self.vllm_config, num_tokens)
         return original(self, prompt, sampling_params, *args, **kwargs)
 
     AsyncLLM.generate = generate

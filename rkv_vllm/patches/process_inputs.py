@@ -1,21 +1,22 @@
 """Replaces `InputProcessor.process_inputs`: a bad request option never reaches the engine.
 
-Requests to `LLM` and to vLLM's Python servers pass here. What one may set: `request_options.py`.
+Requests to `LLM` and to vLLM's Python servers pass here; only behind the original is the length of
+every prompt known.
 """
 
 import functools
 from typing import TYPE_CHECKING, Any
 
-from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
-from rkv_vllm.request_options import RequestOptionError, read_request_options
+from rkv_vllm.fit.overrides import overrides
+from rkv_vllm.frontend.request_check import check_request, prompt_len
 
 if TYPE_CHECKING:
     from vllm import PoolingParams, SamplingParams
-    from vllm.config import VllmConfig
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.input_processor import InputProcessor
 
 
+@overrides("vllm.v1.engine.input_processor:InputProcessor.process_inputs")
 @functools.cache
 def apply() -> None:
     """Puts the replacement in place; a second call does nothing."""
@@ -32,40 +33,9 @@ def apply() -> None:
         *args: Any,
         **kwargs: Any,
     ) -> "EngineCoreRequest":
-        check_request_options(params, self.vllm_config)
-        return original(self, request_id, prompt, params, *args, **kwargs)
+        request = original(self, request_id, prompt, params, *args, **kwargs)
+        num_tokens = prompt_len(request.prompt_token_ids, request.prompt_embeds)
+        check_request(params, self.vllm_config, num_tokens)
+        return request
 
     InputProcessor.process_inputs = process_inputs
-
-
-def check_request_options(
-    params: "SamplingParams | PoolingParams", vllm_config: "VllmConfig"
-) -> None:
-    """Refuse what a request asks of compression and cannot have.
-
-    Args:
-        params: of the request.
-        vllm_config: of its engine; without compression there is nothing to ask for, and the keys
-            mean nothing, as in a vLLM without this package.
-
-    Raises:
-        VLLMValidationError: names the key; servers answer with HTTP status 400.
-    """
-    from vllm import SamplingParams
-    from vllm.exceptions import VLLMValidationError
-
-    if not isinstance(params, SamplingParams) or not params.extra_args:
-        return
-    additional = vllm_config.additional_config
-    if not isinstance(additional, dict) or CONFIG_KEY not in additional:
-        return
-    try:
-        read_request_options(params.extra_args, _config(**additional[CONFIG_KEY]))
-    except RequestOptionError as error:
-        raise VLLMValidationError(str(error), parameter=error.key, value=error.got) from error
-
-
-@functools.cache
-def _config(**options: str | int | float) -> KVCompressionConfig:
-    """The server's options; checking the method among them takes milliseconds."""
-    return KVCompressionConfig.from_dict(options)

@@ -1,8 +1,8 @@
-"""Books what a compacted request holds: physical lengths, private blocks, the blocks given back.
+"""Books what requests hold in one compressed KV-cache group: lengths, blocks, what goes back.
 
-Knows vLLM's block pool and one KV-cache group; does not decide when (planner.py) and moves no
-data (worker/flush.py). Reads `physical = logical - evicted` into every length that vLLM's
-full-attention manager gets from the scheduler.
+Knows vLLM's block pool and one group; does not decide when (planner.py) and moves no data
+(worker/flush.py). Reads `physical = logical - evicted` into every length that vLLM's full-attention
+manager gets from the scheduler.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,29 +10,32 @@ from collections.abc import Callable, Sequence
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.request import Request
 
 
 class GroupBooks(FullAttentionManager):
     """FullAttentionManager for requests whose cache is shorter than their text.
 
     A request that was never compacted is handled by the base class in every method.
+
+    Attributes:
+        num_evicted: tokens evicted from each compacted request since its (re)admission; the
+            scheduler's only record of that number.
+        total_evicted: their sum.
+        required_at_admission: turns the blocks that a newcomer needs into those that must be free;
+            set by the scheduler for one group of an engine (admission.py).
     """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self._num_evicted: dict[str, int] = {}
-        # Blocks that running requests will still need; the scheduler knows (scheduler.py).
-        self.admission_reserve: Callable[[str], int] = lambda request_id: 0
+        self.num_evicted: dict[str, int] = {}
+        self.total_evicted = 0
+        self.required_at_admission: Callable[[str, int], int] | None = None
+        self._emptied: list[KVCacheBlock] = []
 
-    def num_evicted(self, req_id: str) -> int:
-        """Tokens evicted from this request since its (re)admission."""
-        return self._num_evicted.get(req_id, 0)
-
-    def num_shared_blocks(self, req_id: str, num_tokens: int) -> int:
-        """Blocks among the first `num_tokens` that a compaction has to replace by private ones."""
-        blocks = self.req_to_blocks.get(req_id, ())[: cdiv(num_tokens, self.block_size)]
-        return sum(block.ref_cnt > 1 for block in blocks)
+    def num_shared_blocks(self, req_id: str, prefix_len: int, num_tokens: int) -> int:
+        """Blocks of tokens [prefix_len, num_tokens) that others hold, so that they need a copy."""
+        first, stop = prefix_len // self.block_size, cdiv(num_tokens, self.block_size)
+        return sum(block.ref_cnt > 1 for block in self.req_to_blocks.get(req_id, ())[first:stop])
 
     def get_num_blocks_to_allocate(
         self,
@@ -50,54 +53,53 @@ class GroupBooks(FullAttentionManager):
         When vLLM asks whether to admit a request (`apply_admission_cap`), the blocks that the
         running requests will grow into are asked for as well.
         """
-        num_evicted = self._num_evicted.get(request_id)
-        if num_evicted is None:
-            num_blocks = super().get_num_blocks_to_allocate(
-                request_id,
-                num_tokens,
-                new_computed_blocks,
-                total_computed_tokens,
-                num_local_computed_tokens,
-                num_tokens_main_model,
-                apply_admission_cap=apply_admission_cap,
-                prefill_end=prefill_end,
-            )
-            return num_blocks + (self.admission_reserve(request_id) if apply_admission_cap else 0)
-        num_required = cdiv(num_tokens - num_evicted, self.block_size)
-        return max(num_required - len(self.req_to_blocks[request_id]), 0)
+        num_evicted = self.num_evicted.get(request_id)
+        if num_evicted is not None:
+            num_required = cdiv(num_tokens - num_evicted, self.block_size)
+            return max(num_required - len(self.req_to_blocks[request_id]), 0)
+        num_blocks = super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            apply_admission_cap,
+            prefill_end,
+        )
+        if apply_admission_cap and self.required_at_admission is not None:
+            return self.required_at_admission(request_id, num_blocks)
+        return num_blocks
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """Allocate up to `num_tokens` logical tokens of this request."""
-        num_evicted = self.num_evicted(request_id)
+        num_evicted = self.num_evicted.get(request_id, 0)
         return super().allocate_new_blocks(
             request_id, num_tokens - num_evicted, num_tokens_main_model - num_evicted
         )
 
-    def cache_blocks(self, request: Request, *args, **kwargs) -> None:
-        """Publish hashes of full blocks, unless their content is no token prefix any more."""
-        if request.request_id not in self._num_evicted:
-            super().cache_blocks(request, *args, **kwargs)
-
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request; a later resume starts with physical = logical."""
-        self._num_evicted.pop(request_id, None)
+        self.total_evicted -= self.num_evicted.pop(request_id, 0)
         return super().pop_blocks_for_free(request_id)
 
-    def compact(
-        self, req_id: str, num_evict: int, total_len: int
+    def evict(
+        self, req_id: str, num_evict: int, total_len: int, prefix_len: int = 0
     ) -> tuple[list[int], list[int]] | None:
-        """Book an eviction and give the blocks it empties back to the pool.
+        """Book an eviction; the blocks that it empties go back to the pool with `reclaim`.
 
-        Every block the survivors move to belongs to this request alone and is not findable in
-        the prefix cache. Call it only after all blocks of the step are allocated: blocks freed
-        here must not be handed out before the workers have read them (DESIGN section 1).
+        Every block the survivors move to belongs to this request alone and is not findable in the
+        prefix cache. Full blocks of the protected prefix stay as they are, shared or not. Call it
+        only after all blocks of the step are allocated: blocks freed here must not be handed out
+        before the workers have read them (DESIGN section 1).
 
         Args:
             req_id: vLLM's request id.
             num_evict: tokens that leave, >= 1.
             total_len: physical tokens before the eviction.
+            prefix_len: protected tokens at the front.
 
         Returns:
             (old, new) block ids in order, or None (nothing changed) when a shared block needs a
@@ -110,15 +112,27 @@ class GroupBooks(FullAttentionManager):
         old_block_ids = [block.block_id for block in blocks]
         if self._null_block.block_id in old_block_ids:
             raise RuntimeError(f"request {req_id}: null block inside its row {old_block_ids}")
-        kept = blocks[: cdiv(total_len - num_evict, self.block_size)]
+        num_untouched = prefix_len // self.block_size
+        kept = blocks[num_untouched : cdiv(total_len - num_evict, self.block_size)]
         private = self._make_private(kept)
         if private is None:
             return None
         replaced = [old for old, new in zip(kept, private, strict=True) if old is not new]
-        self.req_to_blocks[req_id] = private
-        self._num_evicted[req_id] = self.num_evicted(req_id) + num_evict
-        self.block_pool.free_blocks(reversed(replaced + blocks[len(kept) :]))
-        return old_block_ids, [block.block_id for block in private]
+        row = blocks[:num_untouched] + private
+        self.req_to_blocks[req_id] = row
+        self.num_evicted[req_id] = self.num_evicted.get(req_id, 0) + num_evict
+        self.total_evicted += num_evict
+        self._emptied.extend(reversed(replaced + blocks[len(row) :]))
+        return old_block_ids, [block.block_id for block in row]
+
+    def reclaim(self) -> None:
+        """Give the blocks that this step's evictions emptied back to the pool.
+
+        Not one by one: a freed block without a hash is the first to be handed out again, and as the
+        private copy of another request of the same step it would part their compactions.
+        """
+        emptied, self._emptied = self._emptied, []
+        self.block_pool.free_blocks(emptied)
 
     def _make_private(self, blocks: list[KVCacheBlock]) -> list[KVCacheBlock] | None:
         """Replace every block that others can see; None when that is impossible now."""

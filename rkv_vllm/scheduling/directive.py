@@ -6,42 +6,58 @@ carries a directive out.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 STEP_PLAN_ATTRIBUTE = "kv_compression"
 
 
 @dataclass(frozen=True, slots=True)
 class EvictionDirective:
-    """Evict exactly `num_evict` tokens from the settled prefix of one request.
+    """Evict exactly `num_evict` tokens from the settled part of one request in one KV-cache group.
 
     Lengths are physical (positions in the request's cache) and count from before this eviction.
     The directive never says "compact to B": a rejected draft changes how many tokens follow the
-    settled prefix, but not how many leave it.
+    settled ones, but not how many of those leave.
+
+    With blocks of 4 tokens, prefix 5, settled_len 16, total_len 17 and num_evict 5: tokens 0 to 4
+    stay, 6 of the tokens 5 to 15 survive at 5 to 10, token 16 moves to 11; of five blocks the
+    first stays untouched and three are left.
 
     Attributes:
         req_id: vLLM's request id.
+        group_id: index of the KV-cache group in vLLM's configuration.
         num_evicted_before: tokens evicted by earlier compactions; logical = physical + this.
-        settled_len: C, tokens [0, C) are judged and shrink by `num_evict`.
+        prefix_len: P, tokens [0, P) stay where they are.
+        settled_len: C, tokens [P, C) are judged and shrink by `num_evict`.
         total_len: L >= C, tokens [C, L) move along unchanged.
-        num_evict: E = C - budget.
-        slot: observation slot that holds the queries of [C - window, C).
+        num_evict: E = C - P - budget.
+        seat: place in the query ring that holds the queries of [C - window, C); -1 when the method
+            asked for none.
+        prompt_len: tokens of the request's prompt.
+        seed: 64 bits that a repeated run repeats, others for every compaction.
+        method_options: the method's options if the request has its own, None for the server's.
         old_block_ids: the blocks that hold [0, L) now, in order.
         new_block_ids: the blocks that hold [0, L - E) afterwards, in order.
     """
 
     req_id: str
+    group_id: int
     num_evicted_before: int
+    prefix_len: int
     settled_len: int
     total_len: int
     num_evict: int
-    slot: int
+    seat: int
+    prompt_len: int
+    seed: int
+    method_options: Any | None
     old_block_ids: list[int]
     new_block_ids: list[int]
 
     @property
     def budget(self) -> int:
-        """Survivors among the settled tokens."""
-        return self.settled_len - self.num_evict
+        """Survivors among the settled tokens behind the prefix."""
+        return self.settled_len - self.prefix_len - self.num_evict
 
     @property
     def num_freed_blocks(self) -> int:
@@ -59,18 +75,18 @@ class StepPlan:
     """Compression's share of one scheduler step.
 
     Attributes:
-        directives: compactions to run right after this step's forward.
-        watched: observation slot of every scheduled request whose queries this step records.
-        num_deferred: compactions that became due and have to wait, first seen in this step.
-        num_short_of_blocks: those of them that wait for a free block; the others wait for a slot
-            or for its window.
-        num_free_blocks: blocks in the free queue after this step's reclaim.
-        num_total_blocks: blocks of the pool, null block not counted.
+        directives: compactions to run right after this step's forward, in the order of the books.
+        watched: by group, the seat of every scheduled request whose queries this step records.
+        num_waiting_for_seat: compactions that are due and begin to wait for a seat or its window.
+        num_waiting_for_blocks: compactions that are due and begin to wait for a free block.
     """
 
     directives: list[EvictionDirective] = field(default_factory=list)
-    watched: dict[str, int] = field(default_factory=dict)
-    num_deferred: int = 0
-    num_short_of_blocks: int = 0
-    num_free_blocks: int = 0
-    num_total_blocks: int = 0
+    watched: dict[int, dict[str, int]] = field(default_factory=dict)
+    num_waiting_for_seat: int = 0
+    num_waiting_for_blocks: int = 0
+
+    @property
+    def num_deferred(self) -> int:
+        """Waits that begin in this step; a compaction may wait for a seat and then for blocks."""
+        return self.num_waiting_for_seat + self.num_waiting_for_blocks

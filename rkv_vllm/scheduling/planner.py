@@ -1,209 +1,294 @@
 """Decides, from lengths alone, when a request is compacted and who records its queries.
 
-Knows SPEC section 3 and the pool of observation slots; knows no vLLM, no tensors, no blocks beyond
-the `Books` it asks to move them. All lengths kept here are logical, because those never shrink:
-a compaction changes what a request holds, not how far it has come. Next: books.py.
+One planner per compressed KV-cache group. Knows the policy and the seats of the query ring; knows
+no vLLM, no tensors, no blocks beyond the `Books` it asks to move them. All lengths kept here are
+logical, because those never shrink: a compaction changes what a request holds, not how far it has
+come. A step costs nothing for requests that are far from due: a calendar brings them back in time.
+Next: books.py.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import Any, NamedTuple, Protocol
 
-from rkv_vllm.config import KVCompressionConfig
-from rkv_vllm.request_options import RequestOptions
+from rkv_vllm.policy import Policy, Terms
 from rkv_vllm.scheduling.directive import EvictionDirective, StepPlan
 
 
 class ScheduledRequest(NamedTuple):
-    """One request of a step, as the scheduler leaves it after advancing its counters.
+    """One decoding request of a step, as the scheduler leaves it after advancing its counters.
 
     Attributes:
         req_id: vLLM's request id.
         num_computed: tokens computed once this step has run, drafts counted as accepted.
         num_scheduled: tokens that this step computes.
         num_in_flight: tokens whose step has not been processed yet, this step included.
-        is_prefilling: this step does not reach the end of the prefill.
-        options: the budget and buffer that hold for this request.
+        prompt_len: tokens of its prompt.
+        seed: 64 bits that a repeated run repeats.
+        method_options: the method's options if the request has its own.
     """
 
     req_id: str
     num_computed: int
     num_scheduled: int
     num_in_flight: int
-    is_prefilling: bool
-    options: RequestOptions
+    prompt_len: int = 0
+    seed: int = 0
+    method_options: Any | None = None
+
+    @property
+    def settled(self) -> int:
+        """Tokens that can no longer be rejected or rolled back."""
+        return self.num_computed - self.num_in_flight
+
+
+Lookup = Callable[[str], ScheduledRequest | None]
 
 
 class Books(Protocol):
     """The block bookkeeping the planner relies on (GroupBooks)."""
 
-    def num_evicted(self, req_id: str) -> int:
-        """Tokens evicted from this request since its (re)admission."""
+    num_evicted: dict[str, int]
 
-    def compact(
-        self, req_id: str, num_evict: int, total_len: int
+    def evict(
+        self, req_id: str, num_evict: int, total_len: int, prefix_len: int
     ) -> tuple[list[int], list[int]] | None:
         """Book one eviction; returns (old, new) block ids, None when blocks are short."""
 
 
-@dataclass(slots=True)
+class Seats(NamedTuple):
+    """What a method asks of the query ring.
+
+    Attributes:
+        count: requests whose queries can be recorded at once; 0 when the method needs no queries.
+        window: newest tokens whose queries judge the others.
+    """
+
+    count: int
+    window: int
+
+
+@dataclass(slots=True, eq=False)
 class _Progress:
     """A decoding request on its way to its next compaction.
 
     Attributes:
-        due_at: settled logical length at which it is due.
-        slot: its observation slot, None while it has none.
-        watched_from: logical position of the first query recorded in the slot.
-        deferred: it is due, and was counted as waiting.
+        terms: budget, buffer and prefix.
+        due_at: settled length at which it is due.
+        seat: its seat, None while it has none.
+        watched_from: position of the first query recorded for it.
+        waits: what its due compaction waited for, as far as it was counted.
     """
 
+    terms: Terms
     due_at: int
-    slot: int | None = None
+    seat: int | None = None
     watched_from: int = 0
-    deferred: bool = False
+    waits: set[str] = field(default_factory=set)
 
 
-class CompressionPlanner:
-    """Turns every scheduler step into a StepPlan.
+class GroupPlanner:
+    """Turns the steps of one group into directives.
 
-    Source: SPEC section 3 (rules 1 and 2), DESIGN sections 1 and 3.
+    Args:
+        group_id: of the group.
+        books: of the group.
+        policy: when.
+        seats: of the query ring.
+        max_advance: most tokens by which one step takes a decoding request on.
+
+    Source: SPEC section 3.
     """
 
-    def __init__(self, config: KVCompressionConfig, books: Books) -> None:
-        self._config = config
+    def __init__(
+        self, group_id: int, books: Books, policy: Policy, seats: Seats, max_advance: int = 1
+    ) -> None:
+        self._group_id = group_id
         self._books = books
+        self._policy = policy
+        self._seats = seats
+        self._max_advance = max_advance
+        self._step = 0
         self._progress: dict[str, _Progress] = {}
-        self._free_slots = list(range(config.observation_slots - 1, -1, -1))
-        # Requests that want a slot, oldest wish first; a dict because it is an ordered set.
-        self._slot_queue: dict[str, None] = {}
+        # (step, tie, request, progress): when to look at a request again; it may have left by then.
+        self._calendar: list[tuple[int, int, str, _Progress]] = []
+        self._num_entries = 0
+        # Those to look at in every step, first come first.
+        self._near: dict[str, _Progress] = {}
+        self._free_seats = list(range(seats.count - 1, -1, -1))
+        # Requests that want a seat, oldest wish first; a dict because it is an ordered set.
+        self._seat_queue: dict[str, None] = {}
 
     @property
     def num_seats_in_use(self) -> int:
-        """Observation slots that belong to a request."""
-        return self._config.observation_slots - len(self._free_slots)
+        """Seats that belong to a request."""
+        return self._seats.count - len(self._free_seats)
 
-    def plan_step(self, scheduled: Iterable[ScheduledRequest]) -> StepPlan:
-        """Decide what happens to each request of this step.
+    def begin(self, req_id: str, terms: Terms, prefill_len: int) -> None:
+        """A request's prefill ends with the step at hand; it decodes from the next one on."""
+        progress = _Progress(terms, self._policy.first_due_at(terms, prefill_len))
+        self._progress[req_id] = progress
+        self._look_again(req_id, progress, prefill_len)
+
+    def plan_step(self, lookup: Lookup, plan: StepPlan) -> None:
+        """Decide what happens to the group's requests in this step.
 
         Call it once per step, after the scheduler advanced its counters and allocated all blocks.
 
         Args:
-            scheduled: the requests that this step computes.
-
-        Returns:
-            The plan: directives, watched rows, and how many compactions have to wait.
+            lookup: a request of this step by id; None if the step does not compute it.
+            plan: takes the directives, the watched requests and the waits.
         """
-        plan = StepPlan()
-        near = [request for request in scheduled if self._is_near_compaction(request)]
-        released = [slot for request in near if (slot := self._compact_if_due(request, plan)) >= 0]
-        self._hand_out_slots(near)
+        self._step += 1
+        self._wake()
+        near = [
+            request for req_id in list(self._near) if (request := self._if_near(req_id, lookup))
+        ]
+        released = [seat for request in near if (seat := self._compact_if_due(request, plan)) >= 0]
+        self._hand_out_seats(near)
+        watched = {}
         for request in near:
-            slot = self._progress[request.req_id].slot
-            if slot is not None:
-                plan.watched[request.req_id] = slot
-        # Only now: a slot given away in this step would be written by this step's forward,
-        # before the compaction has read it.
-        self._free_slots.extend(released)
-        return plan
+            seat = self._progress[request.req_id].seat
+            if seat is not None:
+                watched[request.req_id] = seat
+        plan.watched[self._group_id] = watched
+        # Only now: a seat given away in this step would be written by this step's forward, before
+        # the compaction has read it.
+        self._free_seats.extend(released)
 
-    def due_at(self, req_id: str, num_tokens: int, options: RequestOptions) -> int:
-        """Settled logical length at which the request is due next.
-
-        Args:
-            req_id: vLLM's request id.
-            num_tokens: its tokens so far; all of them are prefilled if it is not decoding yet.
-            options: the request's budget and buffer.
-        """
+    def due_at(self, req_id: str) -> int | None:
+        """Settled length at which a decoding request is due next; None before it decodes."""
         progress = self._progress.get(req_id)
-        return options.first_due_at(num_tokens) if progress is None else progress.due_at
+        return None if progress is None else progress.due_at
 
     def forget(self, req_id: str) -> None:
         """Drop all state of a request that left the batch (finished, aborted or preempted)."""
-        self._slot_queue.pop(req_id, None)
+        self._seat_queue.pop(req_id, None)
+        self._near.pop(req_id, None)
         progress = self._progress.pop(req_id, None)
-        if progress is not None and progress.slot is not None:
-            self._free_slots.append(progress.slot)
+        if progress is not None and progress.seat is not None:
+            self._free_seats.append(progress.seat)
 
-    def _is_near_compaction(self, request: ScheduledRequest) -> bool:
-        """Whether this step computes a token of the request's next window, or a later one."""
-        if request.is_prefilling:
-            return False
-        progress = self._progress.get(request.req_id)
-        if progress is None:
-            # The first step that reaches the end of the prefill ends exactly there.
-            due_at = request.options.first_due_at(request.num_computed)
-            self._progress[request.req_id] = _Progress(due_at)
-            return False
-        return self._needs_watching(request, progress)
+    def _look_again(self, req_id: str, progress: _Progress, num_computed: int) -> None:
+        """Note in the calendar when the request can first compute a token of its next window."""
+        missing = self._policy.watches_from(progress.due_at) + 1 - num_computed
+        steps = max(1, -(-missing // self._max_advance))
+        self._num_entries += 1
+        heappush(self._calendar, (self._step + steps, self._num_entries, req_id, progress))
+
+    def _wake(self) -> None:
+        while self._calendar and self._calendar[0][0] <= self._step:
+            _, _, req_id, progress = heappop(self._calendar)
+            if self._progress.get(req_id) is progress:
+                self._near[req_id] = progress
+
+    def _if_near(self, req_id: str, lookup: Lookup) -> ScheduledRequest | None:
+        """The request, if this step computes a token of its next window or a later one."""
+        request = lookup(req_id)
+        if request is None:
+            return None
+        progress = self._near[req_id]
+        if self._needs_watching(request, progress):
+            return request
+        # Steps that did not compute it, or rejected drafts, have put it off.
+        if progress.seat is None:
+            del self._near[req_id]
+            self._look_again(req_id, progress, request.num_computed)
+            return None
+        return request
+
+    def _needs_watching(self, request: ScheduledRequest, progress: _Progress) -> bool:
+        return request.num_computed > self._policy.watches_from(progress.due_at)
 
     def _compact_if_due(self, request: ScheduledRequest, plan: StepPlan) -> int:
         """Compact the request if rules 1 and 2 hold and nothing is missing.
 
         Returns:
-            The observation slot that becomes free after this step, -1 when none does.
+            The seat that becomes free after this step, -1 when none does.
         """
         progress = self._progress[request.req_id]
-        settled = request.num_computed - request.num_in_flight
-        if settled < progress.due_at:
+        if request.settled < progress.due_at:
             return -1
-        directive = self._book_eviction(request, progress, settled)
+        if not self._window_is_warm(request, progress):
+            self._count_wait(progress, "seat", plan)
+            return -1
+        directive = self._book_eviction(request, progress)
         if directive is None:
-            if not progress.deferred:
-                plan.num_deferred += 1
-                plan.num_short_of_blocks += self._window_is_warm(progress, settled)
-            progress.deferred = True
+            self._count_wait(progress, "blocks", plan)
             return -1
         plan.directives.append(directive)
-        progress.due_at = settled + request.options.buffer
-        progress.deferred = False
-        if self._needs_watching(request, progress):
+        progress.due_at = self._policy.next_due_at(progress.terms, request.settled)
+        progress.waits.clear()
+        if self._needs_watching(request, progress) and not self._seat_queue:
             return -1
-        slot, progress.slot = progress.slot, None
-        return slot
+        # Seats go round: who needs one again queues up behind those that wait.
+        seat, progress.seat = progress.seat, None
+        if not self._needs_watching(request, progress):
+            del self._near[request.req_id]
+            self._look_again(request.req_id, progress, request.num_computed)
+        return -1 if seat is None else seat
+
+    def _count_wait(self, progress: _Progress, reason: str, plan: StepPlan) -> None:
+        if reason in progress.waits:
+            return
+        progress.waits.add(reason)
+        if reason == "seat":
+            plan.num_waiting_for_seat += 1
+        else:
+            plan.num_waiting_for_blocks += 1
 
     def _book_eviction(
-        self, request: ScheduledRequest, progress: _Progress, settled: int
+        self, request: ScheduledRequest, progress: _Progress
     ) -> EvictionDirective | None:
-        """Book the eviction, or return None when the window is not warm or blocks are short."""
-        if not self._window_is_warm(progress, settled):
-            return None
-        before = self._books.num_evicted(request.req_id)
-        num_evict = settled - before - request.options.budget
-        total_len = request.num_computed - before
-        blocks = self._books.compact(request.req_id, num_evict, total_len)
+        """Book the eviction, or return None when blocks are short."""
+        prefix_len = progress.terms.prefix_len
+        before = self._books.num_evicted.get(request.req_id, 0)
+        settled_len, total_len = request.settled - before, request.num_computed - before
+        num_evict = settled_len - prefix_len - progress.terms.budget
+        blocks = self._books.evict(request.req_id, num_evict, total_len, prefix_len)
         if blocks is None:
             return None
         return EvictionDirective(
             req_id=request.req_id,
+            group_id=self._group_id,
             num_evicted_before=before,
-            settled_len=settled - before,
+            prefix_len=prefix_len,
+            settled_len=settled_len,
             total_len=total_len,
             num_evict=num_evict,
-            slot=progress.slot,
+            seat=-1 if progress.seat is None else progress.seat,
+            prompt_len=request.prompt_len,
+            # Odd, so that the seeds of one request never coincide.
+            seed=(request.seed + 0x9E3779B97F4A7C15 * request.settled) % 2**64,
+            method_options=request.method_options,
             old_block_ids=blocks[0],
             new_block_ids=blocks[1],
         )
 
-    def _window_is_warm(self, progress: _Progress, settled: int) -> bool:
-        """Whether the slot holds the queries of the last settled tokens."""
-        return progress.slot is not None and settled - progress.watched_from >= self._config.window
+    def _window_is_warm(self, request: ScheduledRequest, progress: _Progress) -> bool:
+        """Whether the seat holds the queries of the last settled tokens."""
+        if not self._seats.count:
+            return True
+        recorded = request.settled - progress.watched_from
+        return progress.seat is not None and recorded >= self._seats.window
 
-    def _hand_out_slots(self, near: list[ScheduledRequest]) -> None:
-        """Give free slots to the requests that wait for one, first come first served."""
-        requests = {request.req_id: request for request in near}
-        for req_id, request in requests.items():
-            progress = self._progress[req_id]
-            if progress.slot is None and self._needs_watching(request, progress):
-                self._slot_queue.setdefault(req_id)
-        # A request that is not scheduled in this step keeps its place but takes no slot.
-        for req_id in [req_id for req_id in self._slot_queue if req_id in requests]:
-            if not self._free_slots:
+    def _hand_out_seats(self, near: list[ScheduledRequest]) -> None:
+        """Give free seats to the requests that wait for one, first come first served."""
+        if not self._seats.count:
+            return
+        requests = {}
+        for request in near:
+            progress = self._progress[request.req_id]
+            if progress.seat is None and self._needs_watching(request, progress):
+                requests[request.req_id] = request
+                self._seat_queue.setdefault(request.req_id)
+        # A request that is not scheduled in this step keeps its place but takes no seat.
+        for req_id in [req_id for req_id in self._seat_queue if req_id in requests]:
+            if not self._free_seats:
                 break
-            del self._slot_queue[req_id]
+            del self._seat_queue[req_id]
             progress = self._progress[req_id]
-            progress.slot = self._free_slots.pop()
+            progress.seat = self._free_seats.pop()
             request = requests[req_id]
             progress.watched_from = request.num_computed - request.num_scheduled
-
-    def _needs_watching(self, request: ScheduledRequest, progress: _Progress) -> bool:
-        return request.num_computed > progress.due_at - self._config.window

@@ -1,32 +1,49 @@
-"""Where vLLM's scheduler calls the planner: after each step is scheduled, and when blocks go.
+"""Where vLLM's scheduler calls the planners: after each step is scheduled, and when blocks go.
 
-Knows vLLM's Scheduler. Adds no decision of its own except how many requests to admit. Next:
-worker/flush.py, which receives the StepPlan.
+Knows vLLM's Scheduler and decides nothing itself. Next: planner.py (when), admission.py (how many),
+then worker/flush.py, which receives the StepPlan.
 """
 
-import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
 
-from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import SchedulerInterface
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
-from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
+from rkv_vllm.fit import refusals
 from rkv_vllm.log import init_logger
+from rkv_vllm.options import CONFIG_KEY, ServerOptions, find_method
+from rkv_vllm.policy import EveryBuffer, Terms, floor_blocks
 from rkv_vllm.request_options import RequestOptionError, RequestOptions, read_request_options
+from rkv_vllm.scheduling.admission import Admission, Limits, Track
 from rkv_vllm.scheduling.books import GroupBooks
-from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE
-from rkv_vllm.scheduling.planner import CompressionPlanner, ScheduledRequest
+from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, StepPlan
+from rkv_vllm.scheduling.planner import GroupPlanner, ScheduledRequest, Seats
+from rkv_vllm.scheduling.publishing import publish_until_evicted
 from rkv_vllm.scheduling.step_stats import StepStats
 
 logger = init_logger(__name__)
 
-# Weight of the latest finished request in the share of those that were compacted: about the last
-# ten count, so that admission follows a change of workload within seconds.
-_SHARE_STEP = 0.1
+
+@dataclass(slots=True, eq=False)
+class _Known:
+    """What holds for a request that vLLM knows.
+
+    Attributes:
+        options: what it asked for, else the server's; None: its cache is kept whole.
+        terms: the same in each compressed group.
+        seed: see `ScheduledRequest`; made when first asked for.
+    """
+
+    options: RequestOptions | None
+    terms: Sequence[Terms] | None
+    seed: int | None = None
 
 
 class CompressionSchedulerMixin:
@@ -34,81 +51,158 @@ class CompressionSchedulerMixin:
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self._compression = KVCompressionConfig.from_dict(
-            self.vllm_config.additional_config[CONFIG_KEY]
+        # Once more than when the config was made: a process whose VLLM_PLUGINS leaves this package
+        # out has not checked it.
+        refusals.check(self.vllm_config)
+        self._server = ServerOptions.from_dict(self.vllm_config.additional_config[CONFIG_KEY])
+        self._policy = EveryBuffer(self._server.window)
+        self._tracks = self._make_tracks()
+        publish_until_evicted(
+            self.kv_cache_manager.coordinator, tuple(t.books.num_evicted for t in self._tracks)
         )
-        self._block_manager = self._find_block_manager()
-        self._block_manager.admission_reserve = self._admission_reserve
-        self._planner = CompressionPlanner(self._compression, self._block_manager)
-        # Of every request that vLLM knows; None: its cache is kept whole.
-        self._options: dict[str, RequestOptions | None] = {}
-        self._max_in_flight = self.vllm_config.max_concurrent_batches
-        # Until requests have finished, all are expected to be long.
-        self._share_compacted = 1.0
-        self._forget_growth()
+        self._known: dict[str, _Known] = {}
+        # Requests whose prefill has not ended; an ordered set.
+        self._prefilling: dict[str, None] = {}
         self._step_stats = StepStats()
-        # Tokens that the running requests' caches are shorter than their texts.
-        self._num_evicted = 0
-        logger.info("KV cache compression is on: %s", self._compression.to_dict())
-
-    def _find_block_manager(self) -> GroupBooks:
-        managers = self.kv_cache_manager.coordinator.single_type_managers
-        if len(managers) == 1 and isinstance(managers[0], GroupBooks):
-            return managers[0]
-        names = [type(manager).__name__ for manager in managers]
-        raise ValueError(
-            f"KV cache compression needs one KV-cache group of full attention, got {names}; "
-            "serve this model without --kv-compression"
+        server_terms = self._terms(read_request_options(None, self._server), prompt_len=0)
+        limits = Limits(
+            self.max_model_len,
+            self.max_num_scheduled_tokens,
+            self.vllm_config.max_concurrent_batches,
         )
+        self._check_pool(server_terms, limits.in_flight)
+        self._admission = Admission(
+            self._tracks, self._policy, limits, self._terms_of, server_terms
+        )
+        self._tracks[0].books.required_at_admission = self._required_at_admission
+        logger.info("KV cache compression is on: %s", self._server.to_dict())
+
+    def _make_tracks(self) -> list[Track]:
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        books = [manager for manager in managers if isinstance(manager, GroupBooks)]
+        if not books:
+            names = [type(manager).__name__ for manager in managers]
+            raise ValueError(
+                "KV cache compression needs a KV-cache group of full attention, got "
+                f"{names}; serve this model without --kv-compression"
+            )
+        method = find_method(self._server.method)
+        needs_queries = method.need(self._server.method_options).queries
+        seats = Seats(self._server.seats if needs_queries else 0, self._server.window)
+        max_advance = 1 + self.num_spec_tokens
+        return [
+            Track(b, GroupPlanner(b.kv_cache_group_id, b, self._policy, seats, max_advance))
+            for b in books
+        ]
+
+    def _check_pool(self, server_terms: Sequence[Terms], in_flight: int) -> None:
+        """Refuse a protected prefix beside which no request could ever be compacted."""
+        total = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
+        needed = sum(
+            floor_blocks(terms, self._server.window, in_flight, track.books.block_size)
+            for terms, track in zip(server_terms, self._tracks, strict=True)
+        )
+        protected = server_terms[0].prefix_len
+        if protected and needed > total:
+            raise ValueError(
+                f"--kv-protect (protect): got {protected}, which with --kv-budget "
+                f"{self._server.budget} takes {needed} blocks for one request, wanted at most the "
+                f"{total} blocks of the pool; protect fewer tokens or give the cache more memory"
+            )
 
     def add_request(self, request: Request) -> None:
         """Take a request in, with the lengths that hold for it."""
         # The further inputs of a session come under the id of the first.
         if request.request_id not in self.requests:
-            self._options[request.request_id] = self._read_options(request)
+            options = self._read_options(request)
+            terms = None if options is None else self._terms(options, request.num_prompt_tokens)
+            self._known[request.request_id] = _Known(options, terms)
         super().add_request(request)
 
     def _read_options(self, request: Request) -> RequestOptions | None:
-        if request.sampling_params is None:
-            # A pooling request decodes nothing.
+        # A pooling request decodes nothing; a resumable (streaming-input) session rewrites its
+        # computed tokens between inputs.
+        if request.sampling_params is None or request.resumable:
             return None
         try:
-            return read_request_options(request.sampling_params.extra_args, self._compression)
+            return read_request_options(request.sampling_params.extra_args, self._server)
         except RequestOptionError as error:
             # Not by a front end of vLLM's Python servers, which would have refused it. Raising
             # would end the engine for everybody.
             logger.warning(
                 "request %s is run with the server's lengths: %s", request.request_id, error
             )
-            return read_request_options(None, self._compression)
-
-    def _forget_growth(self) -> None:
-        self._num_weighed = 0
-        self._weighed_growth = 0.0
+            return read_request_options(None, self._server)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         # Every allocation of the step is done here, so blocks given back now cannot be handed
         # out before the workers have read them (they flush first thing in the next step).
         super()._update_after_schedule(scheduler_output)
-        self._forget_growth()
-        plan = self._planner.plan_step(self._scheduled_requests(scheduler_output))
-        self._num_evicted += sum(directive.num_evict for directive in plan.directives)
+        self._begin_decoding(scheduler_output)
+        plan = StepPlan()
+
+        def lookup(req_id: str) -> ScheduledRequest | None:
+            return self._scheduled(req_id, scheduler_output)
+
+        for track in self._tracks:
+            track.planner.plan_step(lookup, plan)
+        for track in self._tracks:
+            track.books.reclaim()
+        for directive in plan.directives:
+            self._admission.note_compaction(is_first=directive.num_evicted_before == 0)
         if self.log_stats:
             self._step_stats.add(plan)
-        pool = self.kv_cache_manager.block_pool
-        plan.num_free_blocks = pool.get_num_free_blocks()
-        plan.num_total_blocks = pool.num_gpu_blocks - 1
         setattr(scheduler_output, STEP_PLAN_ATTRIBUTE, plan)
 
+    def _begin_decoding(self, scheduler_output: SchedulerOutput) -> None:
+        """Hand requests whose prefill ends with this step to the planners."""
+        for new in scheduler_output.scheduled_new_reqs:
+            self._prefilling[new.req_id] = None
+        for req_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
+            self._prefilling[req_id] = None
+        for req_id in list(self._prefilling):
+            request = self.requests[req_id]
+            if request.is_prefill_chunk or req_id not in scheduler_output.num_scheduled_tokens:
+                continue
+            del self._prefilling[req_id]
+            terms = self._terms_of(request)
+            if terms is not None:
+                # The first step that reaches the end of the prefill ends exactly there.
+                for own, track in zip(terms, self._tracks, strict=True):
+                    track.planner.begin(req_id, own, request.num_computed_tokens)
+
+    def _scheduled(self, req_id: str, scheduler_output: SchedulerOutput) -> ScheduledRequest | None:
+        num_scheduled = scheduler_output.num_scheduled_tokens.get(req_id)
+        request = self.requests[req_id]
+        if num_scheduled is None or request.is_prefill_chunk:
+            return None
+        return ScheduledRequest(
+            req_id,
+            request.num_computed_tokens,
+            num_scheduled,
+            request.num_in_flight_tokens,
+            request.num_prompt_tokens,
+            self._seed(request),
+            self._known[req_id].options.method_options,
+        )
+
+    def _seed(self, request: Request) -> int:
+        """64 bits that the same prompt with the same sampling seed gets in every run."""
+        known = self._known[request.request_id]
+        if known.seed is None:
+            said = repr((request.prompt_token_ids, request.sampling_params.seed)).encode()
+            known.seed = int.from_bytes(blake2b(said, digest_size=8).digest(), "little")
+        return known.seed
+
     def _free_request_blocks(self, request: Request) -> None:
+        req_id = request.request_id
+        self._admission.note_end(request)
+        self._prefilling.pop(req_id, None)
         if request.is_finished():
-            if self._is_bounded(request):
-                was_compacted = self._block_manager.num_evicted(request.request_id) > 0
-                self._share_compacted += _SHARE_STEP * (was_compacted - self._share_compacted)
-            del self._options[request.request_id]
-        self._num_evicted -= self._block_manager.num_evicted(request.request_id)
+            del self._known[req_id]
         super()._free_request_blocks(request)
-        self._planner.forget(request.request_id)
+        for track in self._tracks:
+            track.planner.forget(req_id)
 
     def make_stats(self, *args, **kwargs) -> SchedulerStats | None:
         """The statistics that vLLM makes of a step, with ours; None when nobody asked for any."""
@@ -116,100 +210,43 @@ class CompressionSchedulerMixin:
         if stats is not None:
             step, self._step_stats = self._step_stats, StepStats()
             step.logical_tokens = sum(request.num_computed_tokens for request in self.running)
-            step.physical_tokens = step.logical_tokens - self._num_evicted
-            step.seats_in_use = self._planner.num_seats_in_use
+            evicted = sum(track.books.total_evicted for track in self._tracks)
+            step.physical_tokens = step.logical_tokens - evicted // len(self._tracks)
+            step.seats_in_use = sum(track.planner.num_seats_in_use for track in self._tracks)
             step.attach_to(stats)
         return stats
 
-    def _scheduled_requests(self, scheduler_output: SchedulerOutput) -> list[ScheduledRequest]:
-        scheduled = []
-        for req_id, num_scheduled in scheduler_output.num_scheduled_tokens.items():
-            request = self.requests[req_id]
-            options = self._options_of(request)
-            if options is not None:
-                scheduled.append(
-                    ScheduledRequest(
-                        req_id,
-                        request.num_computed_tokens,
-                        num_scheduled,
-                        request.num_in_flight_tokens,
-                        request.is_prefill_chunk,
-                        options,
-                    )
-                )
-        return scheduled
+    def _terms_of(self, request: Request) -> Sequence[Terms] | None:
+        """What holds for a request in each compressed group; None if its cache is kept whole."""
+        return self._known[request.request_id].terms
 
-    def _options_of(self, request: Request) -> RequestOptions | None:
-        """Budget and buffer of a request; None if its cache is kept whole.
+    def _terms(self, options: RequestOptions, prompt_len: int) -> list[Terms]:
+        prefix_len = options.prefix_len(prompt_len)
+        return [
+            Terms(self._group_budget(options.budget, track), options.buffer, prefix_len)
+            for track in self._tracks
+        ]
 
-        A resumable (streaming-input) session rewrites its computed tokens between inputs.
-        """
-        return None if request.resumable else self._options[request.request_id]
+    def _group_budget(self, budget: int, track: Track) -> int:
+        """A request's budget, in the proportion that the group's has to the server's."""
+        of_group = track.books.kv_cache_spec.layer_budget
+        if of_group is None:
+            return budget
+        return max(self._server.window + 1, round(budget * of_group / self._server.budget))
 
-    def _admission_reserve(self, new_request_id: str) -> int:
-        """Blocks to keep back for growth when `new_request_id` asks to be admitted.
-
-        A compacted request stops growing at a known length, so requests can be admitted up to
-        the number that never has to be preempted. A request that was not compacted yet may end
-        before it gets there: it counts by the share of finished requests that did. Requests too
-        short to be compacted, and those that keep their whole cache, are not reserved for: vLLM's
-        own optimism applies to them, and they may have to be preempted. An idle
-        engine reserves nothing, so whatever vLLM would admit there is admitted.
-        """
-        if not self.running:
-            return 0
-        newcomer = self.requests[new_request_id]
-        growth = self._share_compacted * self._growth(
-            newcomer, cdiv(newcomer.num_tokens, self.block_size)
+    def _required_at_admission(self, req_id: str, num_blocks: int) -> int:
+        newcomer = self.requests[req_id]
+        num_free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        return self._admission.required(
+            newcomer, num_blocks, self._not_displaced(newcomer), num_free
         )
-        return math.ceil(growth + self._running_growth())
 
-    def _running_growth(self) -> float:
-        """Blocks that the running requests are expected to grow into.
-
-        Within a step requests only join, so each is weighed once per step: otherwise a thousand
-        requests that are admitted together would weigh each other half a million times.
-        """
-        for request in self.running[self._num_weighed :]:
-            held = len(self._block_manager.req_to_blocks[request.request_id])
-            weight = 1.0
-            if self._block_manager.num_evicted(request.request_id) == 0:
-                weight = self._share_compacted
-            self._weighed_growth += weight * self._growth(request, held)
-        self._num_weighed = len(self.running)
-        return self._weighed_growth
-
-    def _growth(self, request: Request, held: int) -> int:
-        """Blocks a request may need beyond the `held` ones; 0 if compaction does not bound it."""
-        if not self._is_bounded(request):
-            return 0
-        req_id = request.request_id
-        growth = max(cdiv(self._peak_len(request), self.block_size) - held, 0)
-        if self._block_manager.num_evicted(req_id) == 0:
-            survivors = self._options[req_id].budget + self._max_in_flight
-            growth += self._block_manager.num_shared_blocks(req_id, survivors)
-        return growth
-
-    def _is_bounded(self, request: Request) -> bool:
-        """Whether compaction keeps this request shorter than its full length."""
-        if self._options_of(request) is None:
-            return False
-        if self._block_manager.num_evicted(request.request_id) > 0:
-            return True
-        return self._due_at(request) + self._max_in_flight < self._final_len(request)
-
-    def _due_at(self, request: Request) -> int:
-        options = self._options[request.request_id]
-        return self._planner.due_at(request.request_id, request.num_tokens, options)
-
-    def _peak_len(self, request: Request) -> int:
-        """Most physical tokens the request holds before its next compaction or its end."""
-        peak = min(self._due_at(request) + self._max_in_flight, self._final_len(request))
-        return peak - self._block_manager.num_evicted(request.request_id)
-
-    def _final_len(self, request: Request) -> int:
-        """Most logical tokens that the request can reach."""
-        return min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+    def _not_displaced(self, newcomer: Request) -> Sequence[Request]:
+        """Running requests that vLLM would not preempt to make room for the newcomer."""
+        if self.policy != SchedulingPolicy.PRIORITY:
+            return self.running
+        rank = (newcomer.priority, newcomer.arrival_time)
+        return [r for r in self.running if (r.priority, r.arrival_time) <= rank]
 
 
 class CompressionScheduler(CompressionSchedulerMixin, Scheduler):

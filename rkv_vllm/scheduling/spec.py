@@ -1,4 +1,4 @@
-"""The KV-cache spec that makes vLLM build our block manager for a group of attention layers.
+"""The KV-cache spec that makes vLLM build our books for a group of attention layers.
 
 Importing this module registers the spec with vLLM. Workers return it from `get_kv_cache_spec`, and
 unpickling it in the engine process imports this module there, just in time.
@@ -6,7 +6,7 @@ unpickling it in the engine process imports this module there, just in time.
 
 from dataclasses import dataclass
 
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
 from rkv_vllm.scheduling.books import GroupBooks
@@ -18,4 +18,33 @@ KVCacheSpecRegistry._ensure_registered(None)
 @register_kv_cache_spec(manager_class=GroupBooks, uniform_type_base_spec=FullAttentionSpec)
 @dataclass(frozen=True, kw_only=True)
 class CompressedAttentionSpec(FullAttentionSpec):
-    """Full attention in vLLM's eyes; its blocks are managed by GroupBooks."""
+    """Full attention in vLLM's eyes; its blocks are managed by GroupBooks.
+
+    Attributes:
+        layer_budget: tokens that these layers keep where the server keeps `budget`; None for just
+            that. Layers of different budgets never share a block table.
+    """
+
+    layer_budget: int | None = None
+
+    @classmethod
+    def merge(cls, specs: list["CompressedAttentionSpec"]) -> "CompressedAttentionSpec":
+        """Merge the specs of one group's layers.
+
+        Raises:
+            AssertionError: a spec is not ours (vLLM would shorten layers that need every token), or
+                their budgets differ; an AssertionError, as vLLM expects of `merge`.
+        """
+        budgets = {spec.layer_budget if isinstance(spec, cls) else spec for spec in specs}
+        if len(budgets) != 1 or not all(isinstance(spec, cls) for spec in specs):
+            raise AssertionError(
+                f"compressed layers of one group: expected equal layer budgets, got {budgets}"
+            )
+        return replace_as(FullAttentionSpec.merge(specs), cls, layer_budget=specs[0].layer_budget)
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        """Whether one group can hold all these layers."""
+        return super().is_uniform_with_collection(kv_cache_specs) and all(
+            isinstance(spec, type(self)) and spec.layer_budget == self.layer_budget
+            for spec in kv_cache_specs.values()
+        )

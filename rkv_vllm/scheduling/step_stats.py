@@ -21,16 +21,16 @@ class StepStats:
     Attributes:
         evicted_tokens: tokens that each compaction evicts, per layer and head.
         freed_blocks: blocks that the compacted requests hold less of.
-        deferred_for_slot: compactions that wait for an observation slot or for its window.
-        deferred_for_blocks: compactions that wait for a private copy of a shared block.
+        deferred_for_seat: compactions that began to wait for a seat or for its window.
+        deferred_for_blocks: compactions that began to wait for a copy of a shared block.
         logical_tokens: tokens that the running requests have computed.
         physical_tokens: tokens of these that their caches hold.
-        seats_in_use: slots that belong to a request.
+        seats_in_use: seats of the query ring that belong to a request.
     """
 
     evicted_tokens: list[int] = field(default_factory=list)
     freed_blocks: int = 0
-    deferred_for_slot: int = 0
+    deferred_for_seat: int = 0
     deferred_for_blocks: int = 0
     logical_tokens: int = 0
     physical_tokens: int = 0
@@ -41,8 +41,8 @@ class StepStats:
         for directive in plan.directives:
             self.evicted_tokens.append(directive.num_evict)
             self.freed_blocks += directive.num_freed_blocks
-        self.deferred_for_blocks += plan.num_short_of_blocks
-        self.deferred_for_slot += plan.num_deferred - plan.num_short_of_blocks
+        self.deferred_for_seat += plan.num_waiting_for_seat
+        self.deferred_for_blocks += plan.num_waiting_for_blocks
 
     def attach_to(self, stats: SchedulerStats) -> None:
         """Write this message into vLLM's own, where `take_from` finds it.

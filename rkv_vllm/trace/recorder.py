@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rkv_vllm.methods.base import CompressionMethod
 from rkv_vllm.trace.record import NEVER, RANK_LEVELS, CompactionStep, Evictions
 from rkv_vllm.worker.flush import Choice
 
@@ -31,7 +30,7 @@ class TraceRecorder:
         # Of each compaction, over all heads: sum of the ranks of each token, heads that judged it.
         self._rank_sums: list[tuple[Tensor, Tensor]] = []
 
-    def chosen(self, choice: Choice, method: CompressionMethod) -> None:
+    def chosen(self, choice: Choice) -> None:
         """Note which tokens some layers keep.
 
         Raises:
@@ -39,22 +38,19 @@ class TraceRecorder:
         """
         if len(choice.directives) != 1:
             raise RuntimeError(f"trace: got {len(choice.directives)} requests at once, wanted one")
-        if choice.first_layer == 0:
+        first_layer = choice.heads.layers.start
+        if first_layer == 0:
             self._begin(choice)
-        step, num_heads = self._steps[-1], choice.keys.num_heads
+        step, num_heads = self._steps[-1], choice.heads.keys.num_heads
         budget = step.settled_len - step.num_evicted
         keep = choice.keep[0, :, :budget].long().cpu().unflatten(0, (-1, num_heads))
-        scores = method.score_paged(choice.keys, choice.batch, choice.queries)
-        ranks = [None] * len(keep)
-        if scores is not None:
-            num_candidates = step.settled_len - self._window
-            ranks = rank(scores[0, :, :num_candidates].cpu()).unflatten(0, (-1, num_heads))
-        for i, (kept, ranked) in enumerate(zip(keep, ranks, strict=True), choice.first_layer):
+        scores = choice.scores[0, :, : step.settled_len - self._window].cpu()
+        ranks = rank(scores).unflatten(0, (-1, num_heads))
+        for i, (kept, ranked) in enumerate(zip(keep, ranks, strict=True), first_layer):
             if i == len(self._layers):
                 self._layers.append(_LayerHistory(num_heads, self._max_len))
             judged = self._layers[i].note(len(self._steps) - 1, step, kept)
-            if ranked is not None:
-                self._note_ranks(self._layers[i], judged[:, : ranked.shape[1]], ranked)
+            self._note_ranks(self._layers[i], judged[:, : ranked.shape[1]], ranked)
 
     def result(self, num_tokens: int) -> Evictions:
         """What has happened so far.

@@ -9,29 +9,43 @@ from functools import cache
 from torch import Tensor
 from vllm.model_executor.layers.attention import Attention
 
+from rkv_vllm.fit.overrides import overrides
 from rkv_vllm.worker.query_ring import QueryRing
 
 
-def observe_queries(layer: Attention, layer_idx: int, pool: QueryRing) -> None:
-    """Record the queries of every later forward of `layer` in `pool`.
-
-    Args:
-        layer: an attention layer.
-        layer_idx: its place in the pool.
-        pool: where the queries go.
-    """
+def observe_queries(layer: Attention) -> None:
+    """Let `layer` record the queries of every forward, once it has a ring (`record_in`)."""
     impl = layer.impl
     impl.__class__ = _observing_class(type(impl))
-    impl.query_ring = pool
-    impl.observed_layer_idx = layer_idx
+    impl.query_ring = None
 
 
+def record_in(layer: Attention, layer_idx: int, ring: QueryRing) -> None:
+    """Give an observed layer its ring.
+
+    Args:
+        layer: an attention layer after `observe_queries`.
+        layer_idx: its place in the ring.
+        ring: where its queries go.
+    """
+    layer.impl.query_ring = ring
+    layer.impl.observed_layer_idx = layer_idx
+
+
+@overrides(
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward",
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.forward",
+    "vllm.v1.attention.backends.flashinfer:FlashInferImpl.forward",
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward",
+)
 @cache
 def _observing_class(base: type) -> type:
     """A subclass of one attention implementation, single inheritance as __class__ demands."""
 
     def forward(self, layer: Attention, query: Tensor, *args, **kwargs) -> Tensor:
-        self.query_ring.record(self.observed_layer_idx, query)
+        # None while there is no cache: vLLM profiles with dummy batches first.
+        if self.query_ring is not None:
+            self.query_ring.record(self.observed_layer_idx, query)
         return base.forward(self, layer, query, *args, **kwargs)
 
     return type(f"Observing{base.__name__}", (base,), {"forward": forward})

@@ -7,13 +7,20 @@ slots earlier. Next: runner_v1.py, which fills `num_evicted` before each step.
 import torch
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 
+from rkv_vllm.fit.overrides import overrides
+
 
 class PhysicalBlockTable(MultiGroupBlockTable):
-    """MultiGroupBlockTable that subtracts the evicted tokens of each row."""
+    """MultiGroupBlockTable that subtracts the evicted tokens of each row.
 
-    # int64 [num_reqs]; None when no row of the step was ever compacted.
-    num_evicted: torch.Tensor | None = None
+    Attributes:
+        num_evicted: by KV-cache group, int64 [num_reqs]; groups of which no row of the step was
+            ever compacted are missing.
+    """
 
+    num_evicted: dict[int, torch.Tensor]
+
+    @overrides("vllm.v1.worker.block_table:MultiGroupBlockTable.compute_slot_mapping")
     def compute_slot_mapping(
         self, num_reqs: int, query_start_loc: torch.Tensor, positions: torch.Tensor
     ) -> None:
@@ -24,7 +31,9 @@ class PhysicalBlockTable(MultiGroupBlockTable):
             query_start_loc: int32 [num_reqs + 1].
             positions: int64 [num_tokens], logical.
         """
-        if self.num_evicted is not None:
-            num_tokens = query_start_loc.diff()
-            positions = positions - self.num_evicted.repeat_interleave(num_tokens)
-        super().compute_slot_mapping(num_reqs, query_start_loc, positions)
+        for group_id, table in enumerate(self.block_tables):
+            physical = positions
+            if group_id in self.num_evicted:
+                num_tokens = query_start_loc.diff()
+                physical = positions - self.num_evicted[group_id].repeat_interleave(num_tokens)
+            table.compute_slot_mapping(num_reqs, query_start_loc, physical)

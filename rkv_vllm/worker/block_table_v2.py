@@ -1,89 +1,100 @@
 """Block tables of the V2 runner whose slots follow physical positions.
 
 vLLM hands in logical positions (RoPE needs them); a compacted request's token lies `num_evicted`
-slots earlier. The same kernel fills the lengths that attention reads and the tokens to observe, so
-compression adds no launch to a step here. Next: kernels/slots for that kernel, runner_v2.py for who
-fills `PhysicalRows`.
+slots earlier. The same kernel fills the lengths that attention reads and the tokens to record.
+Next: kernels/slots for that kernel, runner_v2.py for who fills `StateRows`.
 """
 
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.block_table import BlockTables
-from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from rkv_vllm.kernels.slots import StepRows, StepSlots
 from rkv_vllm.kernels.slots.triton import slots_triton
 from rkv_vllm.scheduling.directive import EvictionDirective
-from rkv_vllm.worker.query_ring import QueryRing
+from rkv_vllm.worker.lengths import GroupRows
 
 
-class PhysicalRows:
+class StateRows:
     """What compression knows of each request state of the V2 runner.
 
     Args:
+        groups: rows of the compressed groups, by KV-cache group.
         max_num_reqs: request states of the runner.
-        pool: whose `token_rows` a step fills.
         device: where the model runs.
 
     Attributes:
-        num_evicted: int32 [max_num_reqs] on the host, tokens evicted from each request.
-        slots: int32 [max_num_reqs] on the host, observation slot in the step at hand, -1 = none.
-        seq_lens: int32 [max_num_reqs] on the device, physical lengths in batch order. Attention
-            reads this one buffer in captured, dummy and real runs: graphs hold its address.
-        pool: see above.
+        groups: see above.
+        num_evicted: by group, int32 [max_num_reqs] on the host, tokens evicted from each request.
+        seats: by group, int32 [max_num_reqs] on the host, seat in the step at hand, -1 = none.
     """
 
-    def __init__(self, max_num_reqs: int, pool: QueryRing, device: torch.device) -> None:
-        self._host = np.zeros((2, max_num_reqs), dtype=np.int32)
-        self.num_evicted, self.slots = self._host
-        self.slots.fill(-1)
+    def __init__(
+        self, groups: Mapping[int, GroupRows], max_num_reqs: int, device: torch.device
+    ) -> None:
+        self.groups = groups
+        self._host = np.zeros((2, len(groups), max_num_reqs), dtype=np.int32)
         # Not `.to(device)`: on a CPU that would be the host's memory itself.
-        self._device = torch.zeros(2, max_num_reqs, dtype=torch.int32, device=device)
-        self.seq_lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
-        self.pool = pool
-        self._is_real_step = False
+        self._device = torch.zeros(self._host.shape, dtype=torch.int32, device=device)
+        self.num_evicted = dict(zip(groups, self._host[0], strict=True))
+        self.seats = dict(zip(groups, self._host[1], strict=True))
+        self._host[1].fill(-1)
+        self._is_own_call = False
+        # Written in place of the step's own buffers, which attention reads.
+        self._unread: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def begin_step(self) -> None:
-        """Send the host's rows to the device; the next metadata is that of a real step."""
-        async_tensor_h2d(self._host, out=self._device)
-        self._is_real_step = True
+    def begin_step(self, state_idx: np.ndarray) -> None:
+        """Send the host's rows to the device; the next metadata is that of a real step.
 
-    def end_step(self) -> None:
-        """Nothing that follows, up to the next `begin_step`, belongs to a request."""
-        self._is_real_step = False
-
-    def step_rows(self, state_idx: torch.Tensor, query_start_loc: torch.Tensor) -> StepRows:
-        """The rows as the slots kernel reads them."""
-        num_evicted, slots = self._device
-        return StepRows(state_idx, query_start_loc, num_evicted, slots, self.pool.ring_len)
-
-    def with_physical_lens(self, batch: InputBatch) -> InputBatch:
-        """A copy of the batch for attention alone: everybody else reads logical lengths.
-
-        Rows of a captured or dummy run belong to nobody, so nothing is subtracted there, although
-        their numbers coincide with those of live requests.
+        Args:
+            state_idx: int [rows of the step], request state of each row.
         """
-        seq_lens = self.seq_lens[: batch.seq_lens.shape[0]]
-        upper_bound = batch.seq_lens_cpu_upper_bound
-        if self._is_real_step:
-            upper_bound = upper_bound.clone()
-            evicted = torch.from_numpy(self.num_evicted[batch.idx_mapping_np])
-            upper_bound[: batch.num_reqs] -= evicted
-        else:
-            seq_lens.copy_(batch.seq_lens)
-        return replace(batch, seq_lens=seq_lens, seq_lens_cpu_upper_bound=upper_bound)
+        async_tensor_h2d(self._host, out=self._device)
+        for group_id, rows in self.groups.items():
+            evicted = torch.from_numpy(self.num_evicted[group_id][state_idx])
+            rows.begin_step(evicted, subtract=False)
+
+    @contextmanager
+    def own_call(self) -> Iterator[None]:
+        """The slots computed within are those of the step, not those of a draft model."""
+        self._is_own_call = True
+        try:
+            yield
+        finally:
+            self._is_own_call = False
+
+    def inputs(self, group_id: int, state_idx: Tensor, query_start_loc: Tensor) -> StepRows:
+        """The rows of one group as the slots kernel reads them."""
+        num_evicted, seats = self._device[:, list(self.groups).index(group_id)]
+        return StepRows(
+            state_idx, query_start_loc, num_evicted, seats, self.groups[group_id].ring_len
+        )
+
+    def outputs(self, group_id: int, slot_mapping: Tensor) -> StepSlots:
+        """Where the slots kernel writes."""
+        rows = self.groups[group_id]
+        if self._is_own_call:
+            return StepSlots(slot_mapping, rows.token_rows, rows.seq_lens)
+        # A draft model's mapping may be wider than a step, and its tokens are not recorded.
+        width = slot_mapping.shape[0]
+        if width not in self._unread:
+            token_rows = torch.empty(width, dtype=torch.int32, device=slot_mapping.device)
+            self._unread[width] = token_rows, torch.empty_like(rows.seq_lens)
+        return StepSlots(slot_mapping, *self._unread[width])
 
 
 class PhysicalBlockTables(BlockTables):
-    """BlockTables of one KV-cache group that subtract the evicted tokens of each request.
+    """BlockTables that subtract the evicted tokens of each request in compressed groups.
 
     Made by exchanging the class of a constructed BlockTables.
     """
 
-    rows: PhysicalRows
+    rows: StateRows
 
     def compute_slot_mappings(
         self,
@@ -93,34 +104,42 @@ class PhysicalBlockTables(BlockTables):
         num_tokens_padded: int,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Map each token to the slot of its physical position.
+        """Map each token to its slot: that of its physical position in compressed groups.
 
         Args:
             idx_mapping: int64 [num_reqs], request state of each row; -1 is padding.
             query_start_loc: int32 [>= num_reqs + 1].
             positions: int64 [>= num_tokens], logical.
             num_tokens_padded: tokens of the result.
-            out: int64 [1, max_num_tokens] to use in place of the persistent buffer.
+            out: int64 [num_groups, >= num_tokens_padded] to use in place of the persistent buffer.
 
         Returns:
-            int64 [1, num_tokens_padded], -1 behind the last token.
+            int64 [num_groups, num_tokens_padded], -1 behind the last token.
         """
         slot_mappings = self.slot_mappings if out is None else out
-        slots_triton(
-            self.rows.step_rows(idx_mapping, query_start_loc),
-            positions,
-            self.block_tables[0].gpu,
-            self.block_sizes[0],
-            StepSlots(slot_mappings[0], self.rows.pool.token_rows, self.rows.seq_lens),
-        )
+        if len(self.rows.groups) < self.num_kv_cache_groups:
+            super().compute_slot_mappings(
+                idx_mapping, query_start_loc, positions, num_tokens_padded, out
+            )
+        for group_id in self.rows.groups:
+            slots_triton(
+                self.rows.inputs(group_id, idx_mapping, query_start_loc),
+                positions,
+                self.block_tables[group_id].gpu,
+                self.block_sizes[group_id],
+                self.rows.outputs(group_id, slot_mappings[group_id]),
+            )
         return slot_mappings[:, :num_tokens_padded]
 
-    def exchange_rows(self, directives: list[EvictionDirective], state_idx: list[int]) -> None:
+    def exchange_rows(
+        self, group_id: int, directives: list[EvictionDirective], state_idx: list[int]
+    ) -> None:
         """Give compacted requests their new blocks, in stream order.
 
         Not as staged writes: those of a reused row would race with its new owner's.
 
         Args:
+            group_id: the KV-cache group of all directives.
             directives: evictions that were carried out.
             state_idx: request state of each.
         """
@@ -133,5 +152,5 @@ class PhysicalBlockTables(BlockTables):
             row[1 : 1 + width] = directive.new_block_ids
         # What a row held behind its new end is dead, so zeros may lie there.
         on_device = async_tensor_h2d(rows, device=self.device)
-        self.block_tables[0].gpu[on_device[:, 0].long(), : max(widths)] = on_device[:, 1:]
-        self.num_blocks.np[0, state_idx] = widths
+        self.block_tables[group_id].gpu[on_device[:, 0].long(), : max(widths)] = on_device[:, 1:]
+        self.num_blocks.np[group_id, state_idx] = widths

@@ -1,57 +1,50 @@
 """Carries out the scheduler's directives on the cache: score, select, compact.
 
-Shared by all model runners. Knows the method, the observation pool, the cache views and the
-counters; knows neither vLLM's batch nor its rows: a runner calls `flush` before anything of the
-next step and updates its own rows with what comes back. Next: runner.py.
+Shared by all model runners. Knows the groups, the memory a flush may take and the counters; knows
+neither vLLM's batch nor its rows: a runner calls `flush` before anything of the next step and
+updates its own rows with what comes back. Next: group.py for what is compacted, runner.py for when.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
-from rkv_vllm.config import KVCompressionConfig
-from rkv_vllm.kernels.compact import compact
-from rkv_vllm.kernels.dispatch import backend
-from rkv_vllm.kernels.eviction import ALL_FINITE, Eviction, EvictionBatch
-from rkv_vllm.kernels.paged import PagedStates
+from rkv_vllm.kernels.batch import ALL_FINITE, Eviction, EvictionBatch
 from rkv_vllm.log import init_logger
-from rkv_vllm.methods import get_method
-from rkv_vllm.methods.base import CompressionMethod, NonFiniteScoreError
+from rkv_vllm.methods.base import Heads, Method, check_scores
 from rkv_vllm.scheduling.directive import EvictionDirective, StepPlan
-from rkv_vllm.worker.cache_views import CacheViews
-from rkv_vllm.worker.query_ring import QueryRing
+from rkv_vllm.worker.checks import FiniteChecks, JudgedLayers
+from rkv_vllm.worker.group import CompressedGroup
+from rkv_vllm.worker.layer_set import LayerSet
 
 logger = init_logger(__name__)
 
-# Elements of keys in one call where torch may need a dense copy: 64 Mi, so 256 MiB in float32. A
-# 32-layer model with 8 heads of 128 is compacted at once up to 2K tokens; above that each chunk of
-# layers still holds enough heads for all threads.
-_MAX_DENSE_ELEMENTS = 64 << 20
-
-# Tokens, times heads, times layers, in one call of kernels that copy nothing: they keep about 28
-# bytes of each, so 224 MiB of the memory that vLLM leaves free. That is 28 requests of 1152 tokens
-# or one of 32K of a 32-layer model with 8 heads; longer ones go through in chunks of layers.
-_MAX_SCORED_TOKENS = 8 << 20
+# Temporaries of one call. With the 28 bytes that Triton's kernels keep of a token, head and layer:
+# 28 requests of 1152 tokens or one of 32K of a 32-layer model with 8 heads; longer ones go through
+# in chunks of layers.
+SCRATCH_BYTES = 224 << 20
 
 # vLLM never hands it to a request.
 _NULL_BLOCK = 0
 
+_OWN_METHODS = "rkv_vllm.methods."
+
 
 @dataclass(slots=True)
 class CompactionStats:
-    """What this worker has done since it started.
+    """What this worker has done since it started, over all groups.
 
     Attributes:
         compactions: directives carried out.
         evicted_tokens: tokens evicted, per layer and head.
         freed_blocks: blocks that requests hold less of right after their compactions.
-        deferred: compactions that had to wait for a slot or for blocks.
+        deferred: compactions that had to wait for a seat or for blocks.
         requests_compacted: requests compacted at least once.
-        free_blocks: blocks in the pool's free queue after the last scheduled step.
-        total_blocks: blocks of the pool.
+        skipped: directives of requests that left before they were carried out.
+        non_finite: compactions with NaN or infinite scores, of this rank's heads.
     """
 
     compactions: int = 0
@@ -59,74 +52,103 @@ class CompactionStats:
     freed_blocks: int = 0
     deferred: int = 0
     requests_compacted: int = 0
-    free_blocks: int = 0
-    total_blocks: int = 0
+    skipped: int = 0
+    non_finite: int = 0
 
 
 class Choice(NamedTuple):
-    """What a method chose in some layers of some requests; the cache has not moved yet.
+    """What was chosen in some layers of some requests; the cache has not moved yet.
 
     Attributes:
-        directives: the requests.
-        first_layer: index of the first of these layers among all compressed ones.
-        keys: the cache of these layers.
+        directives: the requests, all of one group.
+        heads: the cache of these layers.
         batch: the requests as the method saw them.
-        queries: [slots, these layers, ring_len, query heads, head_size], the observed queries.
+        scores: float32 [requests, these layers * KV heads, most candidates], the method's.
         keep: int32 [requests, these layers * KV heads, largest budget], physical positions.
+        layers: names of the layers.
     """
 
     directives: list[EvictionDirective]
-    first_layer: int
-    keys: PagedStates
+    heads: Heads
     batch: EvictionBatch
-    queries: torch.Tensor
-    keep: torch.Tensor
+    scores: Tensor
+    keep: Tensor
+    layers: tuple[str, ...]
 
 
 class ChoiceObserver(Protocol):
     """Looks on while requests are compacted."""
 
-    def chosen(self, choice: Choice, method: CompressionMethod) -> None:
+    def chosen(self, choice: Choice) -> None:
         """Take note of a choice before the survivors move; must not write to any tensor of it."""
 
 
 class Compactor:
     """Evicts and compacts the requests that the scheduler names.
 
+    Args:
+        groups: the compressed groups, by index in vLLM's configuration.
+        window: newest settled tokens, which every compaction keeps.
+
     Attributes:
+        groups: see above.
+        pending: directives that wait for the next flush.
         observer: is shown every choice; None outside `rkv-vllm trace`.
     """
 
     observer: ChoiceObserver | None = None
 
-    def __init__(self, config: KVCompressionConfig, views: CacheViews, pool: QueryRing) -> None:
-        self._config = config
-        self._method = get_method(config.method).from_config(config)
-        self._views = views
-        self._pool = pool
-        self._pending: list[EvictionDirective] = []
-        self._num_evicted: dict[str, int] = {}
+    def __init__(self, groups: dict[int, CompressedGroup], window: int) -> None:
+        self.groups = groups
+        self.pending: list[EvictionDirective] = []
+        self._window = window
         self._compactions: dict[str, int] = {}
         self._stats = CompactionStats()
-        self._checks: deque[_Check] = deque()
-        logger.info("Compaction kernels: %s", backend(views.keys))
+        self._checks = FiniteChecks()
+        names = {layer_set.ops.name for group in groups.values() for layer_set in group.layer_sets}
+        logger.info("Compaction kernels: %s", ", ".join(sorted(names)))
 
     def warm_up(self) -> None:
-        """Compile what a flush launches, on the null block; without Triton there is nothing to do.
+        """Compile what a flush launches, on the null block.
 
         Call it once, before the first request: compiling takes seconds.
         """
-        if backend(self._views.keys) != "triton":
-            return
-        settled_len = self._config.window + 2
-        row = [_NULL_BLOCK] * -(-settled_len // self._views.keys.block_size)
-        self._carry_out([EvictionDirective("warm-up", 0, settled_len, settled_len, 1, 0, row, row)])
-        # The null block may hold anything, NaN included.
-        self._checks.clear()
+        for group in self.groups.values():
+            if any(layer_set.ops.name == "triton" for layer_set in group.layer_sets):
+                self._warm_up(group)
+        self._checks.drop()
 
-    def num_evicted(self, req_id: str) -> int:
-        """Tokens this request's cache is shorter than its text."""
-        return self._num_evicted.get(req_id, 0)
+    def _warm_up(self, group: CompressedGroup) -> None:
+        for layer_set in group.layer_sets:
+            # What lies there may be zeros or NaN, which a method need not expect.
+            for states in (layer_set.keys, layer_set.values):
+                states.cells[:, _NULL_BLOCK].normal_()
+        try:
+            self._evict(group, [self._warm_up_directive(group)])
+        except Exception:
+            if type(group.methods(None)[0]).__module__.startswith(_OWN_METHODS):
+                raise
+            # Whatever a method of others raises on a few random tokens: serving may go well.
+            logger.warning("Warm-up of KV-cache group %d failed", group.group_id, exc_info=True)
+
+    def _warm_up_directive(self, group: CompressedGroup) -> EvictionDirective:
+        settled_len = self._window + 2
+        row = [_NULL_BLOCK] * -(-settled_len // group.block_size)
+        return EvictionDirective(
+            req_id="warm-up",
+            group_id=group.group_id,
+            num_evicted_before=0,
+            prefix_len=0,
+            settled_len=settled_len,
+            total_len=settled_len,
+            num_evict=1,
+            seat=0 if group.records_queries else -1,
+            prompt_len=0,
+            seed=0,
+            method_options=None,
+            old_block_ids=row,
+            new_block_ids=row,
+        )
 
     def num_compactions(self, req_id: str) -> int:
         """Compactions of a live request, those before a preemption included."""
@@ -134,119 +156,92 @@ class Compactor:
 
     def stats(self) -> dict[str, int]:
         """The counters as plain integers."""
+        self._checks.examine()
+        self._stats.non_finite = self._checks.num_found
         return asdict(self._stats)
 
     def readmit(self, req_id: str) -> None:
         """The request starts from zero: physical = logical."""
-        self._num_evicted.pop(req_id, None)
+        for group in self.groups.values():
+            group.forget(req_id)
 
     def forget(self, req_id: str) -> None:
         """The request is gone."""
-        self._num_evicted.pop(req_id, None)
+        self.readmit(req_id)
         self._compactions.pop(req_id, None)
 
     def begin_step(self, plan: StepPlan) -> None:
         """Take over the plan of a step that is about to run; its directives wait for `flush`."""
-        self._pending = plan.directives
+        self.pending = plan.directives
         self._stats.deferred += plan.num_deferred
-        self._stats.free_blocks = plan.num_free_blocks
-        self._stats.total_blocks = plan.num_total_blocks
 
-    def flush(self) -> list[EvictionDirective]:
+    def flush(self, gone: Collection[str] = ()) -> list[EvictionDirective]:
         """Carry out what the last step left, before anything of the next one.
+
+        Args:
+            gone: requests that finished or were preempted since; their blocks are not theirs.
 
         Returns:
             The directives carried out; the runner exchanges the rows of those requests.
-
-        Raises:
-            RuntimeError: a score is NaN or infinite; names the request and the layer. On a GPU it
-                is one of an earlier flush: nothing here waits for the device.
         """
-        self._raise_if_non_finite()
-        pending, self._pending = self._pending, []
-        for wave in _waves(pending):
-            self._carry_out(wave)
-        for directive in pending:
+        self._checks.examine()
+        directives = [directive for directive in self.pending if directive.req_id not in gone]
+        self._stats.skipped += len(self.pending) - len(directives)
+        self.pending = []
+        for wave in _waves(directives):
+            scored_together: dict[tuple[int, Any], list[EvictionDirective]] = {}
+            for directive in wave:
+                key = directive.group_id, directive.method_options
+                scored_together.setdefault(key, []).append(directive)
+            for (group_id, _), alike in scored_together.items():
+                self._evict(self.groups[group_id], alike)
+        for directive in directives:
             self._count(directive)
-        return pending
+        return directives
 
-    def _carry_out(self, directives: list[EvictionDirective]) -> None:
-        """Compact requests of which none writes what another one reads."""
-        batch = EvictionBatch.of(
-            [_eviction(directive) for directive in directives],
-            self._config.window,
-            self._views.keys.device,
+    def _evict(self, group: CompressedGroup, directives: list[EvictionDirective]) -> None:
+        """Compact requests of one group and equal options, of which none writes another's cache."""
+        if not group.layer_sets:
+            return
+        device = group.layer_sets[0].keys.device
+        batch = EvictionBatch.of(list(map(_eviction, directives)), self._window, device)
+        calls = [
+            _Call(layer_set, method, requests, layers)
+            for layer_set, method in zip(
+                group.layer_sets, group.methods(directives[0].method_options), strict=True
+            )
+            for requests, layers in _chunks(batch, layer_set)
+        ]
+        # Heads are counted from the first of a call's layers, so its flags are its own.
+        flags = torch.full(
+            (len(calls), len(directives)), ALL_FINITE, dtype=torch.int32, device=device
         )
-        for requests in self._groups(batch):
-            group = batch.part(requests)
-            step = self._num_layers_at_once(group)
-            for first in range(0, self._views.keys.num_layers, step):
-                self._compact(group, slice(first, first + step), directives[requests])
+        for call, call_flags in zip(calls, flags, strict=True):
+            part = batch.part(call.requests, call_flags[call.requests])
+            self._compact(call, part, directives[call.requests])
+        judged = [JudgedLayers(call.layer_names, call.layer_set.keys.num_heads) for call in calls]
+        self._checks.start(flags, judged, [directive.req_id for directive in directives])
 
     def _compact(
-        self, batch: EvictionBatch, layers: slice, directives: list[EvictionDirective]
+        self, call: "_Call", batch: EvictionBatch, directives: list[EvictionDirective]
     ) -> None:
         """Compact some layers of some requests."""
-        keys, values = self._views.keys.layers(layers), self._views.values.layers(layers)
-        if layers.start and keys.device.type != "cpu":
-            # Heads are counted from the first of these layers, so the flags are theirs alone.
-            batch = batch.part(slice(None), torch.full_like(batch.non_finite, ALL_FINITE))
-        queries = self._pool.queries[:, layers]
-        try:
-            keep = self._method.keep_paged(keys, values, batch, queries)
-        except NonFiniteScoreError as error:
-            raise self._non_finite(directives[error.request], layers, error.head) from error
+        layer_set, layers = call.layer_set, call.layers
+        keys, values = layer_set.keys.layers(layers), layer_set.values.layers(layers)
+        queries = None if layer_set.ring is None else layer_set.ring.queries[:, layers]
+        heads = Heads(layers, keys, values, queries)
+        scores = call.method.score(heads, batch)
+        check_scores(call.method, scores, heads, batch)
+        keep = layer_set.ops.select(scores, batch)
         if self.observer is not None:
-            choice = Choice(directives, layers.start, keys, batch, queries, keep)
-            self.observer.chosen(choice, self._method)
+            choice = Choice(directives, heads, batch, scores, keep, call.layer_names)
+            self.observer.chosen(choice)
         for states in (keys, values):
-            compact(states, batch, keep)
-        if keys.device.type != "cpu":
-            self._checks.append(_Check.start(batch.non_finite, directives, layers))
-
-    def _groups(self, batch: EvictionBatch) -> Iterator[slice]:
-        """Neighbours whose temporaries fit into memory together, at least one request each."""
-        keys = self._views.keys
-        limit = self._max_tokens() // (keys.num_layers * keys.num_heads)
-        first, longest = 0, 0
-        for i, eviction in enumerate(batch.evictions):
-            longest = max(longest, eviction.total_len)
-            if i > first and longest * (i + 1 - first) > limit:
-                yield slice(first, i)
-                first, longest = i, eviction.total_len
-        yield slice(first, batch.num_requests)
-
-    def _num_layers_at_once(self, batch: EvictionBatch) -> int:
-        tokens = batch.num_requests * max(e.total_len for e in batch.evictions)
-        return max(1, self._max_tokens() // (tokens * self._views.keys.num_heads))
-
-    def _max_tokens(self) -> int:
-        """Tokens, times heads, times layers, that one call may take."""
-        copies = type(self._method).keep_paged is CompressionMethod.keep_paged
-        if copies or backend(self._views.keys) != "triton":
-            return _MAX_DENSE_ELEMENTS // self._views.keys.head_size
-        return _MAX_SCORED_TOKENS
-
-    def _raise_if_non_finite(self) -> None:
-        """Examine the flags of earlier flushes that have arrived; waits for none."""
-        while self._checks and self._checks[0].is_done():
-            check = self._checks.popleft()
-            for directive, head in zip(check.directives, check.flags.tolist(), strict=True):
-                if head != ALL_FINITE:
-                    raise self._non_finite(directive, check.layers, head)
-
-    def _non_finite(self, directive: EvictionDirective, layers: slice, head: int) -> RuntimeError:
-        num_heads = self._views.keys.num_heads
-        layer = self._views.layer_names[layers.start + head // num_heads]
-        return RuntimeError(
-            f"{self._config.method}: score of request {directive.req_id} in layer {layer}, "
-            f"KV head {head % num_heads}, is not finite; the model's keys or queries overflow in "
-            "this dtype"
-        )
+            layer_set.ops.compact(states, batch, keep)
 
     def _count(self, directive: EvictionDirective) -> None:
+        self.groups[directive.group_id].note(directive)
         req_id = directive.req_id
-        self._num_evicted[req_id] = directive.num_evicted_before + directive.num_evict
         self._stats.requests_compacted += req_id not in self._compactions
         self._compactions[req_id] = self.num_compactions(req_id) + 1
         self._stats.compactions += 1
@@ -254,31 +249,48 @@ class Compactor:
         self._stats.freed_blocks += directive.num_freed_blocks
 
 
-class _Check(NamedTuple):
-    """Flags on their way from the device.
+class _Call(NamedTuple):
+    """Layers and requests that are compacted at once.
 
     Attributes:
-        flags: int32 [requests], pinned; valid once `is_done`.
-        is_done: whether the copy has arrived.
-        directives: the requests.
-        layers: the layers that the flags speak of.
+        layer_set: whose layers.
+        method: of that layer set.
+        requests: which of a batch.
+        layers: which of the layer set.
     """
 
-    flags: torch.Tensor
-    is_done: Callable[[], bool]
-    directives: list[EvictionDirective]
+    layer_set: LayerSet
+    method: Method
+    requests: slice
     layers: slice
 
-    @classmethod
-    def start(
-        cls, non_finite: torch.Tensor, directives: list[EvictionDirective], layers: slice
-    ) -> "_Check":
-        """Queue the copy on the current stream, behind the kernels that write the flags."""
-        flags = torch.empty(non_finite.shape, dtype=non_finite.dtype, pin_memory=True)
-        flags.copy_(non_finite, non_blocking=True)
-        event = torch.Event(non_finite.device)
-        event.record()
-        return cls(flags, event.query, directives, layers)
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The layers by name."""
+        return self.layer_set.model.layers[self.layers]
+
+
+def _chunks(batch: EvictionBatch, layer_set: LayerSet) -> Iterator[tuple[slice, slice]]:
+    """Cut requests and layers where the temporaries of one call would not fit into memory.
+
+    Yields:
+        Neighbouring requests, at least one, and neighbouring layers, at least one.
+    """
+    num_layers, num_heads = layer_set.keys.num_layers, layer_set.keys.num_heads
+    limit = SCRATCH_BYTES // (layer_set.ops.scratch_bytes_per_token * num_heads)
+    lengths = [eviction.total_len for eviction in batch.evictions]
+    first = 0
+    while first < len(lengths):
+        end, longest = first + 1, lengths[first]
+        while end < len(lengths) and (
+            max(longest, lengths[end]) * (end + 1 - first) * num_layers <= limit
+        ):
+            longest = max(longest, lengths[end])
+            end += 1
+        step = max(1, limit // (longest * (end - first)))
+        for layer in range(0, num_layers, step):
+            yield slice(first, end), slice(layer, min(layer + step, num_layers))
+        first = end
 
 
 def _eviction(directive: EvictionDirective) -> Eviction:
@@ -288,8 +300,11 @@ def _eviction(directive: EvictionDirective) -> Eviction:
         settled_len=directive.settled_len,
         total_len=directive.total_len,
         budget=directive.budget,
-        slot=directive.slot,
+        prefix_len=directive.prefix_len,
+        seat=directive.seat,
         window_end=directive.settled_logical_len,
+        prompt_len=directive.prompt_len,
+        seed=directive.seed,
     )
 
 
@@ -297,7 +312,8 @@ def _waves(directives: list[EvictionDirective]) -> Iterator[list[EvictionDirecti
     """Cut the directives, in order, wherever one touches blocks that an earlier one still needs.
 
     The scheduler books one compaction after the other, so a block that the first gives back may be
-    a fresh one of the next. The requests of a wave are compacted at the same time.
+    a fresh one of the next, of another group even. A wave's requests are compacted at the same
+    time.
     """
     wave: list[EvictionDirective] = []
     read: set[int] = set()

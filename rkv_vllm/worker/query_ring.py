@@ -1,77 +1,81 @@
-"""The observation pool: post-RoPE queries of the requests that will soon be compacted.
+"""The query ring: post-RoPE queries of the requests that will soon be compacted.
 
-Knows tensors and token rows; the scheduler assigns the slots (scheduling/planner.py). A slot holds
+Knows tensors and token rows; the scheduler assigns the seats (scheduling/planner.py). A seat holds
 a ring of `ring_len` positions per layer, keyed by logical position, so a rejected and recomputed
 token overwrites itself. Next: attention_hook.py, which calls `record` once per layer.
 """
 
-import numpy as np
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from rkv_vllm.kernels.observe import observe
 
+class RingMemory:
+    """One allocation for the rings of all layers, made before vLLM measures what is left.
 
-class QueryRing:
-    """Fixed memory for the queries of watched requests.
+    Which layers share a ring is known later, with the KV-cache groups.
 
     Args:
-        num_slots: requests that can be watched at once.
-        num_layers: attention layers of this rank.
-        ring_len: positions per slot, >= window + tokens in flight.
-        num_heads: query heads of one layer on this rank.
-        head_size: elements of one query.
-        max_num_tokens: most tokens of one step.
+        seats: requests whose queries can be recorded at once.
+        ring_len: positions per seat, >= window + tokens in flight.
+        position_size: elements of one position in all layers together.
         dtype: dtype of the queries.
         device: where the model runs.
 
     Attributes:
-        queries: [num_slots, num_layers, ring_len, num_heads, head_size].
-        token_rows: int32 [max_num_tokens], where each token of the step is recorded, -1 = nowhere
-            (`observe_naive` has the formula). Captured graphs hold its address.
-        ring_len: see above.
+        elements: the allocation.
     """
 
     def __init__(
         self,
-        num_slots: int,
-        num_layers: int,
+        seats: int,
         ring_len: int,
-        num_heads: int,
-        head_size: int,
-        max_num_tokens: int,
+        position_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.queries = torch.zeros(
-            num_slots, num_layers, ring_len, num_heads, head_size, dtype=dtype, device=device
-        )
-        self.token_rows = torch.full((max_num_tokens,), -1, dtype=torch.int32, device=device)
-        self.ring_len = ring_len
+        self._seats = seats
+        self._ring_len = ring_len
+        self._num_taken = 0
+        self.elements = torch.zeros(seats * ring_len * position_size, dtype=dtype, device=device)
 
-    def watch(self, rows: list[tuple[int, int, int, int]]) -> None:
-        """Say which tokens of the coming forward to record, all others not.
+    def take(self, num_layers: int, num_heads: int, head_size: int) -> Tensor:
+        """Hand out the next ring, [seats, num_layers, ring_len, num_heads, head_size]."""
+        shape = torch.Size((self._seats, num_layers, self._ring_len, num_heads, head_size))
+        first = self._num_taken
+        self._num_taken += shape.numel()
+        return self.elements[first : self._num_taken].view(shape)
 
-        Args:
-            rows: one (slot, first token index, number of tokens, first logical position) per
-                watched request. Of a row longer than the ring its last tokens are recorded.
-        """
-        self.unwatch()
-        token_rows = self.token_rows.numpy()
-        for slot, first_token, num_tokens, first_position in rows:
-            recorded = np.arange(max(0, num_tokens - self.ring_len), num_tokens)
-            ring_idx = (first_position + recorded) % self.ring_len
-            token_rows[first_token + recorded] = slot * self.ring_len + ring_idx
+    def take_back(self) -> None:
+        """All rings are free again."""
+        self._num_taken = 0
 
-    def unwatch(self) -> None:
-        """Record nothing: dummy and profile runs must not touch live windows."""
-        self.token_rows.fill_(-1)
+
+class QueryRing:
+    """The queries of watched requests in the layers of one layer set.
+
+    Args:
+        queries: [seats, num_layers, ring_len, num_heads, head_size].
+        token_rows: int32 [max_num_tokens], where each token of the step is recorded, -1 = nowhere.
+        observe: writes the queries of one layer's watched tokens (`observe_naive`).
+    """
+
+    def __init__(
+        self,
+        queries: Tensor,
+        token_rows: Tensor,
+        observe: Callable[[Tensor, int, Tensor, Tensor], None],
+    ) -> None:
+        self.queries = queries
+        self._token_rows = token_rows
+        self._observe = observe
 
     def record(self, layer_idx: int, query: Tensor) -> None:
         """Record the watched tokens of one layer's forward.
 
         Args:
-            layer_idx: layer of the pool.
+            layer_idx: layer of the ring.
             query: [num_tokens, num_heads, head_size] after RoPE.
         """
-        observe(self.queries, layer_idx, query, self.token_rows)
+        self._observe(self.queries, layer_idx, query, self._token_rows)

@@ -1,4 +1,4 @@
-"""What `collective_rpc` can ask every worker with compaction.
+"""What every worker with compaction adds to vLLM's: answers to `collective_rpc`, and its sleep.
 
 Next: runner.py.
 """
@@ -7,9 +7,20 @@ from rkv_vllm.worker.runner import CompressionRunner
 
 
 class CompressionRPC:
-    """Questions to a worker; to be mixed in first."""
+    """Requests to a worker; to be mixed in first."""
 
     model_runner: CompressionRunner
+
+    def sleep(self, level: int = 1) -> None:
+        """Carry out what is pending while there is a cache."""
+        self.model_runner.flush_compaction()
+        super().sleep(level)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Wake up with nobody watched."""
+        super().wake_up(tags)
+        if tags is None or "weights" in tags:
+            self.model_runner.forget_windows()
 
     def kv_compression_stats(self) -> dict[str, int]:
         """Counters of this worker; pending compactions are carried out first."""

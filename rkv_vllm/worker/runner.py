@@ -9,26 +9,46 @@ for the flush, attention_hook.py for the queries.
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from vllm import envs
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, replace_as
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+    iter_layer_specs,
+    replace_as,
+)
 
-from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
+from rkv_vllm.fit.overrides import check_overrides
 from rkv_vllm.log import init_logger
+from rkv_vllm.methods import get_method
+from rkv_vllm.methods.base import Method
+from rkv_vllm.options import CONFIG_KEY, ServerOptions
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, EvictionDirective, StepPlan
 from rkv_vllm.scheduling.spec import CompressedAttentionSpec
-from rkv_vllm.signatures import Part, check_signatures
+from rkv_vllm.worker.attention_group import attend_to_physical_lengths
 from rkv_vllm.worker.attention_hook import observe_queries
-from rkv_vllm.worker.cache_views import view_caches
-from rkv_vllm.worker.flush import Compactor
-from rkv_vllm.worker.query_ring import QueryRing
+from rkv_vllm.worker.flush import SCRATCH_BYTES, Compactor
+from rkv_vllm.worker.group import CompressedGroup
+from rkv_vllm.worker.layer_set import LayerSet, make_layer_sets
+from rkv_vllm.worker.lengths import GroupRows
+from rkv_vllm.worker.query_ring import RingMemory
 
 logger = init_logger(__name__)
 
 _FINISHED_REPORTS = 256
+
+# Layers beside the compressed ones; linear attention and short convolutions keep a state as well.
+_KEPT_SPECS = (SlidingWindowSpec, MambaSpec)
 
 
 def compression_runner(base: type, use_v2: bool) -> type["CompressionRunner"]:
@@ -38,12 +58,12 @@ def compression_runner(base: type, use_v2: bool) -> type["CompressionRunner"]:
         base: a model runner of vLLM.
         use_v2: whether that is a V2 runner.
     """
-    check_signatures(Part.V2_RUNNER if use_v2 else Part.V1_RUNNER)
     # Imported here: V2 needs Triton, which a CPU build of vLLM may lack.
     if use_v2:
         from rkv_vllm.worker.runner_v2 import CompressionRunnerV2 as Compression
     else:
         from rkv_vllm.worker.runner_v1 import CompressionRunnerV1 as Compression
+    check_overrides()
     name = f"Compression{base.__name__}"
     return type(name, (Compression, base), {"__module__": Compression.__module__})
 
@@ -52,78 +72,156 @@ class CompressionRunner(ABC):
     """A vLLM model runner that records queries and compacts the cache; to be mixed in first."""
 
     compactor: Compactor | None
-    query_ring: QueryRing
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         # None while there is no cache: vLLM profiles with dummy batches first.
         self.compactor = None
-        self.compression = KVCompressionConfig.from_dict(
-            self.vllm_config.additional_config[CONFIG_KEY]
-        )
+        # By KV-cache group; empty while there is no cache.
+        self.rows: dict[int, GroupRows] = {}
+        self.compression = ServerOptions.from_dict(self.vllm_config.additional_config[CONFIG_KEY])
+        self._method = get_method(self.compression.method)
+        self._ring_memory: RingMemory | None = None
         self.finished_reports: deque[dict[str, int | str]] = deque(maxlen=_FINISHED_REPORTS)
         self._logged_at = time.monotonic()
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """Ask for our block manager; refuse layers it cannot manage."""
+        """Ask for our block manager for the layers that can be compressed.
+
+        Raises:
+            ValueError: a layer of a kind that is not known, or none that can be compressed.
+        """
         specs = super().get_kv_cache_spec()
         for name, spec in specs.items():
-            windowed = type(spec) is FullAttentionSpec and (
-                spec.sliding_window is not None or spec.attention_chunk_size is not None
-            )
-            if type(spec) is not FullAttentionSpec or windowed:
+            if not _is_compressed(spec) and type(spec) not in _KEPT_SPECS:
                 raise ValueError(
-                    f"KV cache compression supports full attention only, got layer {name} with "
-                    f"{spec}; serve this model without --kv-compression"
+                    f"KV cache compression knows layers of full attention, and leaves those with "
+                    f"a window or a state as they are, got layer {name} with {spec}; serve this "
+                    "model without --kv-compression"
                 )
-        return {name: replace_as(spec, CompressedAttentionSpec) for name, spec in specs.items()}
+        compressed = [name for name, spec in specs.items() if _is_compressed(spec)]
+        if not compressed:
+            raise ValueError(
+                f"KV cache compression found no layer of full attention among {list(specs)}; serve "
+                "this model without --kv-compression"
+            )
+        has_others = len(compressed) < len(specs)
+        for name, budget in self._layer_budgets(compressed, has_others).items():
+            layer_budget = None if budget == self.compression.budget else budget
+            specs[name] = replace_as(
+                specs[name], CompressedAttentionSpec, layer_budget=layer_budget
+            )
+        return specs
+
+    def _layer_budgets(self, names: list[str], has_others: bool) -> dict[str, int]:
+        """What the method lets each compressed layer of this rank keep.
+
+        Args:
+            names: the layers, in the model's order.
+            has_others: whether there are layers that are not compressed.
+
+        Raises:
+            ValueError: unequal budgets where a rank cannot tell which layers it has.
+        """
+        num_stages = self.parallel_config.pipeline_parallel_size
+        num_layers = len(names)
+        if num_stages > 1:
+            num_layers = self.model_config.get_total_num_hidden_layers()
+        budgets = self._method.layer_budgets(
+            self.compression.method_options, self.compression.budget, num_layers
+        )
+        if len(budgets) != num_layers or min(budgets) <= self.compression.window:
+            raise ValueError(
+                f"{self._method.__name__}.layer_budgets: got {list(budgets)}, wanted {num_layers} "
+                f"numbers of tokens above --kv-window {self.compression.window}; raise --kv-budget"
+            )
+        if len(set(budgets)) == 1:
+            return dict.fromkeys(names, budgets[0])
+        if num_stages == 1:
+            return dict(zip(names, budgets, strict=True))
+        if has_others:
+            raise ValueError(
+                f"{self._method.__name__} gives layers unequal budgets: got "
+                f"--pipeline-parallel-size {num_stages}, wanted 1 for a model that has layers of "
+                "other kinds as well; use tensor parallelism"
+            )
+        return {name: budgets[extract_layer_index(name)] for name in names}
 
     def load_model(self, *args, **kwargs) -> None:
-        """Load the model, then make its attention layers record queries.
+        """Load the model, then make its compressed layers record queries.
 
-        The observation pool is allocated here, where vLLM's memory profiling counts it.
+        The query ring is allocated here, where vLLM's memory profiling counts it.
         """
         super().load_model(*args, **kwargs)
-        layers = self._attention_layers()
-        shared = [name for name, layer in layers.items() if layer.kv_sharing_target_layer_name]
-        if shared:
-            raise ValueError(
-                "KV cache compression does not support layers that share another layer's cache, "
-                f"got {shared}; serve this model without --kv-compression"
-            )
-        shapes = {(layer.num_heads, layer.head_size) for layer in layers.values()}
-        if len(shapes) != 1:
-            raise ValueError(
-                "KV cache compression expected the same (query heads, head size) in all layers, "
-                f"got {sorted(shapes)}; serve this model without --kv-compression"
-            )
-        self.query_ring = self._allocate_pool(len(layers), *shapes.pop())
-        for layer_idx, layer in enumerate(layers.values()):
-            observe_queries(layer, layer_idx, self.query_ring)
+        layers = self._compressed_layers()
+        if self._method.need(self.compression.method_options).queries:
+            self._ring_memory = self._allocate_rings(layers)
+            for layer in layers.values():
+                observe_queries(layer)
+
+    @torch.inference_mode()
+    def profile_run(self, *args, **kwargs) -> None:
+        """Profile a forward, and the temporaries of a flush, which come in its place."""
+        super().profile_run(*args, **kwargs)
+        torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device=self.device)
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs
     ) -> None:
-        """Allocate the cache, then view it and make slots follow physical positions."""
+        """Allocate the cache, then view it and make slots and lengths follow physical positions."""
         # Views would keep an older cache alive beside the new one.
         self.compactor = None
         super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
+        block_sizes = {
+            group_id: group.kv_cache_spec.block_size
+            for group_id, group in enumerate(self.kv_cache_config.kv_cache_groups)
+            if _is_compressed(next(iter(iter_layer_specs(group.kv_cache_spec))))
+        }
+        self.rows = {
+            group_id: GroupRows(self.max_num_reqs, self.max_num_tokens, self._ring_len, self.device)
+            for group_id in block_sizes
+        }
+        for group_id, rows in self.rows.items():
+            attend_to_physical_lengths(self.attn_groups[group_id], rows)
         self._follow_physical_positions()
-        if is_profiling:
-            # A small cache on which vLLM measures captured graphs, and throws away.
-            return
-        block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        views = view_caches(self._attention_layers(), block_size)
-        self.compactor = Compactor(self.compression, views, self.query_ring)
+        if self._ring_memory is not None:
+            self._ring_memory.take_back()
+        groups = {
+            group_id: CompressedGroup(
+                group_id, self._view_layers(group_id, block_size), self._make_method
+            )
+            for group_id, block_size in block_sizes.items()
+        }
+        # Profiling has a small cache on which vLLM measures captured graphs, and throws away.
+        if not is_profiling:
+            self.compactor = Compactor(groups, self.compression.window)
+
+    def _view_layers(self, group_id: int, block_size: int) -> list[LayerSet]:
+        tp_size = self.parallel_config.tensor_parallel_size
+        # Ranks beyond the number of KV heads hold copies.
+        copies = max(1, tp_size // self.model_config.get_total_num_kv_heads())
+        return make_layer_sets(
+            self._compressed_layers(group_id),
+            block_size,
+            self.rows[group_id],
+            self._ring_memory,
+            get_tp_group().rank_in_group // copies,
+            self.compression.window,
+        )
+
+    def _make_method(self, layer_set: LayerSet, options: Any | None) -> Method:
+        own = self.compression.method_options if options is None else options
+        return self._method(own, layer_set.model, layer_set.ops)
 
     # A flush writes to caches that vLLM may have allocated in inference mode.
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, *args, **kwargs):
         """Flush what the last step left, then run this step."""
-        self.flush_compaction()
-        self._admit_and_forget(scheduler_output)
+        left = scheduler_output.preempted_req_ids or ()
+        self.flush_compaction({*scheduler_output.finished_req_ids, *left})
         # Outputs that do not come from our scheduler (warm-up, dummy batches) carry no plan.
         plan: StepPlan | None = getattr(scheduler_output, STEP_PLAN_ATTRIBUTE, None)
+        self._admit_and_forget(scheduler_output, is_warm_up=plan is None)
         if plan is not None:
             self.compactor.begin_step(plan)
         self._watched = {} if plan is None else plan.watched
@@ -134,10 +232,21 @@ class CompressionRunner(ABC):
             self._log_progress()
 
     @torch.inference_mode()
-    def flush_compaction(self) -> None:
-        """Compact what the last step's plan named and exchange the rows of those requests."""
-        if self.compactor is not None and (directives := self.compactor.flush()):
+    def flush_compaction(self, gone: Collection[str] = ()) -> None:
+        """Compact what the last step's plan named and exchange the rows of those requests.
+
+        Args:
+            gone: requests that finished or were preempted since.
+        """
+        if self.compactor is not None and (directives := self.compactor.flush(gone)):
             self._exchange_rows(directives)
+
+    def forget_windows(self) -> None:
+        """Forget the recorded queries: a deep sleep has discarded the memory of the model."""
+        for rows in self.rows.values():
+            rows.end_step()
+        if self._ring_memory is not None:
+            self._ring_memory.elements.zero_()
 
     def request_reports(self) -> list[dict[str, int | str]]:
         """One report per live request, and per request of the last few that finished."""
@@ -158,15 +267,16 @@ class CompressionRunner(ABC):
 
     @abstractmethod
     def _lengths(self, req_id: str) -> tuple[int, int, int]:
-        """Prompt tokens, output tokens and blocks held of a live request."""
+        """Prompt tokens, output tokens and blocks held in compressed groups of a live request."""
 
     def _end_step(self) -> None:
-        self.query_ring.unwatch()
+        for rows in self.rows.values():
+            rows.end_step()
 
-    def _admit_and_forget(self, scheduler_output: SchedulerOutput) -> None:
+    def _admit_and_forget(self, scheduler_output: SchedulerOutput, is_warm_up: bool) -> None:
         live = set(self._live_ids()) if scheduler_output.finished_req_ids else set()
         for req_id in scheduler_output.finished_req_ids:
-            if req_id in live:
+            if req_id in live and not is_warm_up:
                 self.finished_reports.append(self._report(req_id))
             self.compactor.forget(req_id)
         # V2 gets resumed requests as new ones.
@@ -175,31 +285,30 @@ class CompressionRunner(ABC):
         for req_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
             self.compactor.readmit(req_id)
 
-    def _allocate_pool(self, num_layers: int, num_heads: int, head_size: int) -> QueryRing:
-        slots = self.compression.observation_slots
-        ring_len = self.compression.window + self.vllm_config.max_concurrent_batches
+    @property
+    def _ring_len(self) -> int:
+        """Positions of a seat: a window is not overwritten by tokens that may be rolled back."""
+        drafts = self.vllm_config.num_speculative_tokens
+        batches = self.vllm_config.max_concurrent_batches
+        return self.compression.window + batches * (1 + drafts) + drafts
+
+    def _allocate_rings(self, layers: dict[str, Attention]) -> RingMemory:
+        seats, ring_len = self.compression.seats, self._ring_len
+        position_size = sum(layer.num_heads * layer.head_size for layer in layers.values())
         try:
-            return QueryRing(
-                num_slots=slots,
-                num_layers=num_layers,
-                ring_len=ring_len,
-                num_heads=num_heads,
-                head_size=head_size,
-                max_num_tokens=self.max_num_tokens,
-                dtype=self.dtype,
-                device=self.device,
-            )
+            return RingMemory(seats, ring_len, position_size, self.dtype, self.device)
         except torch.OutOfMemoryError as error:
-            size = slots * num_layers * ring_len * num_heads * head_size * self.dtype.itemsize
+            size = seats * ring_len * position_size * self.dtype.itemsize
             raise ValueError(
-                f"--kv-observation-slots {slots} needs {size / 2**20:.0f} MiB on {self.device}, "
+                f"--kv-seats {seats} needs {size / 2**20:.0f} MiB on {self.device}, "
                 "which does not hold that beside the model; lower it"
             ) from error
 
     def _report(self, req_id: str) -> dict[str, int | str]:
+        """Lengths of one request; of several groups the longest cache, and the sum of blocks."""
         prompt_tokens, output_tokens, blocks_held = self._lengths(req_id)
         logical_len = prompt_tokens + output_tokens
-        num_evicted = self.compactor.num_evicted(req_id)
+        num_evicted = min(g.num_evicted(req_id) for g in self.compactor.groups.values())
         return {
             "req_id": req_id,
             "prompt_tokens": prompt_tokens,
@@ -212,14 +321,21 @@ class CompressionRunner(ABC):
             "block_size": self.cache_config.block_size,
         }
 
-    def _attention_layers(self) -> dict[str, Attention]:
+    def _compressed_layers(self, group_id: int | None = None) -> dict[str, Attention]:
+        """The layers that own a compressed cache, in the model's order, of one group or of all."""
+        names = {name for name, spec in self.get_kv_cache_spec().items() if _is_compressed(spec)}
+        if group_id is not None:
+            names &= set(self.kv_cache_config.kv_cache_groups[group_id].layer_names)
         context = self.compilation_config.static_forward_context
-        return {name: layer for name, layer in context.items() if isinstance(layer, Attention)}
+        return {name: layer for name, layer in context.items() if name in names}
 
     def _log_progress(self) -> None:
         """One INFO line per logging interval while steps run."""
         now = time.monotonic()
         if self.compactor is None or now - self._logged_at < envs.VLLM_LOG_STATS_INTERVAL:
+            return
+        # All ranks count the same; an earlier pipeline stage learns a token with the next step.
+        if not (get_tp_group().is_first_rank and get_pp_group().is_last_rank):
             return
         self._logged_at = now
         stats = self.compactor.stats()
@@ -235,3 +351,13 @@ class CompressionRunner(ABC):
             sum(report["physical_len"] for report in reports),
             sum(report["logical_len"] for report in reports),
         )
+
+
+def _is_compressed(spec: KVCacheSpec) -> bool:
+    if isinstance(spec, CompressedAttentionSpec):
+        return True
+    return (
+        type(spec) is FullAttentionSpec
+        and spec.sliding_window is None
+        and spec.attention_chunk_size is None
+    )

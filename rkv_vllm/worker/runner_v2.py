@@ -1,76 +1,70 @@
 """vLLM's V2 model runner with compaction: where its lengths become physical.
 
 A request keeps its state index for as long as it runs, so the evicted tokens are kept per index
-(`PhysicalRows`). Slots and lengths are made physical in one kernel before the forward; captured
-graphs then read them at fixed addresses. Nothing here waits for the device. Next:
+(`StateRows`). Slots and lengths are made physical in one kernel before the forward; captured graphs
+then read them at fixed addresses. Nothing here waits for the device. Next:
 block_table_v2.py for that kernel's buffers, runner.py for what V1 shares.
 """
-
-from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
-from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from rkv_vllm.scheduling.directive import EvictionDirective
-from rkv_vllm.worker.block_table_v2 import PhysicalBlockTables, PhysicalRows
+from rkv_vllm.worker.block_table_v2 import PhysicalBlockTables, StateRows
 from rkv_vllm.worker.runner import CompressionRunner
 
 
 class CompressionRunnerV2(CompressionRunner):
     """Compaction for vllm.v1.worker.gpu.model_runner.GPUModelRunner."""
 
-    physical_rows: PhysicalRows
+    state_rows: StateRows
 
     def load_model(self, *args, **kwargs) -> None:
-        """Load the model; attention metadata is made from physical lengths from then on."""
+        """Load the model; count the tokens of each request state from then on."""
         super().load_model(*args, **kwargs)
-        self.physical_rows = PhysicalRows(self.max_num_reqs, self.query_ring, self.device)
-        # Tokens of each request state as of its last step, the sampled one included.
+        # As of its last step, the sampled token included.
         self._num_tokens = np.zeros(self.max_num_reqs, dtype=np.int32)
-        model_state = self.model_state
-        model_state.__class__ = _physical_model_state(type(model_state))
-        model_state.physical_rows = self.physical_rows
 
     def prepare_attn(
         self, input_batch: InputBatch
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """Gather the block tables and slots of a real step."""
-        rows = self.physical_rows
-        state_idx = self.req_states.req_id_to_index
-        rows.slots.fill(-1)
-        for req_id, slot in self._watched.items():
-            rows.slots[state_idx[req_id]] = slot
-        rows.begin_step()
-        self._num_tokens[input_batch.idx_mapping_np] = (
+        rows = self.state_rows
+        idx = input_batch.idx_mapping_np[: input_batch.num_reqs]
+        for seats in rows.seats.values():
+            seats.fill(-1)
+        for group_id, watched in self._watched.items():
+            for req_id, seat in watched.items():
+                rows.seats[group_id][self.req_states.req_id_to_index[req_id]] = seat
+        rows.begin_step(idx)
+        self._num_tokens[idx] = (
             input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens + 1
         )
-        return super().prepare_attn(input_batch)
-
-    def _end_step(self) -> None:
-        self.physical_rows.end_step()
-        super()._end_step()
+        with rows.own_call():
+            return super().prepare_attn(input_batch)
 
     def _follow_physical_positions(self) -> None:
+        self.state_rows = StateRows(self.rows, self.max_num_reqs, self.device)
         self.block_tables.__class__ = PhysicalBlockTables
-        self.block_tables.rows = self.physical_rows
+        self.block_tables.rows = self.state_rows
 
     def _exchange_rows(self, directives: list[EvictionDirective]) -> None:
         state_idx = self.req_states.req_id_to_index
-        running = [directive for directive in directives if directive.req_id in state_idx]
-        idx = [state_idx[directive.req_id] for directive in running]
-        self.block_tables.exchange_rows(running, idx)
-        for i, directive in zip(idx, running, strict=True):
-            self.physical_rows.num_evicted[i] = self.compactor.num_evicted(directive.req_id)
+        for group_id, group in self.compactor.groups.items():
+            running = [d for d in directives if d.group_id == group_id and d.req_id in state_idx]
+            idx = [state_idx[directive.req_id] for directive in running]
+            self.block_tables.exchange_rows(group_id, running, idx)
+            for i, directive in zip(idx, running, strict=True):
+                self.state_rows.num_evicted[group_id][i] = group.num_evicted(directive.req_id)
 
     def add_requests(self, scheduler_output) -> None:
         """Admit new and resumed requests: their cache is as long as their text."""
         super().add_requests(scheduler_output)
         for new_request in scheduler_output.scheduled_new_reqs:
             idx = self.req_states.req_id_to_index[new_request.req_id]
-            self.physical_rows.num_evicted[idx] = 0
+            for num_evicted in self.state_rows.num_evicted.values():
+                num_evicted[idx] = 0
             self._num_tokens[idx] = new_request.prompt_len
 
     def _live_ids(self) -> list[str]:
@@ -81,15 +75,5 @@ class CompressionRunnerV2(CompressionRunner):
         prompt_tokens = int(self.req_states.prompt_len.np[idx])
         # In the middle of a chunked prefill nothing is sampled yet.
         output_tokens = max(0, int(self._num_tokens[idx]) - prompt_tokens)
-        return prompt_tokens, output_tokens, int(self.block_tables.num_blocks.np[0, idx])
-
-
-@cache
-def _physical_model_state(base: type[ModelState]) -> type[ModelState]:
-    """A subclass of one model state whose attention metadata is made from physical lengths."""
-
-    def prepare_attn(self, input_batch: InputBatch, *args, **kwargs) -> dict[str, Any]:
-        batch = self.physical_rows.with_physical_lens(input_batch)
-        return base.prepare_attn(self, batch, *args, **kwargs)
-
-    return type(f"Physical{base.__name__}", (base,), {"prepare_attn": prepare_attn})
+        blocks_held = int(self.block_tables.num_blocks.np[list(self.rows), idx].sum())
+        return prompt_tokens, output_tokens, blocks_held

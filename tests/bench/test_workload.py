@@ -4,9 +4,10 @@ import pytest
 
 from rkv_vllm.bench.prompts import PROBES, TASKS, own_prompts, read_prompts
 from rkv_vllm.bench.workload import SCENARIOS, num_compactions
-from rkv_vllm.config import KVCompressionConfig
-from rkv_vllm.request_options import RequestOptions
-from rkv_vllm.scheduling.planner import CompressionPlanner, ScheduledRequest
+from rkv_vllm.options import ServerOptions
+from rkv_vllm.policy import EveryBuffer, Terms
+from rkv_vllm.scheduling.directive import StepPlan
+from rkv_vllm.scheduling.planner import GroupPlanner, ScheduledRequest, Seats
 from tests.bench.results import new_workload
 
 
@@ -14,13 +15,10 @@ class FreeBooks:
     """A pool that never lacks a block."""
 
     def __init__(self) -> None:
-        self.evicted = 0
+        self.num_evicted = {}
 
-    def num_evicted(self, req_id: str) -> int:
-        return self.evicted
-
-    def compact(self, req_id: str, num_evict: int, total_len: int) -> tuple[list[int], list[int]]:
-        self.evicted += num_evict
+    def evict(self, req_id, num_evict, total_len, prefix_len):
+        self.num_evicted[req_id] = self.num_evicted.get(req_id, 0) + num_evict
         return [], []
 
 
@@ -29,24 +27,24 @@ def planned_lengths(config, prompt_len, output_len, in_flight):
 
     As the planner of an engine decides it.
     """
-    books = FreeBooks()
-    planner = CompressionPlanner(config, books)
-    options = RequestOptions(config.budget, config.buffer)
-    scheduled, lengths, count = [], [], 0
+    books, plan = FreeBooks(), StepPlan()
+    planner = GroupPlanner(0, books, EveryBuffer(config.window), Seats(1, config.window))
+    scheduled, lengths = [], []
     for step in range(output_len):
         scheduled.append(1 if step else prompt_len)
         computed = sum(scheduled)
-        lengths.append(computed - books.evicted)
-        unsettled = sum(scheduled[-in_flight:])
-        request = ScheduledRequest("r", computed, scheduled[-1], unsettled, False, options)
-        count += len(planner.plan_step([request]).directives)
-    return lengths, count
+        lengths.append(computed - books.num_evicted.get("r", 0))
+        if not step:
+            planner.begin("r", Terms(config.budget, config.buffer), prompt_len)
+        request = ScheduledRequest("r", computed, scheduled[-1], sum(scheduled[-in_flight:]))
+        planner.plan_step(lambda _, request=request: request, plan)
+    return lengths, len(plan.directives)
 
 
 @pytest.mark.parametrize("in_flight", [1, 2])
 @pytest.mark.parametrize(("budget", "buffer"), [(8, 2), (8, 5), (20, 7)])
 def test_expected_compactions_are_those_of_the_planner(budget, buffer, in_flight):
-    config = KVCompressionConfig(budget=budget, buffer=buffer, window=2)
+    config = ServerOptions(budget=budget, buffer=buffer, window=2)
     counts = set()
     for prompt_len in (1, 7, 8, 9, 30):
         for output_len in range(1, 60):

@@ -41,8 +41,17 @@ def test_only_the_engine_config_decides(model):
     assert load_stat_logger_plugin_factories() == [CompressionStatLogger]
     make_config(model, compression=True)
     assert load_stat_logger_plugin_factories() == [CompressionStatLogger]
+    make_config(model, compression=False, disable_log_stats=True)
+    assert load_stat_logger_plugin_factories() == []
     make_config(model, compression=False)
     assert load_stat_logger_plugin_factories() == []
+
+
+def test_a_config_without_compression_hides_nothing_from_one_made_before(model):
+    # Both engines may be made after both configs. Without compression the logger shows nothing.
+    make_config(model, compression=True)
+    make_config(model, compression=False)
+    assert load_stat_logger_plugin_factories() == [CompressionStatLogger]
 
 
 def test_disabled_statistics_stay_disabled(model):

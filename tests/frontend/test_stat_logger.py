@@ -81,7 +81,7 @@ def test_page_has_every_metric_from_the_start(model):
     ours = {name.removeprefix(OURS): f for name, f in page().items() if name.startswith(OURS)}
     # Without a prefix of files, prometheus_client tells when each counter was made.
     assert {n: f.type for n, f in ours.items() if not n.endswith("_created")} == FAMILIES
-    assert [sample("deferred_total", reason=reason) for reason in ("slot", "blocks")] == [0, 0]
+    assert [sample("deferred_total", reason=reason) for reason in ("seat", "blocks")] == [0, 0]
     for name in ("compactions_total", "physical_tokens", "evicted_tokens_per_compaction_count"):
         assert sample(name) == 0
 
@@ -95,7 +95,7 @@ def test_steps_add_up_and_gauges_show_the_last(model):
     assert sample("compactions_total") == sample("evicted_tokens_per_compaction_count") == 3
     assert sample("evicted_tokens_total") == sample("evicted_tokens_per_compaction_sum") == 110
     assert sample("freed_blocks_total") == 4
-    assert sample("deferred_total", reason="slot") == 2
+    assert sample("deferred_total", reason="seat") == 2
     assert sample("deferred_total", reason="blocks") == 5
     assert sample("evicted_tokens_per_compaction_bucket", le="10.0") == 1
     assert sample("evicted_tokens_per_compaction_bucket", le="50.0") == 2

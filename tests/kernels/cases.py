@@ -1,13 +1,17 @@
 """Caches, batches and comparisons that the tests of all kernels share. Imports no vLLM."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rkv_vllm.kernels.eviction import Eviction, EvictionBatch
+from rkv_vllm.kernels.batch import Eviction, EvictionBatch
+from rkv_vllm.kernels.ops import Ops, cpu_ops, naive_ops
 from rkv_vllm.kernels.paged import Packing, PagedStates
+from rkv_vllm.methods import Heads, ModelFacts
+from rkv_vllm.methods.rkv import RKV
 
 BLOCK_SIZE = 32
 LAYERS, HEADS = 2, 3
@@ -61,6 +65,11 @@ def new_states(
     return PagedStates(cache[..., head_size:], None, BLOCK_SIZE)
 
 
+# Of any cache: only `scratch_bytes_per_token` looks at it.
+SMALL_STATES = PagedStates(torch.zeros(1, 1, 1, 32, 64), None, BLOCK_SIZE)
+NAIVE, CPU = naive_ops(SMALL_STATES), cpu_ops()
+
+
 @dataclass
 class Case:
     """A cache, the requests in it, their dense keys [L, H, total_len, d] and recorded queries."""
@@ -71,16 +80,53 @@ class Case:
     queries: Tensor
     spare: list[int]
 
+    @property
+    def scale(self) -> Tensor:
+        """Of each layer, 1 / sqrt(head size)."""
+        shape = (self.states.num_layers,)
+        return torch.full(shape, self.states.head_size**-0.5, device=self.states.device)
+
+    @property
+    def no_cap(self) -> Tensor:
+        """Of each layer."""
+        return torch.zeros(self.states.num_layers, device=self.states.device)
+
     def kept_and_tail(self, keep: Tensor, request: int) -> Tensor:
-        """What a compaction has to leave, taken from the dense keys."""
+        """Prefix, survivors and tail as a compaction has to leave them, from the dense keys."""
         eviction, dense = self.batch.evictions[request], self.dense[request]
         index = keep[request, :, : eviction.budget].long().view(*dense.shape[:2], -1, 1)
         kept = dense.gather(2, index.expand(-1, -1, -1, dense.shape[3]))
-        return torch.cat([kept, dense[:, :, eviction.settled_len :]], dim=2)
+        prefix = dense[:, :, : eviction.prefix_len]
+        return torch.cat([prefix, kept, dense[:, :, eviction.settled_len :]], dim=2)
+
+
+def rkv_scores(
+    case: Case,
+    ops: Ops,
+    *,
+    lam: float = 0.1,
+    pool: int = 7,
+    threshold: float = 0.5,
+    scale: Tensor | None = None,
+    soft_cap: Tensor | None = None,
+) -> Tensor:
+    """R-KV's scores of a case, by the method itself."""
+    facts = ModelFacts(
+        layers=tuple(map(str, range(case.states.num_layers))),
+        first_kv_head=0,
+        num_kv_heads=case.states.num_heads,
+        num_query_heads=case.queries.shape[3],
+        head_size=case.states.head_size,
+        scale=case.scale if scale is None else scale,
+        soft_cap=case.no_cap if soft_cap is None else soft_cap,
+    )
+    method = RKV(RKV.Options(lam, pool, threshold), facts, ops)
+    layers = slice(0, case.states.num_layers)
+    return method.score(Heads(layers, case.states, case.states, case.queries), case.batch)
 
 
 def new_case(
-    lengths: list[tuple[int, int, int]],
+    lengths: Sequence[tuple[int, int, int] | tuple[int, int, int, int]],
     *,
     layout: str = "heads first",
     head_size: int = 64,
@@ -96,7 +142,7 @@ def new_case(
     """Random keys of several requests in shuffled blocks.
 
     Args:
-        lengths: (settled_len, total_len, budget) per request.
+        lengths: (settled_len, total_len, budget) per request, and prefix_len where there is one.
         layout: one of PACKED or PLAIN.
         head_size: dimensions of a key.
         dtype: of keys and queries.
@@ -109,23 +155,26 @@ def new_case(
         seed: of everything random.
     """
     generator = torch.Generator().manual_seed(seed)
-    needed = sum(math.ceil(total / BLOCK_SIZE) for _, total, _ in lengths)
+    needed = sum(math.ceil(total / BLOCK_SIZE) for _, total, *_ in lengths)
     num_blocks = 2 * needed + 3
     free = torch.randperm(num_blocks, generator=generator).tolist()
     states = new_states(layout, num_blocks, head_size, dtype, num_layers, num_heads)
     evictions, dense = [], []
-    for slot, (settled, total, budget) in enumerate(lengths):
+    for seat, (settled, total, budget, *prefix) in enumerate(lengths):
+        prefix_len = prefix[0] if prefix else 0
         row = [free.pop() for _ in range(math.ceil(total / BLOCK_SIZE))]
-        new = row[: math.ceil((budget + total - settled) / BLOCK_SIZE)]
-        num_fresh = {"in place": 0, "first fresh": 1, "all fresh": len(new)}[fresh]
-        new[:num_fresh] = [free.pop() for _ in range(num_fresh)]
+        new = row[: math.ceil((prefix_len + budget + total - settled) / BLOCK_SIZE)]
+        num_full = prefix_len // BLOCK_SIZE
+        num_fresh = {"in place": 0, "first fresh": 1, "all fresh": len(new) - num_full}[fresh]
+        new[num_full : num_full + num_fresh] = [free.pop() for _ in range(num_fresh)]
         shape = (num_layers, num_heads, total, head_size)
         common = torch.randn((num_layers, num_heads, 1, head_size), generator=generator)
         keys = (torch.randn(shape, generator=generator) + similar * common).to(dtype)
         states.write(torch.tensor(row), keys)
         dense.append(keys)
         # Logical positions are ahead of physical ones after earlier evictions.
-        evictions.append(Eviction(row, new, settled, total, budget, slot, settled + 3 * slot))
+        window_end = settled + 3 * seat
+        evictions.append(Eviction(row, new, settled, total, budget, prefix_len, seat, window_end))
     ring_len = window + 3
     shape = (len(lengths) + 1, num_layers, ring_len, num_heads * group, head_size)
     queries = torch.randn(shape, generator=generator).to(dtype)
@@ -138,8 +187,8 @@ def random_keep(batch: EvictionBatch, num_heads: int, seed: int = 2) -> Tensor:
     keep = torch.full((batch.num_requests, num_heads, batch.max_budget), -1, dtype=torch.int32)
     for i, eviction in enumerate(batch.evictions):
         for head in range(num_heads):
-            chosen = torch.randperm(eviction.settled_len, generator=generator)[: eviction.budget]
-            keep[i, head, : eviction.budget] = chosen.sort().values
+            chosen = torch.randperm(eviction.num_judged, generator=generator)[: eviction.budget]
+            keep[i, head, : eviction.budget] = eviction.prefix_len + chosen.sort().values
     return keep
 
 
@@ -169,8 +218,8 @@ ADVERSARIAL = ["identical", "zero", "orthogonal", "one far", "all similar", "two
 
 def assert_same_scores(got: Tensor, expected: Tensor, batch: EvictionBatch) -> None:
     """Near where there are candidates, -inf in both behind them."""
-    for i, eviction in enumerate(batch.evictions):
-        m = eviction.settled_len - batch.window
+    for i in range(batch.num_requests):
+        m = batch.num_candidates(i)
         torch.testing.assert_close(got[i, :, :m], expected[i, :, :m], **SCORE_TOLERANCE)
         assert got[i, :, m:].eq(-math.inf).all()
     assert got.shape == expected.shape
@@ -185,11 +234,12 @@ def assert_equivalent_choice(keep: Tensor, reference: Tensor, batch: EvictionBat
         batch: the requests.
     """
     for i, eviction in enumerate(batch.evictions):
-        m, count = eviction.settled_len - batch.window, eviction.budget - batch.window
-        kept, scores = keep[i, :, :count].long(), reference[i, :, :m]
+        m, count = batch.num_candidates(i), eviction.budget - batch.window
+        kept, scores = keep[i, :, :count].long() - eviction.prefix_len, reference[i, :, :m]
         assert (kept.diff(dim=1) > 0).all()
         assert kept.numel() == 0 or (int(kept.min()) >= 0 and int(kept.max()) < m)
-        window = torch.arange(m, eviction.settled_len, dtype=torch.int32)
+        end = eviction.settled_len
+        window = torch.arange(end - batch.window, end, dtype=torch.int32)
         assert torch.equal(keep[i, :, count : eviction.budget], window.expand(len(kept), -1))
         assert keep[i, :, eviction.budget :].eq(-1).all()
         cut = scores.topk(count, dim=1).values[:, -1:]

@@ -13,11 +13,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from rkv_vllm.kernels.batch import EvictionBatch
 from rkv_vllm.kernels.compact.triton import compact_triton
-from rkv_vllm.kernels.eviction import EvictionBatch
 from rkv_vllm.kernels.observe.triton import observe_triton
 from rkv_vllm.kernels.paged import PagedStates
-from rkv_vllm.kernels.score.triton import score_triton
+from rkv_vllm.kernels.rkv.triton import importance_triton, redundancy_triton
 from rkv_vllm.kernels.select.triton import select_triton
 from rkv_vllm.kernels.slots import StepRows, StepSlots
 from rkv_vllm.kernels.slots.triton import slots_triton
@@ -42,7 +42,7 @@ def main() -> None:
     case = new_case([(100, 103, 50)], num_layers=4, **model)
     launch_all(case.states, case.batch, case.queries)
     launch_step(case.queries, layer_idx=0, num_tokens=1)
-    other = new_case([(90, 90, 40), (112, 112, 96), (17, 17, 16)], num_layers=4, **model)
+    other = new_case([(90, 90, 40), (132, 132, 96, 20), (17, 17, 16)], num_layers=4, **model)
     first_layer = slice(0, 1)
     part = other.batch.part(slice(1, 3))
     launch_all(other.states.layers(first_layer), part, other.queries[:, first_layer])
@@ -59,7 +59,11 @@ def main() -> None:
 
 
 def launch_all(states: PagedStates, batch: EvictionBatch, queries: torch.Tensor) -> None:
-    select_triton(score_triton(states, batch, queries), batch)
+    # As slices of what all layers have: the address is a multiple of 16 only by chance.
+    of_layers = [torch.ones(8)[8 - states.num_layers :] for _ in range(2)]
+    scores = importance_triton(states, batch, queries, *of_layers, pool=7)
+    redundancy_triton(states, batch, threshold=0.5)
+    select_triton(scores, batch)
     compact_triton(states, batch, random_keep(batch, states.num_layers * states.num_heads))
 
 

@@ -5,29 +5,34 @@ threads at once, so races stay unseen here; test_triton_compiles.py shows that a
 takes the kernels.
 """
 
-import math
+import weakref
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rkv_vllm.kernels.batch import ALL_FINITE, Eviction, EvictionBatch
 from rkv_vllm.kernels.compact.triton import compact_triton
-from rkv_vllm.kernels.eviction import ALL_FINITE, Eviction, EvictionBatch
-from rkv_vllm.kernels.score.naive import score_naive
-from rkv_vllm.kernels.score.triton import score_triton
+from rkv_vllm.kernels.ops import triton_ops
+from rkv_vllm.kernels.rkv.triton import importance_triton, redundancy_triton
 from rkv_vllm.kernels.select.naive import select_naive
 from rkv_vllm.kernels.select.triton import select_triton
 from rkv_vllm.kernels.tiles import is_interpreted
 from tests.kernels.cases import (
     ADVERSARIAL,
     DTYPES,
+    NAIVE,
     PLAIN,
+    SMALL_STATES,
     adversarial_keys,
     assert_equivalent_choice,
     assert_same_scores,
     new_case,
     random_keep,
+    rkv_scores,
 )
+
+TRITON = triton_ops(SMALL_STATES)
 
 # The interpreter takes about 10 ms per program and operation-heavy tile: one layer, two heads.
 SMALL = {"num_layers": 1, "num_heads": 2}
@@ -67,9 +72,10 @@ def test_scores_equal_the_reference_on_odd_sizes(n, group, head_size, dtype, sim
         seed=n,
         **SMALL,
     )
-    expected = score_naive(case.states, case.batch, case.queries)
-    got = score_triton(case.states, case.batch, case.queries)
+    expected = rkv_scores(case, NAIVE)
+    got = rkv_scores(case, TRITON)
     assert_same_scores(got, expected, case.batch)
+    select_triton(got, case.batch)
     assert case.batch.non_finite.tolist() == [ALL_FINITE]
 
 
@@ -81,8 +87,8 @@ def test_sums_over_more_tokens_than_one_pass_takes_equal_the_reference():
     keys[:, :, 1040:1090] = 3.0 * common
     case.queries += 0.5 * common
     case.states.write(case.batch.old_block_table[0], keys)
-    expected = score_naive(case.states, case.batch, case.queries)
-    got = score_triton(case.states, case.batch, case.queries)
+    expected = rkv_scores(case, NAIVE)
+    got = rkv_scores(case, TRITON)
     assert_same_scores(got, expected, case.batch)
 
 
@@ -92,8 +98,8 @@ def test_ragged_batches_are_chosen_as_by_the_reference(layout):
     case = new_case(
         lengths, layout=layout, dtype=torch.bfloat16, group=3, num_layers=2, num_heads=2
     )
-    reference = score_naive(case.states, case.batch, case.queries)
-    scores = score_triton(case.states, case.batch, case.queries)
+    reference = rkv_scores(case, NAIVE)
+    scores = rkv_scores(case, TRITON)
     assert_same_scores(scores, reference, case.batch)
     assert_equivalent_choice(select_triton(scores, case.batch), reference, case.batch)
 
@@ -104,8 +110,8 @@ def test_ragged_batches_are_chosen_as_by_the_reference(layout):
 def test_the_parameters_reach_the_kernel(window, lam, pool, threshold):
     method = {"lam": lam, "pool": pool, "threshold": threshold}
     case = new_case([(90, 90, 40)], group=3, window=window, **SMALL)
-    expected = score_naive(case.states, case.batch, case.queries, **method)
-    got = score_triton(case.states, case.batch, case.queries, **method)
+    expected = rkv_scores(case, NAIVE, **method)
+    got = rkv_scores(case, TRITON, **method)
     assert_same_scores(got, expected, case.batch)
 
 
@@ -114,32 +120,9 @@ def test_adversarial_keys_of_the_backward_search(kind):
     case = new_case([(96, 96, 30)], head_size=128, **SMALL)
     keys = adversarial_keys(kind, 96, 128)
     case.states.write(case.batch.old_block_table[0], keys.expand(1, 2, -1, -1))
-    expected = score_naive(case.states, case.batch, case.queries)
-    got = score_triton(case.states, case.batch, case.queries)
+    expected = rkv_scores(case, NAIVE)
+    got = rkv_scores(case, TRITON)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-8)
-
-
-@pytest.mark.parametrize("fault", ["nan in a candidate", "inf in the window", "hidden -inf"])
-def test_a_non_finite_score_is_noted_with_its_head_and_nothing_raises(fault):
-    case = new_case([(40, 40, 20), (70, 70, 20)], group=2, num_heads=2)
-    keys = case.dense[1][1, 1]
-    if fault == "nan in a candidate":
-        keys[40, 3] = math.nan
-    elif fault == "inf in the window":
-        keys[69, 3] = math.inf
-    else:
-        # One product overflows; both the other head of the group and the softmax would hide it.
-        case.queries[1, 1, :, 3, 3] = -3e38
-        keys[:, 3] = 0.5
-        keys[40, 3] = 20.0
-    case.states.write(case.batch.old_block_table[1], case.dense[1])
-    scores = score_triton(case.states, case.batch, case.queries)
-    assert case.batch.non_finite.tolist() == [ALL_FINITE, 3]
-    # What comes of it is nonsense, but stays within the request's tokens.
-    keep = select_triton(scores, case.batch)
-    assert (keep.diff(dim=2) > 0).all()
-    assert int(keep.min()) >= 0
-    assert int(keep[1].max()) < 70
 
 
 # 1024 scores are one tile.
@@ -147,7 +130,7 @@ def test_a_non_finite_score_is_noted_with_its_head_and_nothing_raises(fault):
 def test_select_is_exact_with_ties_to_the_lower_index(m):
     generator = torch.Generator().manual_seed(m)
     counts = [1, (m + 1) // 2, m]
-    evictions = [Eviction([], [], m + 2, m + 2, count + 2, 0, m + 2) for count in counts]
+    evictions = [Eviction([], [], m + 2, m + 2, count + 2) for count in counts]
     batch = EvictionBatch.of(evictions, 2, "cpu")
     few = torch.randint(-1, 2, (3, 1, m), generator=generator) * 0.5
     # Both zeros are equal.
@@ -159,7 +142,7 @@ def test_select_is_exact_with_ties_to_the_lower_index(m):
 
 def test_select_leaves_minus_one_behind_a_smaller_budget():
     case = new_case([(100, 100, 30), (50, 50, 9)])
-    scores = score_naive(case.states, case.batch, case.queries)
+    scores = rkv_scores(case, NAIVE)
     keep = select_triton(scores, case.batch)
     assert torch.equal(keep, select_naive(scores, case.batch))
     assert keep[1, :, 9:].eq(-1).all()
@@ -193,37 +176,53 @@ def test_moves_that_overlap_by_any_distance_are_safe(evicted):
 
 def test_an_empty_batch_is_no_work():
     case = new_case([])
-    scores = score_triton(case.states, case.batch, case.queries)
+    scores = rkv_scores(case, TRITON)
     keep = select_triton(scores, case.batch)
     compact_triton(case.states, case.batch, keep)
     assert keep.shape == (0, 6, 0)
 
 
 class TorchCalls(TorchDispatchMode):
-    """Which torch operations run, and how much memory they take, views not counted."""
+    """Which torch operations run, and how much of what they make lives at a time at most."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
-        self.num_bytes = 0
+        self.num_bytes = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         self.names.add(func.overloadpacket.__name__)
         known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
         if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in known:
-            self.num_bytes += result.nbytes
+            self._count(result.nbytes)
+            weakref.finalize(result, self._count, -result.nbytes)
         return result
 
+    def _count(self, num_bytes: int) -> None:
+        self.num_bytes += num_bytes
+        self.peak = max(self.peak, self.num_bytes)
 
-def test_memory_grows_with_the_tokens_and_torch_waits_for_nothing():
+
+@pytest.mark.parametrize(("window", "head_size"), [(8, 64), (8, 128), (40, 64)])
+def test_memory_grows_with_the_tokens_as_told_and_torch_waits_for_nothing(window, head_size):
     n = 600
-    case = new_case([(n, n, 100)], dtype=torch.bfloat16, similar=5.0, num_layers=1, num_heads=1)
+    case = new_case(
+        [(n, n, 100)],
+        dtype=torch.bfloat16,
+        similar=5.0,
+        num_layers=1,
+        num_heads=1,
+        window=window,
+        head_size=head_size,
+    )
+    ops = triton_ops(case.states, window)
     with TorchCalls() as calls:
-        scores = score_triton(case.states, case.batch, case.queries)
-        compact_triton(case.states, case.batch, select_triton(scores, case.batch))
-    # 24 bytes per token, a few numbers per tile, and 1 KiB per head; all pairs are 2400 per token.
-    assert 20 * n < calls.num_bytes < 36 * n + 2048
+        keep = select_triton(rkv_scores(case, ops), case.batch)
+        compact_triton(case.states, case.batch, keep)
+    # And 1 KiB per head; all pairs would be 2400 bytes per token.
+    assert calls.peak < ops.scratch_bytes_per_token * n + 1024
+    assert calls.peak > 0.9 * ops.scratch_bytes_per_token * n - 4 * n
     # Whatever reads a tensor on the host, or has a size that only the device knows, would wait.
     waiting = {"_local_scalar_dense", "nonzero", "index", "masked_select", "equal", "_to_copy"}
     assert not calls.names & waiting
@@ -234,18 +233,24 @@ def test_launchers_say_what_they_expected_and_got():
     states, batch, queries = case.states, case.batch, case.queries
     short = EvictionBatch.of([batch.evictions[0]._replace(old_block_ids=[0] * 3)], 8, "cpu")
     keep = random_keep(batch, 2)
+    layers = (case.scale, case.no_cap)
     with pytest.raises(ValueError, match=r"old_block_ids of request 0: .* 100 tokens, got 3"):
-        score_triton(states, short, queries)
-    with pytest.raises(ValueError, match=r"observation_queries: expected .* 64\] on cpu"):
-        score_triton(states, batch, queries[..., :63])
-    with pytest.raises(ValueError, match="observation_queries: expected a contiguous last"):
-        score_triton(states, batch, queries.transpose(2, 4).contiguous().transpose(2, 4))
+        redundancy_triton(states, short, threshold=0.5)
+    with pytest.raises(ValueError, match=r"queries: expected .* 64\] on cpu"):
+        importance_triton(states, batch, queries[..., :63], *layers, pool=7)
+    turned = queries.transpose(2, 4).contiguous().transpose(2, 4)
+    with pytest.raises(ValueError, match="queries: expected a contiguous last"):
+        importance_triton(states, batch, turned, *layers, pool=7)
+    with pytest.raises(ValueError, match=r"scale: expected contiguous float32 \[1\]"):
+        importance_triton(states, batch, queries, torch.ones(2), case.no_cap, pool=7)
     with pytest.raises(ValueError, match=r"scores: expected float32 \[1, heads, 92\]"):
         select_triton(torch.zeros(1, 2, 93), batch)
     with pytest.raises(ValueError, match=r"keep: expected int32 \[1, 2, 20\]"):
         compact_triton(states, batch, keep.long())
     packed = new_case([(100, 100, 20)], layout="amx keys", **SMALL)
     with pytest.raises(ValueError, match="at most two dimensions of tokens"):
-        score_triton(packed.states, packed.batch, packed.queries)
+        importance_triton(packed.states, packed.batch, packed.queries, *layers, pool=7)
+    with pytest.raises(ValueError, match="at most two dimensions of tokens"):
+        redundancy_triton(packed.states, packed.batch, threshold=0.5)
     with pytest.raises(ValueError, match="at most two dimensions of tokens"):
         compact_triton(packed.states, packed.batch, keep)

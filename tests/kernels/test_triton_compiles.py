@@ -11,10 +11,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 KERNELS = [
-    "stats_kernel",
-    "combine_kernel",
+    "logits_kernel",
+    "attend_kernel",
+    "pool_kernel",
+    "norms_kernel",
+    "total_kernel",
     "search_kernel",
-    "finish_kernel",
+    "spread_kernel",
     "select_kernel",
     "compact_kernel",
     "slots_kernel",

@@ -19,14 +19,27 @@ class Expected:
     gap: float
 
 
-def expected_scores(keys, queries, *, window=8, lam=0.1, pool=7, threshold=0.5) -> Expected:
-    keys = keys.detach().double().numpy()
+def expected_scores(
+    keys,
+    queries,
+    *,
+    window=8,
+    lam=0.1,
+    pool=7,
+    threshold=0.5,
+    scale=None,
+    soft_cap=0.0,
+    prefix_len=0,
+) -> Expected:
+    """Scores of keys [heads, prefix_len + n, d]; what stands in the prefix must not matter."""
+    keys = keys.detach().double().numpy()[:, prefix_len:]
+    scale = 1 / math.sqrt(keys.shape[2]) if scale is None else scale
     queries = queries.detach().double().numpy()
     group = queries.shape[0] // keys.shape[0]
     rows, gap = [], math.inf
     for head in range(keys.shape[0]):
         own_queries = queries[head * group : (head + 1) * group]
-        importance = _importance(keys[head], own_queries, window, pool)
+        importance = _importance(keys[head], own_queries, window, pool, scale, soft_cap)
         redundancy, head_gap = _redundancy(keys[head], threshold)
         gap = min(gap, head_gap)
         m = keys.shape[1] - window
@@ -34,14 +47,16 @@ def expected_scores(keys, queries, *, window=8, lam=0.1, pool=7, threshold=0.5) 
     return Expected(np.array(rows), gap)
 
 
-def _importance(keys, queries, window, pool):
-    group, (n, d) = queries.shape[0], keys.shape
-    m = n - window
+def _importance(keys, queries, window, pool, scale, soft_cap):
+    group, m = queries.shape[0], len(keys) - window
     mean = [0.0] * m
     for a in range(window):
         logits = []
         for i in range(m):
-            logits.append(max(np.dot(queries[g, a], keys[i]) for g in range(group)) / math.sqrt(d))
+            of_group = [np.dot(queries[g, a], keys[i]) * scale for g in range(group)]
+            if soft_cap:
+                of_group = [soft_cap * math.tanh(logit / soft_cap) for logit in of_group]
+            logits.append(max(of_group))
         for i, weight in enumerate(_softmax(logits)):
             mean[i] += weight / window
     reach = pool // 2

@@ -1,27 +1,25 @@
-"""What the base class does for a method that only knows dense tensors."""
+"""What the base classes do for a method that only knows dense tensors, and what they refuse."""
 
 import pytest
 import torch
 
-from rkv_vllm.methods import CompressionMethod
-from rkv_vllm.methods.base import NonFiniteScoreError
-from tests.kernels.cases import HEADS, LAYERS, new_case
+from rkv_vllm.methods import DenseMethod, Heads, Method, ModelFacts, Need
+from rkv_vllm.methods.base import NoOptions, check_scores
+from tests.kernels.cases import CPU, HEADS, LAYERS, new_case
 
 
-class Weakest(CompressionMethod):
-    """Keeps what the last query looks at least, and the window."""
+def facts(case) -> ModelFacts:
+    states = case.states
+    names = tuple(f"layer {i}" for i in range(states.num_layers))
+    query_heads = case.queries.shape[3]
+    return ModelFacts(
+        names, 0, states.num_heads, query_heads, states.head_size, case.scale, case.no_cap
+    )
 
-    @classmethod
-    def from_config(cls, config):
-        return cls()
 
-    def keep_indices(self, keys, values, queries, budget):
-        window, n = queries.shape[1], keys.shape[1]
-        # One query head per KV head; the values only have to be those of the same tokens.
-        assert torch.equal(keys, -values)
-        looks = (keys @ queries[:, -1, :, None]).squeeze(-1)
-        looks[:, n - window :] = -torch.inf
-        return looks.topk(budget, largest=False).indices.sort().values
+def heads_of(case, layers: slice = slice(0, LAYERS), *, with_queries: bool = True) -> Heads:
+    queries = case.queries[:, layers] if with_queries else None
+    return Heads(layers, case.states.layers(layers), negated(case).layers(layers), queries)
 
 
 def negated(case):
@@ -31,37 +29,110 @@ def negated(case):
     return values.states
 
 
-def test_a_method_of_dense_tensors_serves_a_ragged_batch():
-    case = new_case([(100, 103, 50), (63, 63, 9)])
-    keep = Weakest().keep_paged(case.states, negated(case), case.batch, case.queries)
-    assert keep.dtype == torch.int32
-    assert keep[1, :, 9:].eq(-1).all()
+class Weakest(DenseMethod):
+    """Keeps what the last query looks at least; later layers count more."""
+
+    @classmethod
+    def need(cls, options):
+        return Need(queries=True)
+
+    def score_dense(self, keys, values, queries, layer):
+        # The values only have to be those of the same tokens.
+        assert torch.equal(keys, -values)
+        window, n = queries.shape[1], keys.shape[1]
+        looks = keys @ queries.view(keys.shape[0], -1, *queries.shape[1:])[:, 0, -1, :, None]
+        return (-(layer + 1) * looks.squeeze(-1))[:, : n - window]
+
+
+def test_a_method_of_dense_tensors_serves_a_ragged_batch_behind_its_prefixes():
+    case = new_case([(100, 103, 50), (63, 63, 9, 33), (70, 70, 41, 29)], group=2)
+    method = Weakest(NoOptions(), facts(case), CPU)
+    got = method.score(heads_of(case), case.batch)
+    assert got.dtype == torch.float32
+    assert got.shape == (3, LAYERS * HEADS, 92)
     for i, eviction in enumerate(case.batch.evictions):
-        keys = case.dense[i][:, :, : eviction.settled_len].flatten(0, 1)
-        queries = case.batch.window_queries(i, case.queries)
-        expected = Weakest().keep_indices(keys, -keys, queries, eviction.budget)
-        assert torch.equal(keep[i, :, : eviction.budget].long(), expected)
+        m = eviction.settled_len - eviction.prefix_len - 8
+        recorded = case.batch.window_queries(i, case.queries)
+        queries = recorded.view(LAYERS, 2 * HEADS, 8, -1)
+        for layer in range(LAYERS):
+            keys = case.dense[i][layer, :, eviction.prefix_len : eviction.settled_len]
+            expected = method.score_dense(keys, -keys, queries[layer], layer)
+            own = got[i, layer * HEADS : (layer + 1) * HEADS]
+            torch.testing.assert_close(own[:, :m], expected)
+            assert own[:, m:].eq(-torch.inf).all()
 
 
-def test_a_method_that_keeps_too_few_is_named():
-    class Short(Weakest):
-        def keep_indices(self, keys, values, queries, budget):
-            return super().keep_indices(keys, values, queries, budget - 1)
+def test_some_layers_are_scored_by_their_own_number():
+    case = new_case([(100, 103, 50)], group=2)
+    method = Weakest(NoOptions(), facts(case), CPU)
+    whole = method.score(heads_of(case), case.batch)
+    second = method.score(heads_of(case, slice(1, 2)), case.batch)
+    assert torch.equal(second, whole[:, HEADS:])
+
+
+def test_a_method_may_score_the_window_too_and_needs_no_queries():
+    class Norm(DenseMethod):
+        def score_dense(self, keys, values, queries, layer):
+            assert queries is None
+            return -keys.norm(dim=-1)
+
+    case = new_case([(100, 100, 50), (40, 40, 8)])
+    assert Norm.need(NoOptions()) == Need(queries=False)
+    got = Norm(NoOptions(), facts(case), CPU).score(heads_of(case, with_queries=False), case.batch)
+    expected = -case.dense[1].norm(dim=-1).flatten(0, 1)[:, :32]
+    torch.testing.assert_close(got[1, :, :32], expected)
+    # Half precision and NaN are for `select` to deal with.
+    assert CPU.select(got, case.batch).shape == (2, LAYERS * HEADS, 50)
+
+
+def test_zero_keys_of_an_unwritten_block_end_in_the_newest_tokens_and_not_in_an_error():
+    class Directions(DenseMethod):
+        def score_dense(self, keys, values, queries, layer):
+            return (keys / keys.norm(dim=-1, keepdim=True)).sum(dim=-1)
+
+    case = new_case([(40, 40, 20)])
+    case.states.cells.zero_()
+    method = Directions(NoOptions(), facts(case), CPU)
+    keep = CPU.select(method.score(heads_of(case), case.batch), case.batch)
+    assert keep.tolist() == [[[*range(20, 40)]] * LAYERS * HEADS]
+    assert case.batch.non_finite.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (lambda scores: scores[:, 1:], r"torch\.float32 \[3, 91\]"),
+        (lambda scores: scores[:2], r"torch\.float32 \[2, 92\]"),
+        (lambda scores: scores.long(), r"torch\.int64 \[3, 92\]"),
+    ],
+)
+def test_dense_scores_of_another_shape_or_kind_are_refused_by_name(change, got):
+    class Wrong(Weakest):
+        def score_dense(self, keys, values, queries, layer):
+            return change(super().score_dense(keys, values, queries, layer))
 
     case = new_case([(100, 100, 50)])
-    message = rf"Short\.keep_indices returned \[6, 49\], expected \[{LAYERS * HEADS}, 50\]"
+    message = rf"Wrong\.score_dense: got {got}, wanted floats \[3, 92\] or \[3, 100\]"
     with pytest.raises(ValueError, match=message):
-        Short().keep_paged(case.states, negated(case), case.batch, case.queries)
+        Wrong(NoOptions(), facts(case), CPU).score(heads_of(case), case.batch)
 
 
-def test_a_non_finite_score_is_told_with_its_request():
-    class Broken(Weakest):
-        def keep_indices(self, keys, values, queries, budget):
-            if keys.shape[1] == 63:
-                raise NonFiniteScoreError(4)
-            return super().keep_indices(keys, values, queries, budget)
+@pytest.mark.parametrize(
+    ("scores", "got"),
+    [
+        (torch.zeros(1, LAYERS * HEADS, 91), r"\[1, 6, 91\] on cpu"),
+        (torch.zeros(1, LAYERS * HEADS + 1, 92), r"\[1, 7, 92\] on cpu"),
+        (torch.zeros(1, LAYERS * HEADS, 92).bfloat16(), r"torch\.bfloat16"),
+        (torch.zeros(1, LAYERS * HEADS, 92, device="meta"), "on meta"),
+    ],
+)
+def test_scores_of_another_shape_dtype_or_device_are_refused_by_name(scores, got):
+    class Own(Method):
+        def score(self, heads, batch):
+            return scores
 
-    case = new_case([(100, 100, 50), (63, 63, 9)])
-    with pytest.raises(NonFiniteScoreError) as caught:
-        Broken().keep_paged(case.states, negated(case), case.batch, case.queries)
-    assert (caught.value.request, caught.value.head) == (1, 4)
+    case = new_case([(100, 100, 50)])
+    method, heads = Own(NoOptions(), facts(case), CPU), heads_of(case)
+    with pytest.raises(ValueError, match=rf"Own\.score: got .*{got}.*, wanted torch\.float32 \[1"):
+        check_scores(method, method.score(heads, case.batch), heads, case.batch)
+    check_scores(method, torch.zeros(1, LAYERS * HEADS, 92), heads, case.batch)

@@ -1,32 +1,44 @@
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from types import ModuleType
 
 import pytest
 
 from rkv_vllm import methods
-from rkv_vllm.methods import CompressionMethod, available_methods, get_method
+from rkv_vllm.methods import Method, available_methods, get_method, option
 from rkv_vllm.methods.rkv import RKV
 
 
-class Newest(CompressionMethod):
+class Newest(Method):
     """What a file of another distribution may hold."""
 
-    @classmethod
-    def from_config(cls, config):
-        return cls()
-
-    def keep_indices(self, keys, values, queries, budget):
+    def score(self, heads, batch):
         raise NotImplementedError
 
 
-class Half(CompressionMethod):
+class Half(Method):
     """A method that nobody can make."""
 
-    def keep_indices(self, keys, values, queries, budget):
-        raise NotImplementedError
+
+class Mutable(Newest):
+    @dataclass
+    class Options:
+        strength: int = option(1, "How strongly.")
+
+
+class Demanding(Newest):
+    @dataclass(frozen=True)
+    class Options:
+        strength: int
+        where: str
+        plain: float = 1.0
+
+
+class Unstructured(Newest):
+    Options = dict
 
 
 @pytest.fixture
@@ -36,7 +48,8 @@ def register(monkeypatch):
     module.Newest = Newest
     module.number = 7
     module.ModuleType = ModuleType
-    module.Half = Half
+    for cls in (Half, Mutable, Demanding, Unstructured):
+        setattr(module, cls.__name__, cls)
     monkeypatch.setitem(sys.modules, "other_distribution", module)
 
     def pretend(**values):
@@ -101,9 +114,12 @@ def test_a_registered_name_with_dots_is_no_qualified_name(register):
 BAD_CLASSES = {
     "missing.module.Newest": "importing 'missing.module' says: No module named 'missing'; .*PYTHON",
     "other_distribution.Oldest": "class of 'other_distribution', which has no 'Oldest'; ",
-    "other_distribution.number": "derived from rkv_vllm.methods.CompressionMethod, .*names 7; ",
+    "other_distribution.number": "derived from rkv_vllm.methods.Method, .*names 7; ",
     "other_distribution.ModuleType": r"derived from .*<class 'module'>; ",
-    "other_distribution.Half": "with all methods of .*, but it lacks from_config; add",
+    "other_distribution.Half": "with all methods of .*, but it lacks score; add",
+    "other_distribution.Mutable": "whose Options is a frozen dataclass, but it is .*frozen=True",
+    "other_distribution.Unstructured": "whose Options is a frozen .*<class 'dict'>; decorate",
+    "other_distribution.Demanding": "all have defaults, but strength, where of Options has none",
 }
 
 
@@ -138,7 +154,7 @@ def test_a_module_that_fails_shows_its_own_error(register, monkeypatch, tmp_path
 
 def test_a_method_must_implement_the_interface():
     with pytest.raises(TypeError, match="abstract"):
-        type("Half", (CompressionMethod,), {})()
+        type("Half", (Method,), {})(None, None, None)
 
 
 def test_importing_the_method_does_not_import_vllm():

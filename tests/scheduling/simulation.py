@@ -2,9 +2,9 @@
 
 The simulated worker executes SchedulerOutputs late, as asynchronous scheduling does, on a memory of
 tags instead of tensors: a cell holds the name of the token state that was written to it. After
-every forward each request must read back exactly the states it expects, so an overwritten survivor,
-a freed block that is still read, a stale count or a polluted prefix cache shows up at once. No
-model, no tensors.
+every forward each request must read back exactly the states it expects, in every KV-cache group, so
+an overwritten survivor, a freed block that is still read, a stale count or a polluted prefix cache
+shows up at once. No model, no tensors.
 """
 
 from collections import deque
@@ -20,18 +20,51 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.options import ServerOptions, prefix_len
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, EvictionDirective, StepPlan
 from rkv_vllm.scheduling.scheduler import CompressionAsyncScheduler, make_scheduler
 from rkv_vllm.scheduling.spec import CompressedAttentionSpec
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 256
+SLIDING_WINDOW = 6
+# Ends a request by itself; sampled where a test says so (`SimulatedEngine.stop_after`).
+STOP_TOKEN = 999
+
+
+@dataclass(frozen=True)
+class Group:
+    """One KV-cache group of a simulated model.
+
+    Attributes:
+        kind: "full" is compressed; "sliding" reads the last tokens; "state" has one block for all.
+        layer_budget: what a full group keeps where the server keeps its budget.
+    """
+
+    kind: str = "full"
+    layer_budget: int | None = None
+
+    @property
+    def spec(self) -> KVCacheSpec:
+        size = {"block_size": BLOCK_SIZE, "num_kv_heads": 1, "head_size": 32}
+        if self.kind == "full":
+            return CompressedAttentionSpec(
+                **size, dtype=torch.float32, layer_budget=self.layer_budget
+            )
+        if self.kind == "sliding":
+            return SlidingWindowSpec(**size, dtype=torch.float32, sliding_window=SLIDING_WINDOW)
+        return MambaSpec(block_size=MAX_MODEL_LEN, shapes=((8, 32),), dtypes=(torch.float32,))
 
 
 @dataclass(frozen=True)
@@ -41,27 +74,37 @@ class Setting:
     budget: int = 8
     buffer: int = 4
     window: int = 2
-    slots: int = 64
+    seats: int = 64
     num_blocks: int = 1000
     max_num_batched_tokens: int = 64
     max_num_seqs: int = 16
     prefix_caching: bool = True
     steps_ahead: int = 0
     drafts: int = 0
+    protect: str | int = "none"
+    groups: tuple[Group, ...] = (Group(),)
+    policy: str = "fcfs"
 
     @property
-    def config(self) -> KVCompressionConfig:
-        return KVCompressionConfig(
+    def config(self) -> ServerOptions:
+        return ServerOptions(
             budget=self.budget,
             buffer=self.buffer,
             window=self.window,
-            pool=1,
-            observation_slots=self.slots,
+            protect=self.protect,
+            seats=self.seats,
         )
 
     @property
     def ring_len(self) -> int:
         return self.window + (self.steps_ahead + 1) * (self.drafts + 1)
+
+    def budget_of(self, group_id: int, budget: int) -> int:
+        """Tokens that a request with this budget keeps in a group."""
+        layer_budget = self.groups[group_id].layer_budget
+        if layer_budget is None:
+            return budget
+        return max(self.window + 1, round(budget * layer_budget / self.budget))
 
 
 @cache
@@ -76,6 +119,7 @@ def _engine_config(model: Path, setting: Setting):
         enable_prefix_caching=setting.prefix_caching,
         enforce_eager=True,
         dtype="float32",
+        scheduling_policy=setting.policy,
     ).create_engine_config()
     config.additional_config["kv_compression"] = setting.config.to_dict()
     # The CPU platform switches it off; the scheduler classes do not mind.
@@ -86,20 +130,27 @@ def _engine_config(model: Path, setting: Setting):
 
 @dataclass
 class WorkerRequest:
-    """A worker's mirror of one request."""
+    """A worker's mirror of one request.
+
+    Attributes:
+        block_ids: the row of each group.
+        states: of each group, what its cells hold in order.
+        num_evicted: of each group.
+    """
 
     tokens: list[int]
-    block_ids: list[int]
+    block_ids: list[list[int]]
     num_computed: int
     admission: int
-    num_evicted: int = 0
-    states: list[Hashable] = field(default_factory=list)
+    num_evicted: list[int]
+    states: list[list[Hashable]]
     drafts: list[int] = field(default_factory=list)
 
     def reject(self, num_rejected: int) -> None:
         """Forget the last drafts: their cells stay, nobody reads them again."""
         self.num_computed -= num_rejected
-        del self.states[len(self.states) - num_rejected :]
+        for states in self.states:
+            del states[len(states) - num_rejected :]
 
 
 class SimulatedWorker:
@@ -108,28 +159,35 @@ class SimulatedWorker:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.cells: dict[int, Hashable] = {}
-        self.ring: dict[tuple[int, int], Hashable] = {}
+        self.ring: dict[tuple[int, int, int], Hashable] = {}
         self.requests: dict[str, WorkerRequest] = {}
         self.pending: list[EvictionDirective] = []
         self.compactions = 0
+        self.skipped = 0
+        self.watched_steps = 0
         self.admissions = 0
         self.resumes = 0
 
     def execute(self, output: SchedulerOutput) -> None:
-        self.flush()
+        self.flush(output.finished_req_ids | (output.preempted_req_ids or set()))
         plan: StepPlan = getattr(output, STEP_PLAN_ATTRIBUTE)
         self.pending = list(plan.directives)
         self._update_requests(output)
+        self.watched_steps += sum(map(len, plan.watched.values()))
         for req_id, num_tokens in output.num_scheduled_tokens.items():
             num_drafts = len(output.scheduled_spec_decode_tokens.get(req_id, ()))
             self.requests[req_id].drafts = [1000 + i for i in range(num_drafts)]
-            self._write(req_id, num_tokens, plan.watched.get(req_id))
-        for req_id in output.num_scheduled_tokens:
-            self._attend(req_id)
+            self._write(req_id, num_tokens, plan.watched)
+        for req_id, num_tokens in output.num_scheduled_tokens.items():
+            self._attend(req_id, num_tokens)
 
-    def flush(self) -> None:
+    def flush(self, left: set[str] = frozenset()) -> None:
+        """Carry out what the last step left, except for requests that have gone since."""
         for directive in self.pending:
-            self._compact(directive)
+            if directive.req_id in left:
+                self.skipped += 1
+            else:
+                self._compact(directive)
         self.pending = []
 
     def slot(self, block_ids: list[int], physical: int) -> int:
@@ -142,93 +200,120 @@ class SimulatedWorker:
         for req_id in output.finished_req_ids:
             self.requests.pop(req_id, None)
         for new in output.scheduled_new_reqs:
-            self._admit(new.req_id, new.block_ids[0], new.num_computed_tokens, new.prompt_token_ids)
+            self._admit(new.req_id, new.block_ids, new.num_computed_tokens, new.prompt_token_ids)
         cached = output.scheduled_cached_reqs
         for i, req_id in enumerate(cached.req_ids):
             request = self.requests[req_id]
-            new_ids = cached.new_block_ids[i][0] if cached.new_block_ids[i] else []
+            new_ids = cached.new_block_ids[i] or [[] for _ in self.setting.groups]
             if req_id in cached.resumed_req_ids:
                 tokens = cached.all_token_ids.get(req_id, request.tokens)
                 self.resumes += 1
                 self._admit(req_id, new_ids, cached.num_computed_tokens[i], tokens)
             else:
-                request.block_ids = request.block_ids + new_ids
+                for row, fresh in zip(request.block_ids, new_ids, strict=True):
+                    row.extend(fresh)
                 # Steps ahead of the outputs, the scheduler takes all drafts for accepted.
                 assert request.num_computed <= cached.num_computed_tokens[i]
                 assert self.setting.drafts or request.num_computed == cached.num_computed_tokens[i]
 
-    def _admit(self, req_id: str, block_ids: list[int], num_computed: int, tokens) -> None:
+    def _admit(self, req_id: str, block_ids, num_computed: int, tokens) -> None:
         self.admissions += 1
-        request = WorkerRequest(list(tokens), list(block_ids), num_computed, self.admissions)
+        num_groups = len(self.setting.groups)
+        request = WorkerRequest(
+            tokens=list(tokens),
+            block_ids=[list(row) for row in block_ids],
+            num_computed=num_computed,
+            admission=self.admissions,
+            num_evicted=[0] * num_groups,
+            states=[[] for _ in range(num_groups)],
+        )
         self.requests[req_id] = request
         for position in range(num_computed):
-            request.states.append(self._state(req_id, request, position))
+            for states in request.states:
+                states.append(self._state(req_id, request, position))
 
     def _state(self, req_id: str, request: WorkerRequest, position: int) -> Hashable:
         """Names what a forward writes: a function of the token prefix while nothing was evicted."""
-        if request.num_evicted:
+        if any(request.num_evicted):
             return ("after eviction", req_id, request.admission, position)
         return ("prefix", tuple([*request.tokens, *request.drafts][: position + 1]))
 
-    def _write(self, req_id: str, num_tokens: int, slot: int | None) -> None:
+    def _write(self, req_id: str, num_tokens: int, watched: dict[int, dict[str, int]]) -> None:
         request = self.requests[req_id]
         for position in range(request.num_computed, request.num_computed + num_tokens):
             state = self._state(req_id, request, position)
-            physical = position - request.num_evicted
-            assert physical == len(request.states), "the physical length disagrees with the states"
-            self.cells[self.slot(request.block_ids, physical)] = state
-            request.states.append(state)
-            if slot is not None:
-                key = (slot, position % self.setting.ring_len)
-                self.ring[key] = (req_id, request.admission, position)
+            for group_id, group in enumerate(self.setting.groups):
+                states = request.states[group_id]
+                physical = position - request.num_evicted[group_id]
+                assert physical == len(states), "the physical length disagrees with the states"
+                row = request.block_ids[group_id]
+                # A state model folds every token into its one block.
+                self.cells[self.slot(row, 0 if group.kind == "state" else physical)] = state
+                states.append(state)
+                seat = watched.get(group_id, {}).get(req_id)
+                if seat is not None:
+                    key = (group_id, seat, position % self.setting.ring_len)
+                    self.ring[key] = (req_id, request.admission, position)
         request.num_computed += num_tokens
 
-    def _attend(self, req_id: str) -> None:
+    def _attend(self, req_id: str, num_tokens: int) -> None:
         request = self.requests[req_id]
-        for physical, state in enumerate(request.states):
-            read = self.cells[self.slot(request.block_ids, physical)]
-            assert read == state, f"{req_id} reads {read} at {physical}, not {state}"
-        needed = -(-len(request.states) // BLOCK_SIZE)
-        # Rejected drafts may leave a block behind that the next tokens will fill.
-        spare = -(-self.setting.drafts * (self.setting.steps_ahead + 1) // BLOCK_SIZE)
-        assert needed <= len(request.block_ids) <= needed + spare
+        for group_id, group in enumerate(self.setting.groups):
+            row, states = request.block_ids[group_id], request.states[group_id]
+            if group.kind == "state":
+                assert self.cells[self.slot(row, 0)] == states[-1], f"{req_id} lost its state"
+                continue
+            # The first token of the step sees the window that ends with it.
+            oldest = len(states) - num_tokens - SLIDING_WINDOW + 1 if group.kind == "sliding" else 0
+            for physical in range(max(0, oldest), len(states)):
+                read = self.cells[self.slot(row, physical)]
+                expected = states[physical]
+                assert read == expected, f"{req_id} reads {read} at {physical}, not {expected}"
+            needed = -(-len(states) // BLOCK_SIZE)
+            # Rejected drafts may leave a block behind that the next tokens will fill.
+            spare = -(-self.setting.drafts * (self.setting.steps_ahead + 1) // BLOCK_SIZE)
+            assert needed <= len(row) <= needed + spare
 
     def _compact(self, directive: EvictionDirective) -> None:
         self.compactions += 1
+        old_ids, new_ids = directive.old_block_ids, directive.new_block_ids
         # Behind a rejection that the scheduler had not seen lie cells that nobody has written.
         cells = [
-            self.cells.get(self.slot(directive.old_block_ids, physical))
-            for physical in range(directive.total_len)
+            self.cells.get(self.slot(old_ids, physical)) for physical in range(directive.total_len)
         ]
-        keep = self._select(directive)
+        keep = [*range(directive.prefix_len), *self._select(directive)]
         survivors = [cells[i] for i in keep] + cells[directive.settled_len :]
-        for physical, state in enumerate(survivors):
-            self.cells[self.slot(directive.new_block_ids, physical)] = state
+        num_untouched = directive.prefix_len // BLOCK_SIZE
+        assert new_ids[:num_untouched] == old_ids[:num_untouched], "the prefix moves"
+        for physical in range(num_untouched * BLOCK_SIZE, len(survivors)):
+            self.cells[self.slot(new_ids, physical)] = survivors[physical]
         request = self.requests.get(directive.req_id)
         if request is None:
             return
-        length = len(request.states)
+        states = request.states[directive.group_id]
+        length = len(states)
         assert length == len(cells) or self.setting.drafts
-        assert request.states == cells[:length], "the cells changed before the flush"
+        assert states == cells[:length], "the cells changed before the flush"
         self._check_window(directive, request)
-        assert request.num_evicted == directive.num_evicted_before
-        assert request.block_ids == directive.old_block_ids
-        request.states = survivors[: length - directive.num_evict]
-        request.num_evicted += directive.num_evict
-        request.block_ids = list(directive.new_block_ids)
+        assert request.num_evicted[directive.group_id] == directive.num_evicted_before
+        assert request.block_ids[directive.group_id] == old_ids
+        request.states[directive.group_id] = survivors[: length - directive.num_evict]
+        request.num_evicted[directive.group_id] += directive.num_evict
+        request.block_ids[directive.group_id] = list(new_ids)
 
     def _select(self, directive: EvictionDirective) -> list[int]:
         """Any choice of the right size that keeps the window; a function of the directive."""
-        budget = directive.settled_len - directive.num_evict
-        candidates = range(directive.settled_len - self.setting.window)
+        window_start = directive.settled_len - self.setting.window
+        candidates = range(directive.prefix_len, window_start)
         random = Random(repr((directive.req_id, directive.settled_logical_len)))
-        kept = sorted(random.sample(candidates, budget - self.setting.window))
-        return [*kept, *range(directive.settled_len - self.setting.window, directive.settled_len)]
+        kept = sorted(random.sample(candidates, directive.budget - self.setting.window))
+        return [*kept, *range(window_start, directive.settled_len)]
 
     def _check_window(self, directive: EvictionDirective, request: WorkerRequest) -> None:
         end = directive.settled_logical_len
         for position in range(end - self.setting.window, end):
-            recorded = self.ring.get((directive.slot, position % self.setting.ring_len))
+            key = (directive.group_id, directive.seat, position % self.setting.ring_len)
+            recorded = self.ring.get(key)
             expected = (directive.req_id, request.admission, position)
             assert recorded == expected, f"the window holds {recorded}, not {expected}"
 
@@ -241,25 +326,29 @@ class SimulatedEngine:
         self.vllm_config = _engine_config(model, setting)
         init_none_hash(sha256)
         self.hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
-        spec = CompressedAttentionSpec(
-            block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32
-        )
         kv_cache_config = KVCacheConfig(
             num_blocks=setting.num_blocks,
             kv_cache_tensors=[],
-            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+            kv_cache_groups=[
+                KVCacheGroupSpec([f"layer {i}"], group.spec)
+                for i, group in enumerate(setting.groups)
+            ],
         )
         self.scheduler = make_scheduler(
             vllm_config=self.vllm_config,
             kv_cache_config=kv_cache_config,
             structured_output_manager=StructuredOutputManager(self.vllm_config),
-            block_size=BLOCK_SIZE,
+            # The least common multiple of the groups' block sizes, as vLLM's engine takes it.
+            block_size=max(group.spec.block_size for group in setting.groups),
             log_stats=True,
         )
         assert isinstance(self.scheduler, CompressionAsyncScheduler) == (setting.steps_ahead > 0)
         # The option itself is refused; the counters it moves are the scheduler's own.
         self.scheduler.num_spec_tokens = setting.drafts
-        self.manager = self.scheduler._block_manager
+        self.tracks = {t.books.kv_cache_group_id: t for t in self.scheduler._tracks}
+        for track in self.tracks.values():
+            track.planner._max_advance = 1 + setting.drafts
+        self.managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.worker = SimulatedWorker(setting)
         self.queue: deque[SchedulerOutput] = deque()
@@ -271,13 +360,31 @@ class SimulatedEngine:
         self.is_off: dict[str, bool] = {}
         self.budgets: dict[str, int] = {}
         self.buffers: dict[str, int] = {}
+        self.prefix_lens: dict[str, int] = {}
+        self.stop_after: int | None = None
         self.max_running = 0
         self.num_deferred = 0
         self.num_rejected = 0
         self.directives: list[EvictionDirective] = []
         self.last_output: SchedulerOutput | None = None
+        self.last_plan: StepPlan | None = None
         # Set by tests that take blocks away from the pool themselves.
         self.allow_foreign_blocks = False
+
+    @property
+    def num_seats_in_use(self) -> int:
+        return sum(track.planner.num_seats_in_use for track in self.tracks.values())
+
+    def assert_nothing_is_left(self) -> None:
+        """No state of requests that are gone."""
+        assert self.num_seats_in_use == 0
+        assert not self.scheduler._known
+        assert not self.scheduler._prefilling
+        for track in self.tracks.values():
+            assert not track.books.num_evicted
+            assert not track.planner._progress
+            assert not track.planner._near
+            assert not track.planner._seat_queue
 
     def add(
         self,
@@ -285,16 +392,23 @@ class SimulatedEngine:
         prompt: list[int],
         max_tokens: int,
         extra_args: dict[str, int | str] | None = None,
+        priority: int = 0,
     ) -> None:
         params = SamplingParams(
-            max_tokens=max_tokens, ignore_eos=True, temperature=0, extra_args=extra_args
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            temperature=0,
+            extra_args=extra_args,
+            stop_token_ids=[STOP_TOKEN],
         )
         own = extra_args or {}
         self.is_off[req_id] = own.get("kv_compression") == "off"
         self.budgets[req_id] = own.get("kv_budget", self.setting.budget)
         self.buffers[req_id] = own.get("kv_buffer", self.setting.buffer)
+        protect = own.get("kv_protect", self.setting.protect)
+        self.prefix_lens[req_id] = prefix_len(protect, len(prompt))
         params.update_from_generation_config({}, 0)
-        request = Request(req_id, prompt, params, None, block_hasher=self.hasher)
+        request = Request(req_id, prompt, params, None, priority=priority, block_hasher=self.hasher)
         self.outputs[req_id] = []
         self.scheduler.add_request(request)
 
@@ -312,8 +426,8 @@ class SimulatedEngine:
     def step(self) -> None:
         """Schedule one step and execute the one that is `steps_ahead` older."""
         output = self.scheduler.schedule()
-        self.last_output = output
-        self.num_deferred += getattr(output, STEP_PLAN_ATTRIBUTE).num_deferred
+        self.last_output, self.last_plan = output, getattr(output, STEP_PLAN_ATTRIBUTE)
+        self.num_deferred += self.last_plan.num_deferred
         self._note_prefill_lens(output)
         self._check_plan(output)
         self._check_physical_lengths()
@@ -366,7 +480,9 @@ class SimulatedEngine:
         rejected = len(request.drafts) - num_accepted
         request.reject(rejected)
         self.num_rejected += rejected
-        sampled = [*request.drafts[:num_accepted], self.random.randrange(100)]
+        is_last = self.stop_after is not None and len(self.outputs[req_id]) + 1 >= self.stop_after
+        last = STOP_TOKEN if is_last else self.random.randrange(100)
+        sampled = [*request.drafts[:num_accepted], last]
         request.tokens.extend(sampled)
         request.drafts = []
         return sampled
@@ -387,53 +503,68 @@ class SimulatedEngine:
         """SPEC section 3 and properties 1 and 2, recomputed from vLLM's own counters."""
         plan: StepPlan = getattr(output, STEP_PLAN_ATTRIBUTE)
         for directive in plan.directives:
-            request = self.scheduler.requests[directive.req_id]
-            budget = self.budgets[directive.req_id]
-            assert not self.is_off[directive.req_id], "compacted against its will"
+            req_id, prefix_len = directive.req_id, directive.prefix_len
+            request = self.scheduler.requests[req_id]
+            budget = self.setting.budget_of(directive.group_id, self.budgets[req_id])
+            assert not self.is_off[req_id], "compacted against its will"
             assert not request.is_prefill_chunk, "compacted in the middle of a prefill"
-            assert directive.settled_len - directive.num_evict == budget
-            assert directive.settled_len >= budget + self.buffers[directive.req_id]
+            assert prefix_len == self.prefix_lens[req_id]
+            assert directive.settled_len - prefix_len - directive.num_evict == budget
+            assert directive.settled_len - prefix_len >= budget + self.buffers[req_id]
             settled = request.num_computed_tokens - request.num_in_flight_tokens
             assert directive.settled_logical_len == settled
             kept = directive.total_len - directive.num_evict
             assert len(directive.new_block_ids) == -(-kept // BLOCK_SIZE)
-            row = [block.block_id for block in self.manager.req_to_blocks[directive.req_id]]
-            assert row == directive.new_block_ids
-            for block_id in row:
-                block = self.pool.blocks[block_id]
+            held = self.managers[directive.group_id].req_to_blocks[req_id]
+            assert [block.block_id for block in held] == directive.new_block_ids
+            for block in held[prefix_len // BLOCK_SIZE :]:
                 assert block.ref_cnt == 1, "a compaction writes a shared block"
                 assert block.block_hash is None, "a compaction writes a findable block"
+        assert self._num_emptied_but_kept() == 0
+
+    def _num_emptied_but_kept(self) -> int:
+        return sum(len(track.books._emptied) for track in self.tracks.values())
 
     def audit(self) -> None:
         """Every block is owned as often as rows hold it, and free otherwise."""
         owners: dict[int, int] = {}
-        for req_id, blocks in self.manager.req_to_blocks.items():
-            ids = [block.block_id for block in blocks]
-            assert 0 not in ids, f"{req_id} holds the null block"
-            assert len(set(ids)) == len(ids), f"{req_id} holds a block twice"
-            for block_id in ids:
-                owners[block_id] = owners.get(block_id, 0) + 1
+        for group, manager in zip(self.setting.groups, self.managers, strict=True):
+            for req_id, blocks in manager.req_to_blocks.items():
+                ids = [block.block_id for block in blocks]
+                if group.kind == "full":
+                    assert 0 not in ids, f"{req_id} holds the null block"
+                ids = [block_id for block_id in ids if block_id]
+                assert len(set(ids)) == len(ids), f"{req_id} holds a block twice"
+                for block_id in ids:
+                    owners[block_id] = owners.get(block_id, 0) + 1
         for block in self.pool.blocks[1:]:
             owned = owners.get(block.block_id, 0)
             foreign = self.allow_foreign_blocks and not owned
             assert foreign or block.ref_cnt == owned, f"block {block} is leaked"
         if not self.allow_foreign_blocks:
             assert self.pool.get_num_free_blocks() == self.setting.num_blocks - 1 - len(owners)
-        for req_id in self.manager._num_evicted:
-            row = self.manager.req_to_blocks[req_id]
-            assert row, f"{req_id} was compacted but holds nothing"
-            published = [block.block_id for block in row if block.block_hash is not None]
-            assert not published, f"{req_id} publishes blocks {published} after an eviction"
+        for track in self.tracks.values():
+            books = track.books
+            assert books.total_evicted == sum(books.num_evicted.values())
+            for req_id in books.num_evicted:
+                row = books.req_to_blocks[req_id]
+                assert row, f"{req_id} was compacted but holds nothing"
+                behind = row[self.prefix_lens[req_id] // BLOCK_SIZE :]
+                published = [block.block_id for block in behind if block.block_hash is not None]
+                assert not published, f"{req_id} publishes blocks {published} after an eviction"
 
     def _check_physical_lengths(self) -> None:
         """SPEC 4.1; a request that had to wait may be longer, so waiting ones are left out."""
         for request in self.scheduler.running:
-            progress = self.scheduler._planner._progress.get(request.request_id)
-            if progress is None or progress.deferred:
-                continue
-            physical = request.num_computed_tokens - self.manager.num_evicted(request.request_id)
-            prefill_len = self.prefill_lens[request.request_id, request.num_preemptions]
-            # Accepted drafts settle together, so the step before may end that far behind the mark.
-            bound = max(prefill_len, self.budgets[request.request_id])
-            bound += self.buffers[request.request_id] + self.setting.drafts
-            assert physical <= bound + request.num_in_flight_tokens, request.request_id
+            req_id = request.request_id
+            for group_id, track in self.tracks.items():
+                progress = track.planner._progress.get(req_id)
+                if progress is None or progress.waits:
+                    continue
+                physical = request.num_computed_tokens - track.books.num_evicted.get(req_id, 0)
+                prefill_len = self.prefill_lens[req_id, request.num_preemptions]
+                budget = self.setting.budget_of(group_id, self.budgets[req_id])
+                # Accepted drafts settle together, so the step before may end that far behind.
+                bound = max(prefill_len, self.prefix_lens[req_id] + budget)
+                bound += self.buffers[req_id] + self.setting.drafts
+                assert physical <= bound + request.num_in_flight_tokens, req_id

@@ -1,17 +1,20 @@
 """The eight properties of the eviction contract, on the real scheduler and block pool."""
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rkv_vllm.scheduling import scheduler
 from rkv_vllm.scheduling.books import GroupBooks
 from rkv_vllm.scheduling.scheduler import CompressionSchedulerMixin
 from tests.models import random_model
 from tests.scheduling.simulation import (
     BLOCK_SIZE,
     MAX_MODEL_LEN,
+    Group,
     Setting,
     SimulatedEngine,
     SimulatedWorker,
@@ -31,23 +34,42 @@ def prompt_of(prefix: int, length: int, salt: int) -> list[int]:
     return [100 + prefix] * shared + [200 + salt] * (length - shared + 1)
 
 
+SLIDING, STATE = Group("sliding"), Group("state")
+# A number is a compressed group whose layers keep so many tokens more than the server's budget.
+GROUPS = [
+    (Group(),),
+    (Group(),),
+    (Group(), SLIDING),
+    (SLIDING, Group(), SLIDING),
+    (0, 5),
+    (7, SLIDING, 0),
+]
+
+
 @st.composite
 def settings_(draw) -> Setting:
     window = draw(st.integers(1, 3))
     buffer = draw(st.integers(window, window + 6))
     budget = draw(st.integers(window + 1, 14))
+    prefix_caching = draw(st.booleans())
+    groups = draw(st.sampled_from(GROUPS if prefix_caching else [*GROUPS, (Group(), STATE)]))
+    groups = tuple(
+        Group(layer_budget=budget + each) if isinstance(each, int) else each for each in groups
+    )
     # vLLM wants the pool to hold one request of max_model_len.
-    smallest = MAX_MODEL_LEN // BLOCK_SIZE + 2
+    smallest = len(groups) * MAX_MODEL_LEN // BLOCK_SIZE + 2
     return Setting(
         budget=budget,
         buffer=buffer,
         window=window,
-        slots=draw(st.sampled_from([1, 2, 64])),
+        seats=draw(st.sampled_from([1, 2, 64])),
         num_blocks=draw(st.sampled_from([smallest, smallest + 10, 400])),
         max_num_batched_tokens=draw(st.sampled_from([12, 20, 256])),
         max_num_seqs=draw(st.sampled_from([2, 12])),
-        prefix_caching=draw(st.booleans()),
+        prefix_caching=prefix_caching,
         steps_ahead=draw(st.integers(0, 2)),
+        protect=draw(st.sampled_from(["none", "none", "prompt", 3, 4, 9])),
+        groups=groups,
     )
 
 
@@ -57,7 +79,12 @@ OWN_OPTIONS = st.one_of(
     st.none(),
     st.just({"kv_compression": "off"}),
     st.fixed_dictionaries(
-        {}, optional={"kv_budget": st.integers(4, 30), "kv_buffer": st.integers(3, 12)}
+        {},
+        optional={
+            "kv_budget": st.integers(4, 30),
+            "kv_buffer": st.integers(3, 12),
+            "kv_protect": st.sampled_from(["none", "prompt", 0, 1, 6]),
+        },
     ),
 )
 REQUESTS = st.tuples(
@@ -99,7 +126,17 @@ def play(engine: SimulatedEngine, operations) -> dict[str, int]:
     return wanted
 
 
-SEEN = {"compactions": 0, "preemptions": 0, "deferred": 0, "own budgets": 0, "off": 0}
+SEEN = {
+    "compactions": 0,
+    "preemptions": 0,
+    "deferred": 0,
+    "own budgets": 0,
+    "off": 0,
+    "of a second group": 0,
+    "beside other groups": 0,
+    "behind a prefix": 0,
+    "skipped": 0,
+}
 
 
 @settings(
@@ -114,13 +151,19 @@ def test_books_rows_and_cells_agree_in_any_sequence(model, setting, operations):
     for req_id, max_tokens in wanted.items():
         assert len(engine.outputs[req_id]) == max_tokens
     engine.worker.flush()
-    assert engine.worker.compactions == len(engine.directives)
+    assert engine.worker.compactions + engine.worker.skipped == len(engine.directives)
     assert engine.pool.get_num_free_blocks() == setting.num_blocks - 1
-    assert engine.scheduler._planner.num_seats_in_use == 0
-    assert not engine.scheduler._planner._slot_queue
-    assert not engine.scheduler._options
+    assert engine.num_seats_in_use == 0
+    engine.assert_nothing_is_left()
     SEEN["compactions"] += engine.worker.compactions
-    SEEN["own budgets"] += len({d.budget for d in engine.directives} - {setting.budget})
+    SEEN["skipped"] += engine.worker.skipped
+    SEEN["own budgets"] += len(set(engine.budgets.values()) - {setting.budget})
+    SEEN["behind a prefix"] += sum(d.prefix_len > 0 for d in engine.directives)
+    SEEN["beside other groups"] += len(engine.directives) * (
+        len(engine.tracks) < len(setting.groups)
+    )
+    first = min(engine.tracks)
+    SEEN["of a second group"] += sum(d.group_id != first for d in engine.directives)
     SEEN["off"] += sum(engine.is_off.values())
     SEEN["preemptions"] += engine.worker.resumes
     SEEN["deferred"] += engine.num_deferred
@@ -150,7 +193,7 @@ def test_directives_stay_right_when_rejected_drafts_roll_lengths_back(
     for req_id, max_tokens in wanted.items():
         assert len(engine.outputs[req_id]) == max_tokens
     engine.worker.flush()
-    assert engine.worker.compactions == len(engine.directives)
+    assert engine.worker.compactions + engine.worker.skipped == len(engine.directives)
     assert engine.pool.get_num_free_blocks() == setting.num_blocks - 1
     REJECTED["compactions"] += engine.worker.compactions
     REJECTED["drafts"] += engine.num_rejected
@@ -169,6 +212,10 @@ def test_the_random_sequences_reached_what_they_are_for():
     assert SEEN["deferred"] > 10, SEEN
     assert SEEN["own budgets"] > 10, SEEN
     assert SEEN["off"] > 20, SEEN
+    assert SEEN["of a second group"] > 50, SEEN
+    assert SEEN["beside other groups"] > 50, SEEN
+    assert SEEN["behind a prefix"] > 50, SEEN
+    assert SEEN["skipped"] > 3, SEEN
 
 
 @STEPS_AHEAD
@@ -233,7 +280,7 @@ def test_a_shared_prefix_survives_the_compaction_of_one_owner(model):
 
 
 def test_a_short_pool_of_slots_makes_requests_wait_in_order(model):
-    setting = Setting(budget=8, buffer=8, window=4, slots=1)
+    setting = Setting(budget=8, buffer=8, window=4, seats=1)
     engine = SimulatedEngine(model, setting)
     for number in range(3):
         engine.add(f"request-{number}", [number] * 5, 60)
@@ -241,7 +288,7 @@ def test_a_short_pool_of_slots_makes_requests_wait_in_order(model):
     assert engine.num_deferred > 0
     order = [directive.req_id for directive in engine.directives[:3]]
     assert order == ["request-0", "request-1", "request-2"]
-    assert all(directive.slot == 0 for directive in engine.directives)
+    assert all(directive.seat == 0 for directive in engine.directives)
 
 
 def test_no_free_block_and_a_shared_destination_defers_the_compaction(model):
@@ -249,7 +296,7 @@ def test_no_free_block_and_a_shared_destination_defers_the_compaction(model):
     engine = SimulatedEngine(model, setting)
     engine.add("owner", [9] * 16 + [1], 60)
     engine.add("sharer", [9] * 16 + [2], 60)
-    while not engine.scheduler._planner.num_seats_in_use:
+    while not engine.num_seats_in_use:
         engine.step()
     held = engine.pool.get_new_blocks(engine.pool.get_num_free_blocks() - 2)
     engine.allow_foreign_blocks = True
@@ -266,7 +313,7 @@ def test_no_free_block_and_a_shared_destination_defers_the_compaction(model):
 def test_without_a_free_block_a_sole_owner_only_loses_its_hashes(model):
     engine = SimulatedEngine(model, Setting(budget=8, buffer=4, window=2, num_blocks=40))
     engine.add("owner", [9] * 16 + [1], 60)
-    while not engine.scheduler._planner.num_seats_in_use:
+    while not engine.num_seats_in_use:
         engine.step()
     held = engine.pool.get_new_blocks(engine.pool.get_num_free_blocks() - 1)
     engine.allow_foreign_blocks = True
@@ -319,24 +366,6 @@ def test_a_request_is_due_by_its_own_lengths_whoever_runs_beside_it(model, steps
     }
 
 
-def test_admission_keeps_room_for_what_each_running_request_asked_for(model):
-    """One request of 52 blocks at its peak leaves room for three of 4."""
-    setting = Setting(budget=200, buffer=4, window=2, num_blocks=66)
-    mixed, small = SimulatedEngine(model, setting), SimulatedEngine(model, setting)
-    mixed.add("large", [99] * 5, 240)
-    for number in range(10):
-        for engine in (mixed, small):
-            engine.add(f"request-{number}", [number] * 5, 240, {"kv_budget": 8})
-    while "large" not in mixed.finished:
-        mixed.step()
-    assert mixed.max_running == 4
-    mixed.run()
-    small.run()
-    assert mixed.worker.resumes == 0
-    assert (small.max_running, small.worker.resumes) == (10, 0)
-    assert {d.budget for d in mixed.directives} == {8, 200}
-
-
 def test_an_option_that_no_front_end_refused_does_not_stop_the_engine(model):
     engine = SimulatedEngine(model, Setting(budget=8, buffer=4, window=2))
     engine.add("bad", [1] * 5, 50, {"kv_budget": 1})
@@ -344,21 +373,6 @@ def test_an_option_that_no_front_end_refused_does_not_stop_the_engine(model):
     engine.run()
     assert len(engine.outputs["bad"]) == 50
     assert {directive.budget for directive in engine.directives} == {8}
-
-
-@STEPS_AHEAD
-def test_more_requests_run_at_once_and_none_is_preempted(model, steps_ahead):
-    setting = Setting(budget=8, buffer=4, window=2, num_blocks=66, steps_ahead=steps_ahead)
-    long_outputs = 200
-    engine = SimulatedEngine(model, setting)
-    for number in range(12):
-        engine.add(f"request-{number}", [number] * 5, long_outputs)
-    engine.run()
-    full_length_requests = setting.num_blocks * BLOCK_SIZE // (5 + long_outputs)
-    assert full_length_requests == 1
-    assert engine.max_running >= 10
-    assert engine.worker.resumes == 0
-    assert engine.worker.compactions > 12 * 40
 
 
 class FlushesOneStepLate(SimulatedWorker):
@@ -387,11 +401,12 @@ class CountsStale(SimulatedWorker):
 
 def free_before_the_step_is_scheduled(monkeypatch):
     """The mistake of handing emptied blocks out in the very step that still reads them."""
-    original = GroupBooks.compact
+    original = GroupBooks.evict
 
-    def compact(self, req_id, num_evict, total_len):
+    def evict(self, req_id, num_evict, total_len, prefix_len):
         blocks = self.req_to_blocks[req_id]
-        booked = original(self, req_id, num_evict, total_len)
+        booked = original(self, req_id, num_evict, total_len, prefix_len)
+        self.reclaim()
         for other, row in self.req_to_blocks.items():
             if booked is not None and other != req_id and row:
                 stolen = next((b for b in blocks if b.block_id not in booked[1]), None)
@@ -402,16 +417,12 @@ def free_before_the_step_is_scheduled(monkeypatch):
                     break
         return booked
 
-    monkeypatch.setattr(GroupBooks, "compact", compact)
+    monkeypatch.setattr(GroupBooks, "evict", evict)
 
 
 def publish_after_eviction(monkeypatch):
     """The mistake of publishing hashes for compacted content."""
-    monkeypatch.setattr(
-        GroupBooks,
-        "cache_blocks",
-        super(GroupBooks, GroupBooks).cache_blocks,
-    )
+    monkeypatch.setattr(scheduler, "publish_until_evicted", lambda coordinator, evicted: None)
 
 
 def write_shared_blocks(monkeypatch):
@@ -449,7 +460,7 @@ def busy_operations():
 
 def play_and_check_slots(engine: SimulatedEngine) -> None:
     play(engine, busy_operations())
-    assert engine.scheduler._planner.num_seats_in_use == 0
+    assert engine.num_seats_in_use == 0
 
 
 @STEPS_AHEAD
@@ -489,49 +500,14 @@ def test_the_simulation_notices_a_mistake_in_the_worker(model, mistaken_worker, 
         play(engine, busy_operations())
 
 
-def finish_early(engine: SimulatedEngine, num_tokens: int) -> None:
-    """Run until all requests are gone; each is stopped by its client after `num_tokens`."""
-    while engine.scheduler.has_requests():
-        engine.step()
-        for req_id, tokens in engine.outputs.items():
-            if len(tokens) >= num_tokens and req_id not in engine.finished:
-                engine.abort(req_id)
-
-
-def test_short_answers_with_a_large_max_tokens_are_soon_admitted_as_by_stock(model):
-    setting = Setting(budget=60, buffer=4, num_blocks=120)
-    engine = SimulatedEngine(model, setting)
-    for wave in range(5):
-        engine.max_running = 0
-        for number in range(12):
-            engine.add(f"wave-{wave}-{number}", [wave * 12 + number] * 5, 200)
-        finish_early(engine, 12)
-        if wave == 0:
-            cautious = engine.max_running
-    assert cautious < 12
-    assert engine.max_running == 12
-    assert engine.directives == []
-
-
-def test_a_request_that_can_never_be_due_is_not_reserved_for(model):
-    # max_tokens beyond max_model_len: the text ends before budget + buffer.
-    setting = Setting(budget=MAX_MODEL_LEN, buffer=4, num_blocks=80)
-    engine = SimulatedEngine(model, setting)
-    for number in range(12):
-        engine.add(f"request-{number}", [number] * 5, 1000)
-    for _ in range(3):
-        engine.step()
-    assert len(engine.scheduler.running) == 12
-
-
 def test_the_null_block_inside_a_row_stops_the_engine(model):
     engine = SimulatedEngine(model, Setting(budget=8, buffer=4, window=2))
     engine.add("a", [1] * 5, 40)
-    while not engine.scheduler._planner.num_seats_in_use:
+    while not engine.num_seats_in_use:
         engine.step()
-    engine.manager.req_to_blocks["a"][0] = engine.pool.null_block
+    engine.managers[0].req_to_blocks["a"][0] = engine.pool.null_block
     with pytest.raises(RuntimeError, match="null block"):
-        engine.manager.compact("a", 4, 12)
+        engine.managers[0].evict("a", 4, 12)
 
 
 @STEPS_AHEAD
@@ -551,3 +527,56 @@ def test_an_id_used_again_right_after_an_abort_starts_from_zero(model, steps_ahe
     assert engine.directives[already].num_evicted_before == 0
     assert engine.directives[already].settled_logical_len == 8 + 4
     assert len(engine.outputs["again"]) == 60
+
+
+@pytest.mark.nightly
+def test_a_hundred_thousand_random_steps_of_mixed_groups_are_clean(model):
+    num_steps = num_compactions = 0
+    for seed in range(10_000):
+        random = Random(seed)
+        engine = SimulatedEngine(model, random_setting(random), seed)
+        num_requests = 0
+        for _ in range(400):
+            event = random.random()
+            if event < 0.25:
+                own = random.choice([None, None, {"kv_compression": "off"}, {"kv_budget": 17}])
+                prompt = prompt_of(random.randrange(3), random.randint(1, 40), num_requests)
+                engine.add(f"{num_requests}", prompt, random.randint(1, 60), own)
+                num_requests += 1
+            elif event < 0.3 and num_requests:
+                victim = f"{random.randrange(num_requests)}"
+                if victim not in engine.finished:
+                    engine.abort(victim)
+            elif event < 0.31:
+                engine.preempt_all()
+            engine.step()
+            num_steps += 1
+        engine.run()
+        engine.worker.flush()
+        assert engine.pool.get_num_free_blocks() == engine.setting.num_blocks - 1
+        engine.assert_nothing_is_left()
+        num_compactions += engine.worker.compactions
+        if num_steps >= 100_000:
+            break
+    assert num_compactions > 20_000
+
+
+def random_setting(random: Random) -> Setting:
+    budget, window = random.randint(5, 14), random.randint(1, 3)
+    groups = tuple(
+        Group(layer_budget=budget + each) if isinstance(each, int) else each
+        for each in random.choice(GROUPS)
+    )
+    smallest = len(groups) * MAX_MODEL_LEN // BLOCK_SIZE + 2
+    return Setting(
+        budget=budget,
+        buffer=random.randint(window, window + 6),
+        window=window,
+        seats=random.choice([1, 2, 64]),
+        num_blocks=random.choice([smallest, smallest + 10, 400]),
+        max_num_batched_tokens=random.choice([12, 20, 256]),
+        max_num_seqs=random.choice([2, 12]),
+        steps_ahead=random.randint(0, 2),
+        protect=random.choice(["none", "prompt", 3, 4, 9]),
+        groups=groups,
+    )

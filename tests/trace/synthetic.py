@@ -1,9 +1,12 @@
 """Traces of any size without an engine: heads that agree in part, scores that drift."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.methods import Heads
+from rkv_vllm.options import ServerOptions
 from rkv_vllm.scheduling.directive import EvictionDirective
 from rkv_vllm.trace.record import Piece, Trace
 from rkv_vllm.trace.recorder import TraceRecorder
@@ -19,17 +22,7 @@ class Keys:
         self.num_heads = num_heads
 
 
-class Scores:
-    """A method whose scores are given; None: a method without scores."""
-
-    def __init__(self, scores: torch.Tensor | None) -> None:
-        self.scores = scores
-
-    def score_paged(self, *_: object) -> torch.Tensor | None:
-        return self.scores
-
-
-def directive(config: KVCompressionConfig, settled_len: int, evicted: int) -> EvictionDirective:
+def directive(config: ServerOptions, settled_len: int, evicted: int) -> EvictionDirective:
     """A compaction with one token behind the settled ones, in blocks of 16."""
     num_blocks = -(-(settled_len + 1) // 16)
     left = -(-(config.budget + 1) // 16)
@@ -50,7 +43,7 @@ def synthetic_trace(
     prompt_len: int = 40,
     num_layers: int = 4,
     num_heads: int = 2,
-    config: KVCompressionConfig | None = None,
+    config: ServerOptions | None = None,
     pieces: list[Piece] | None = None,
     with_scores: bool = True,
     **changes: object,
@@ -67,7 +60,7 @@ def synthetic_trace(
         with_scores: whether the method has scores.
         changes: other fields of `Trace`.
     """
-    config = config or KVCompressionConfig(budget=64, buffer=32)
+    config = config or ServerOptions(budget=64, buffer=32)
     generator = torch.Generator().manual_seed(0)
     heads = num_layers * num_heads
     common = torch.randn(num_tokens, generator=generator)
@@ -86,8 +79,8 @@ def synthetic_trace(
         window = torch.arange(num_candidates, cached.shape[1]).expand(heads, -1)
         keep = torch.cat((best, window), dim=1).sort(dim=1).values
         found = directive(config, cached.shape[1], evicted)
-        choice = Choice([found], 0, Keys(num_heads), None, None, keep.int().unsqueeze(0))
-        recorder.chosen(choice, Scores(scores.unsqueeze(0) if with_scores else None))
+        shown = Heads(slice(0, num_layers), Keys(num_heads), None, None)
+        recorder.chosen(Choice([found], shown, None, scores.unsqueeze(0), keep.int().unsqueeze(0)))
         cached = cached.gather(1, keep)
         evicted += found.num_evict
         logical_len += config.buffer
@@ -95,6 +88,9 @@ def synthetic_trace(
         words = np.random.default_rng(0).choice(TEXT.split(), num_tokens)
         pieces = [Piece(f" {word}".replace("↵", "\n")) for word in words]
     assert len(pieces) == num_tokens
+    evictions = recorder.result(num_tokens)
+    if not with_scores:
+        evictions = replace(evictions, last_rank=None, mean_rank=None)
     fields = {
         "model": "synthetic",
         "options": {"method": "rkv", "budget": config.budget, "buffer": config.buffer},
@@ -103,6 +99,6 @@ def synthetic_trace(
         "pieces": pieces,
         "window": config.window,
         "finish_reason": "length",
-        "evictions": recorder.result(num_tokens),
+        "evictions": evictions,
     }
     return Trace(**{**fields, **changes})

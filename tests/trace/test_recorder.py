@@ -6,18 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.methods import Heads
+from rkv_vllm.options import ServerOptions
 from rkv_vllm.trace.record import NEVER
 from rkv_vllm.trace.recorder import TraceRecorder, rank
 from rkv_vllm.worker.flush import Choice
-from tests.trace.synthetic import Keys, Scores, directive
+from tests.trace.synthetic import Keys, directive
 
-CONFIG = KVCompressionConfig(budget=20, buffer=10, window=4)
+CONFIG = ServerOptions(budget=20, buffer=10, window=4)
 LAYERS, HEADS, MAX_LEN = 3, 2, 80
 
 
-def choice(found, keep: torch.Tensor, first_layer: int = 0) -> Choice:
-    return Choice([found], first_layer, Keys(HEADS), None, None, keep.int().unsqueeze(0))
+def choice(found, keep: torch.Tensor, scores: torch.Tensor, first_layer: int = 0) -> Choice:
+    heads = Heads(slice(first_layer, first_layer + len(keep) // HEADS), Keys(HEADS), None, None)
+    return Choice([found], heads, None, scores.unsqueeze(0), keep.int().unsqueeze(0))
 
 
 def compactions(seed: int = 0):
@@ -45,7 +47,7 @@ def test_every_token_is_followed_to_the_compaction_that_evicts_it(layers_at_once
     for index, (found, keep, scores) in enumerate(compactions()):
         for first in range(0, LAYERS, layers_at_once):
             rows = slice(first * HEADS, (first + layers_at_once) * HEADS)
-            recorder.chosen(choice(found, keep[rows], first), Scores(scores[rows].unsqueeze(0)))
+            recorder.chosen(choice(found, keep[rows], scores[rows], first))
         for head, cache in enumerate(caches):
             kept = {cache[i] for i in keep[head].tolist()}
             for token in set(cache[: found.settled_len]) - kept:
@@ -64,8 +66,8 @@ def test_every_token_is_followed_to_the_compaction_that_evicts_it(layers_at_once
 def test_ranks_are_those_of_the_last_compaction_that_judged_a_token():
     recorder = TraceRecorder(MAX_LEN, CONFIG.window)
     (first, keep, scores), (second, keep_again, scores_again), *_ = compactions(1)
-    recorder.chosen(choice(first, keep), Scores(scores.unsqueeze(0)))
-    recorder.chosen(choice(second, keep_again), Scores(scores_again.unsqueeze(0)))
+    recorder.chosen(choice(first, keep, scores))
+    recorder.chosen(choice(second, keep_again, scores_again))
     evictions = recorder.result(60)
     ranks, ranks_again = rank(scores), rank(scores_again)
     for head in range(LAYERS * HEADS):
@@ -89,22 +91,12 @@ def test_the_best_score_ranks_highest_and_of_equal_ones_the_earlier():
     assert rank(torch.zeros(1, 1)).tolist() == [[1]]
 
 
-def test_a_method_without_scores_leaves_none():
-    recorder = TraceRecorder(MAX_LEN, CONFIG.window)
-    for found, keep, _ in compactions():
-        recorder.chosen(choice(found, keep), Scores(None))
-    evictions = recorder.result(70)
-    assert evictions.last_rank is None
-    assert evictions.mean_rank is None
-    assert len(evictions.steps) == 4
-
-
 def test_a_preempted_request_or_a_second_one_is_refused():
     recorder = TraceRecorder(MAX_LEN, CONFIG.window)
-    found, keep, _ = next(iter(compactions()))
-    recorder.chosen(choice(found, keep), Scores(None))
+    found, keep, scores = next(iter(compactions()))
+    recorder.chosen(choice(found, keep, scores))
     with pytest.raises(RuntimeError, match="preempted"):
-        recorder.chosen(choice(found, keep), Scores(None))
-    both = choice(found, keep)._replace(directives=[found, found])
+        recorder.chosen(choice(found, keep, scores))
+    both = choice(found, keep, scores)._replace(directives=[found, found])
     with pytest.raises(RuntimeError, match="2 requests at once"):
-        recorder.chosen(both, Scores(None))
+        recorder.chosen(both)

@@ -1,9 +1,11 @@
 """The V2 runner under captured graphs: fixed addresses, and nobody's rows in dummy batches."""
 
+import functools
 import gc
 import inspect
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
@@ -11,6 +13,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 import rkv_vllm
 from tests.engine import running_engine
 from tests.models import random_prompt
+from tests.worker.test_flush import directive
 
 pytestmark = pytest.mark.engine
 
@@ -19,27 +22,29 @@ class Recorder:
     """Notes what attention metadata is made from."""
 
     def __init__(self, monkeypatch) -> None:
-        from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+        from vllm.v1.worker.utils import AttentionGroup
 
         self.batches: list[dict] = []
-        prepare_attn = DefaultModelState.prepare_attn
+        for name in ("build_metadata", "build_metadata_for_cudagraph_capture"):
+            monkeypatch.setattr(AttentionGroup, name, self._noting(getattr(AttentionGroup, name)))
 
-        def noting(state, batch, mode, block_tables, slot_mappings, *args, **kwargs):
+    def _noting(self, build):
+        def noting(group, common, *args, **kwargs):
             self.batches.append(
                 {
-                    "seq_lens": batch.seq_lens.clone(),
-                    "upper_bound": batch.seq_lens_cpu_upper_bound.clone(),
+                    "seq_lens": common.seq_lens.clone(),
+                    "upper_bound": common.seq_lens_cpu_upper_bound.clone(),
                     "addresses": (
-                        batch.seq_lens.data_ptr(),
-                        slot_mappings.data_ptr(),
-                        block_tables[0].data_ptr(),
+                        common.seq_lens.data_ptr(),
+                        common.slot_mapping.data_ptr(),
+                        common.block_table_tensor.data_ptr(),
                     ),
-                    "slots": slot_mappings.clone(),
+                    "slots": common.slot_mapping.clone(),
                 }
             )
-            return prepare_attn(state, batch, mode, block_tables, slot_mappings, *args, **kwargs)
+            return build(group, common, *args, **kwargs)
 
-        monkeypatch.setattr(DefaultModelState, "prepare_attn", noting)
+        return noting
 
     def take(self) -> list[dict]:
         taken, self.batches = self.batches, []
@@ -57,7 +62,9 @@ def test_captured_dummy_and_real_runs_share_addresses_and_nothing_else(
         # Not before the start, which compares vLLM's functions with what we know of them.
         recorder = Recorder(monkeypatch)
         model_runner = engine.model_runner
-        rows = model_runner.physical_rows
+        (evicted_rows,) = model_runner.state_rows.num_evicted.values()
+        (rows,) = model_runner.rows.values()
+        ring = model_runner.compactor.groups[0].layer_sets[0].ring
         for i in range(2):
             engine.add(f"r{i}", random_prompt(48 + i, seed=i), 40)
         while engine.stats()["compactions"] < 2:
@@ -65,19 +72,19 @@ def test_captured_dummy_and_real_runs_share_addresses_and_nothing_else(
         recorder.take()
         engine.step()
         (real,) = recorder.take()
-        assert rows.num_evicted.any()
-        windows = model_runner.query_ring.queries.clone()
-        evicted = rows.num_evicted.copy()
+        assert evicted_rows.any()
+        windows = ring.queries.clone()
+        evicted = evicted_rows.copy()
 
         # As many rows as the live requests have: their numbers coincide with those of live ones.
         model_runner._dummy_run(2)
         (dummy,) = recorder.take()
         # Nothing is subtracted: these rows are nobody's.
         assert dummy["seq_lens"].equal(model_runner.input_buffers.seq_lens[:2])
-        assert (model_runner.query_ring.token_rows == -1).all()
+        assert (rows.token_rows == -1).all()
         model_runner._dummy_run(4, skip_attn=True, is_profile=True)
         assert recorder.take() == []
-        assert (model_runner.query_ring.token_rows == -1).all()
+        assert (rows.token_rows == -1).all()
         prepare_inputs_to_capture(
             2,
             2,
@@ -93,8 +100,8 @@ def test_captured_dummy_and_real_runs_share_addresses_and_nothing_else(
         assert captured["seq_lens"].equal(model_runner.input_buffers.seq_lens[:2])
         assert (dummy["slots"] == -1).all()
         assert (captured["slots"] == -1).all()
-        assert model_runner.query_ring.queries.equal(windows)
-        assert (rows.num_evicted == evicted).all()
+        assert ring.queries.equal(windows)
+        assert (evicted_rows == evicted).all()
 
         # Host planners read the bound: it is exact, and physical.
         logical = [len(engine.outputs[f"r{i}"].token_ids) + 48 + i for i in range(2)]
@@ -110,24 +117,48 @@ def test_graph_padding_behind_a_real_batch_belongs_to_nobody(random_model_dir, r
     model = random_model_dir("qwen3", 3)
     with running_engine(model, **rkv_vllm.engine_args(budget=48, buffer=16)) as engine:
         tables = engine.model_runner.block_tables
-        rows = engine.model_runner.physical_rows
-        rows.num_evicted[:] = 5
-        rows.slots[:] = 3
-        rows.begin_step()
+        states = engine.model_runner.state_rows
+        (rows,) = engine.model_runner.rows.values()
+        states.num_evicted[0][:] = 5
+        states.seats[0][:] = 3
+        states.begin_step(np.array([7]))
         rows.seq_lens.fill_(99)
-        rows.pool.token_rows.fill_(99)
+        rows.token_rows.fill_(99)
         idx_mapping = torch.tensor([7, -1])
-        slots = tables.compute_slot_mappings(
+        step = (
             idx_mapping,
             torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32),
             torch.tensor([20, 20, 0, 0]),
-            num_tokens_padded=4,
         )
+        with states.own_call():
+            slots = tables.compute_slot_mappings(*step, num_tokens_padded=4)
         assert slots[0].tolist() == [15, -1, -1, -1]
-        assert (rows.pool.token_rows[1:] == -1).all()
-        assert rows.pool.token_rows[0] >= 0
+        assert (rows.token_rows[1:] == -1).all()
+        assert rows.token_rows[0] >= 0
         assert rows.seq_lens[0] == 16
         assert not rows.seq_lens[2:].any()
+
+        # A draft model asks with a mapping of its own, wider than a step.
+        lengths, recorded = rows.seq_lens.clone(), rows.token_rows.clone()
+        own = torch.full((1, len(recorded) + 40), 99)
+        slots = tables.compute_slot_mappings(*step, num_tokens_padded=4, out=own)
+        assert slots[0].tolist() == [15, -1, -1, -1]
+        assert (own[0, 4:] == -1).all()
+        assert rows.seq_lens.equal(lengths)
+        assert rows.token_rows.equal(recorded)
+
+
+@pytest.mark.parametrize("runner", ["v2"], indirect=True)
+def test_rows_of_different_widths_are_exchanged_in_one_flush(random_model_dir, runner):
+    model = random_model_dir("qwen3", 3)
+    with running_engine(model, **rkv_vllm.engine_args(budget=48, buffer=16)) as engine:
+        tables = engine.model_runner.block_tables
+        rows = {4: [9, 8, 7], 2: [6]}
+        directives = [directive(f"r{i}", [1, 2, 3, 5], new) for i, new in rows.items()]
+        tables.exchange_rows(0, directives, list(rows))
+        for state, new in rows.items():
+            assert tables.num_blocks.np[0, state] == len(new)
+            assert tables.block_tables[0].gpu[state, : len(new)].tolist() == new
 
 
 @pytest.mark.parametrize("runner", ["v2"], indirect=True)
@@ -138,6 +169,7 @@ def test_vllm_profiles_before_there_is_a_cache_and_on_one_that_it_throws_away(
     attend = CPUAttentionBackendImpl.forward
     parameters = inspect.signature(attend)
 
+    @functools.wraps(attend)
     def attend_to_nothing_known(*args, **kwargs):
         output = attend(*args, **kwargs)
         # Without a cache vLLM hands unwritten memory on, and where that holds NaN the interpreter

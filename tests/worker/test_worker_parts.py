@@ -5,65 +5,65 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    SlidingWindowSpec,
+)
 
-from rkv_vllm.config import KVCompressionConfig
-from rkv_vllm.worker.attention_hook import observe_queries
+from rkv_vllm.kernels.observe.naive import observe_naive
+from rkv_vllm.methods.rkv import RKV
+from rkv_vllm.options import ServerOptions
+from rkv_vllm.scheduling.spec import CompressedAttentionSpec
+from rkv_vllm.worker.attention_hook import observe_queries, record_in
 from rkv_vllm.worker.cache_views import stack_layers
-from rkv_vllm.worker.query_ring import QueryRing
+from rkv_vllm.worker.lengths import GroupRows
+from rkv_vllm.worker.query_ring import QueryRing, RingMemory
 from rkv_vllm.worker.runner import CompressionRunner
 
 LAYERS, HEADS, GROUP, HEAD_SIZE = 2, 3, 2, 32
 
 
-def new_pool(num_slots=3, ring_len=5) -> QueryRing:
-    pool = QueryRing(
-        num_slots=num_slots,
-        num_layers=LAYERS,
-        ring_len=ring_len,
-        num_heads=HEADS * GROUP,
-        head_size=HEAD_SIZE,
-        max_num_tokens=16,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
-    pool.queries.fill_(math.nan)
-    return pool
+def new_ring(seats=3, ring_len=5) -> tuple[GroupRows, QueryRing]:
+    rows = GroupRows(4, 16, ring_len, torch.device("cpu"))
+    queries = torch.full((seats, LAYERS, ring_len, HEADS * GROUP, HEAD_SIZE), math.nan)
+    return rows, QueryRing(queries, rows.token_rows, observe_naive)
 
 
 def test_each_watched_row_is_recorded_at_its_logical_positions():
-    pool = new_pool()
+    rows, ring = new_ring()
     query = torch.randn(9, HEADS * GROUP, HEAD_SIZE)
-    # (slot, first token, number of tokens, first position): rows of a mixed batch.
-    pool.watch([(2, 0, 1, 11), (0, 4, 3, 20)])
-    pool.record(1, query)
-    assert torch.equal(pool.queries[2, 1, 11 % 5], query[0])
+    # (seat, first token, number of tokens, first position): rows of a mixed batch.
+    rows.watch([(2, 0, 1, 11), (0, 4, 3, 20)])
+    ring.record(1, query)
+    assert torch.equal(ring.queries[2, 1, 11 % 5], query[0])
     for i in range(3):
-        assert torch.equal(pool.queries[0, 1, (20 + i) % 5], query[4 + i])
+        assert torch.equal(ring.queries[0, 1, (20 + i) % 5], query[4 + i])
     recorded = 4 * HEADS * GROUP * HEAD_SIZE
-    assert pool.queries.isnan().sum() == pool.queries.numel() - recorded
+    assert ring.queries.isnan().sum() == ring.queries.numel() - recorded
 
 
 def test_of_a_row_longer_than_the_ring_the_last_tokens_stay():
-    pool = new_pool()
+    rows, ring = new_ring()
     query = torch.randn(12, HEADS * GROUP, HEAD_SIZE)
-    pool.watch([(1, 0, 12, 100)])
+    rows.watch([(1, 0, 12, 100)])
     for layer in range(LAYERS):
-        pool.record(layer, query)
+        ring.record(layer, query)
     for token in range(7, 12):
-        recorded = pool.queries[1, :, (100 + token) % 5]
+        recorded = ring.queries[1, :, (100 + token) % 5]
         assert torch.equal(recorded, query[token].expand(LAYERS, -1, -1))
-    assert pool.queries[0].isnan().all()
+    assert ring.queries[0].isnan().all()
 
 
 def test_nothing_is_recorded_when_nobody_is_watched():
-    pool = new_pool()
+    rows, ring = new_ring()
     query = torch.randn(4, HEADS * GROUP, HEAD_SIZE)
-    pool.watch([(0, 0, 1, 3)])
-    pool.unwatch()
-    pool.record(0, query)
-    pool.watch([])
-    pool.record(0, query)
-    assert pool.queries.isnan().all()
+    rows.watch([(0, 0, 1, 3)])
+    rows.end_step()
+    ring.record(0, query)
+    rows.watch([])
+    ring.record(0, query)
+    assert ring.queries.isnan().all()
 
 
 def test_the_hook_records_and_hands_everything_through():
@@ -72,13 +72,15 @@ def test_the_hook_records_and_hands_everything_through():
             return (layer, query.sum().item(), key, scale)
 
     layer = SimpleNamespace(impl=Implementation())
-    pool = new_pool()
-    observe_queries(layer, 1, pool)
+    rows, ring = new_ring()
+    observe_queries(layer)
+    assert layer.impl.forward(layer, torch.ones(1), "key")[1] == 1, "before there is a ring"
+    record_in(layer, 1, ring)
     query = torch.randn(2, HEADS * GROUP, HEAD_SIZE)
-    pool.watch([(0, 1, 1, 7)])
+    rows.watch([(0, 1, 1, 7)])
     returned = layer.impl.forward(layer, query, "key", scale=3)
     assert returned == (layer, query.sum().item(), "key", 3)
-    assert torch.equal(pool.queries[0, 1, 2], query[1])
+    assert torch.equal(ring.queries[0, 1, 2], query[1])
     assert isinstance(layer.impl, Implementation)
 
 
@@ -103,53 +105,109 @@ def test_layers_that_cannot_be_stacked_are_refused(fault):
         stack_layers(caches)
 
 
-class LoadedRunner:
-    """A model runner of vLLM, as far as loading goes."""
+def test_rings_of_all_layer_sets_lie_in_one_allocation():
+    """Two seats, rings of three positions; one layer of 2 x 4 elements, two of 1 x 2."""
+    memory = RingMemory(2, 3, 12, torch.float32, torch.device("cpu"))
+    first, second = memory.take(1, 2, 4), memory.take(2, 1, 2)
+    assert (first.shape, second.shape) == ((2, 1, 3, 2, 4), (2, 2, 3, 1, 2))
+    first.fill_(1)
+    second.fill_(2)
+    assert memory.elements.tolist() == [1] * 48 + [2] * 24
+    memory.take_back()
+    assert memory.take(1, 1, 1).data_ptr() == first.data_ptr()
 
-    def __init__(self, layers) -> None:
-        self.layers = layers
 
-    def load_model(self) -> None:
-        pass
+class Ladder(RKV):
+    """Less for later layers."""
+
+    @classmethod
+    def layer_budgets(cls, options, budget, num_layers):
+        return [budget * (num_layers - i) for i in range(num_layers)]
 
 
-class LoadedCompressionRunner(CompressionRunner, LoadedRunner):
-    __abstractmethods__ = frozenset()
-    __init__ = LoadedRunner.__init__
+class SpecRunner:
+    """A model runner of vLLM, as far as its specs go."""
+
+    def __init__(self, specs, method=RKV, num_stages=1, num_layers=2) -> None:
+        self.specs = specs
+        self.compression = ServerOptions(budget=64, buffer=32)
+        self._method = method
+        self.parallel_config = SimpleNamespace(pipeline_parallel_size=num_stages)
+        self.model_config = SimpleNamespace(get_total_num_hidden_layers=lambda: num_layers)
+
+    def get_kv_cache_spec(self):
+        return dict(self.specs)
+
+
+class SpecCompressionRunner(CompressionRunner, SpecRunner):
+    __init__ = SpecRunner.__init__
     _follow_physical_positions = _exchange_rows = _live_ids = _lengths = None
 
-    def _attention_layers(self):
-        return self.layers
+
+SIZES = {"block_size": 16, "num_kv_heads": 2, "head_size": 8, "dtype": torch.float32}
 
 
-def test_layers_that_share_a_cache_are_refused():
-    layers = {
-        "layers.1": SimpleNamespace(kv_sharing_target_layer_name=None),
-        "layers.3": SimpleNamespace(kv_sharing_target_layer_name="layers.1"),
+def test_only_full_attention_is_compressed_and_windows_stay():
+    specs = {
+        "full": FullAttentionSpec(**SIZES),
+        "slide": SlidingWindowSpec(**SIZES, sliding_window=32),
     }
-    with pytest.raises(ValueError, match=r"share another layer's cache.*layers\.3"):
-        LoadedCompressionRunner(layers).load_model()
+    asked = SpecCompressionRunner(specs).get_kv_cache_spec()
+    assert type(asked["full"]) is CompressedAttentionSpec
+    assert asked["full"].layer_budget is None
+    assert asked["slide"] is specs["slide"]
 
 
-def test_layers_with_different_heads_are_refused():
-    layers = {
-        f"layers.{n}": SimpleNamespace(
-            kv_sharing_target_layer_name=None, num_heads=n, head_size=HEAD_SIZE
-        )
-        for n in (2, 4)
-    }
-    with pytest.raises(ValueError, match=r"same \(query heads, head size\).*\(2, 32\), \(4, 32\)"):
-        LoadedCompressionRunner(layers).load_model()
+def budgets_of(runner) -> list[int | None]:
+    return [spec.layer_budget for spec in runner.get_kv_cache_spec().values()]
 
 
-def test_an_query_ring_that_does_not_fit_is_refused(monkeypatch):
+def test_layer_budgets_are_the_methods_and_none_for_the_servers():
+    full = FullAttentionSpec(**SIZES)
+    specs = {f"model.layers.{i}.attn": full for i in (4, 5)}
+    assert budgets_of(SpecCompressionRunner(specs, Ladder)) == [128, None]
+    # The last two of six layers, on the second of two pipeline stages.
+    assert budgets_of(SpecCompressionRunner(specs, Ladder, 2, 6)) == [128, None]
+    assert budgets_of(SpecCompressionRunner(specs, RKV, 2, 6)) == [None, None]
+
+
+def test_layer_budgets_that_cannot_be_are_refused_by_name():
+    specs = {"model.layers.0.attn": FullAttentionSpec(**SIZES)}
+    slide = {"model.layers.1.attn": SlidingWindowSpec(**SIZES, sliding_window=32)}
+    with pytest.raises(ValueError, match=r"Ladder gives .* got --pipeline-parallel-size 2, wanted"):
+        SpecCompressionRunner(specs | slide, Ladder, 2).get_kv_cache_spec()
+
+    class Few(RKV):
+        @classmethod
+        def layer_budgets(cls, options, budget, num_layers):
+            return [8]
+
+    with pytest.raises(ValueError, match=r"Few\.layer_budgets: got \[8\], wanted 1 numbers"):
+        SpecCompressionRunner(specs, Few).get_kv_cache_spec()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (ChunkedLocalAttentionSpec(**SIZES, attention_chunk_size=64), "got layer a with Chunked"),
+        (FullAttentionSpec(**SIZES, sliding_window=64), "got layer a with Full"),
+        (SlidingWindowSpec(**SIZES, sliding_window=32), "no layer of full attention among .'a'"),
+    ],
+)
+def test_layers_of_other_kinds_alone_are_refused_by_name(spec, message):
+    with pytest.raises(ValueError, match=message):
+        SpecCompressionRunner({"a": spec}).get_kv_cache_spec()
+
+
+def test_a_query_ring_that_does_not_fit_is_refused(monkeypatch):
     def too_large(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("rkv_vllm.worker.runner.QueryRing", too_large)
-    runner = LoadedCompressionRunner({})
-    runner.compression = KVCompressionConfig(observation_slots=4096)
-    runner.vllm_config = SimpleNamespace(max_concurrent_batches=2)
+    monkeypatch.setattr("rkv_vllm.worker.runner.RingMemory", too_large)
+    runner = SpecCompressionRunner({})
+    runner.compression = ServerOptions(seats=4096)
+    runner.vllm_config = SimpleNamespace(max_concurrent_batches=2, num_speculative_tokens=0)
+    layer = SimpleNamespace(num_heads=32, head_size=128)
     runner.max_num_tokens, runner.dtype, runner.device = 64, torch.bfloat16, "cuda:0"
-    with pytest.raises(ValueError, match=r"--kv-observation-slots 4096 needs 10240 MiB.*lower it"):
-        runner._allocate_pool(num_layers=32, num_heads=32, head_size=128)
+    with pytest.raises(ValueError, match=r"--kv-seats 4096 needs 10240 MiB.*lower it"):
+        runner._allocate_rings(dict.fromkeys(range(32), layer))

@@ -1,0 +1,1 @@
+"""rkv: importance and redundancy of the tokens of a paged cache, apart (docs/method.md)."""

@@ -1,0 +1,660 @@
+"""Importance and redundancy in Triton: a few launches over requests x layers x heads.
+
+    logits    per tile of tokens: attention logits of the window, max over the query heads
+    attend    per head: softmax over the candidates, mean over the window
+    pool      per tile of tokens: max-pool                                      -> importance
+    norms     per tile of tokens: norms, and the tile's share of the sum of unit keys
+    total     per head: adds the tiles up, in order
+    search    per tile of tokens: column sums in closed form, and the newest similar key of each
+              token, sought from the newest key backwards; a tile stops as soon as all its tokens
+              have found one
+    spread    per head: softmax over the column sums                            -> redundancy
+
+Rows are heads of layers of requests; tokens are counted from the end of the protected prefix, of
+which nothing is read. Keys are read through the block table and never copied. What they say must
+equal naive.py; docs/method.md has the formulas.
+
+The newest similar keys take cosines out of few column sums, many at once. These subtractions are
+atomic and come in any order, so they are made on integers of 2**-40, where the order does not
+matter: ranks of tensor parallelism that hold copies of one head, and repeated runs, choose alike.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rkv_vllm.kernels.batch import EvictionBatch
+from rkv_vllm.kernels.paged import PagedStates
+from rkv_vllm.kernels.rkv.naive import check_keys, check_queries, check_scale, new_scores
+from rkv_vllm.kernels.tiles import (
+    is_interpreted,
+    kernel_block_size,
+    load_tile,
+    product,
+    strides_of,
+)
+
+# Tokens per tile. 64 rows are one warp group's tensor-core instruction on Hopper; 64 columns keep
+# the products (64 x 64 float32 over 128 threads: 32 registers) and two tiles of bf16 keys of 128
+# dimensions in registers. Wider tiles would lengthen the search: most tokens find their key among
+# the newest 3 percent, and a tile is searched as a whole. Not measured on a GPU yet.
+TILE = tl.constexpr(64)
+# Tiles that `total` adds up at once.
+TOTAL_TILES = tl.constexpr(16)
+# Tokens at once where a program goes through numbers of a head: per window row, and one each.
+ATTEND_TILE = tl.constexpr(128)
+ROW_TILE = tl.constexpr(1024)
+# Column sums are below 2**20 tokens in any context length, so a sum stays below 2**61.
+FIXED_POINT = tl.constexpr(float(2**40))
+NORM_EPSILON = tl.constexpr(1e-8)
+
+# Triton compiles once more for every class of these (1, multiples of 16, others), which would stop
+# serving for a second whenever a flush brings a new one. Strides and the cache itself stay special.
+VARYING = (
+    "p_block_table",
+    "table_stride",
+    "p_settled_lens",
+    "p_prefix_lens",
+    "p_seats",
+    "p_window_ends",
+    "p_scale",
+    "p_soft_cap",
+    "num_layers",
+    "max_len",
+    "num_tiles",
+    "max_candidates",
+    "rows_per_request",
+)
+
+
+def scratch_bytes(head_size: int, window: int) -> int:
+    """Bytes of temporaries per token, head and layer while a batch is scored, results included."""
+    importance = 4 * window + 4
+    redundancy = 4 + 4 + 8 + 4 * triton.cdiv(head_size, TILE.value)
+    both_results = 4 + 4
+    return max(importance, redundancy) + both_results
+
+
+def importance_triton(
+    keys: PagedStates,
+    batch: EvictionBatch,
+    queries: Tensor,
+    scale: Tensor,
+    soft_cap: Tensor,
+    *,
+    pool: int,
+) -> Tensor:
+    """As `importance_naive`."""
+    batch.check_rows(keys)
+    group = check_queries(queries, batch, keys)
+    check_scale(scale, soft_cap, keys)
+    if queries.stride(-1) != 1:
+        raise ValueError(
+            f"queries: expected a contiguous last dimension, got strides {queries.stride()}"
+        )
+    result = new_scores(keys, batch)
+    if result.numel() == 0:
+        return result
+    num_requests, rows_per_request, max_candidates = result.shape
+    num_rows = num_requests * rows_per_request
+    num_tiles = triton.cdiv(max_candidates, TILE.value)
+    block_d = _block_d(keys)
+    logits = result.new_empty((num_rows, batch.window, max_candidates))
+    attention = result.new_empty((num_rows, max_candidates))
+    lengths = (batch.settled_lens, batch.prefix_lens)
+    logits_kernel[(num_rows * num_tiles,)](
+        keys.cells,
+        *strides_of(keys),
+        queries,
+        *queries.stride()[:4],
+        batch.old_block_table,
+        batch.old_block_table.stride(0),
+        *lengths,
+        batch.seats,
+        batch.window_ends,
+        scale,
+        soft_cap,
+        logits,
+        keys.num_layers,
+        max_candidates,
+        num_tiles,
+        queries.shape[2],
+        GROUP=group,
+        WINDOW=batch.window,
+        # At least what tensor cores multiply.
+        BLOCK_W=max(16, triton.next_power_of_2(batch.window)),
+        **_layout(keys, block_d),
+    )
+    attend_kernel[(num_rows,)](
+        *lengths,
+        logits,
+        attention,
+        rows_per_request,
+        max_candidates,
+        WINDOW=batch.window,
+        BLOCK_W=triton.next_power_of_2(batch.window),
+    )
+    pool_kernel[(num_rows, triton.cdiv(max_candidates, ROW_TILE.value))](
+        *lengths,
+        attention,
+        result,
+        rows_per_request,
+        max_candidates,
+        WINDOW=batch.window,
+        POOL=pool,
+    )
+    return result
+
+
+def redundancy_triton(keys: PagedStates, batch: EvictionBatch, *, threshold: float) -> Tensor:
+    """As `redundancy_naive`."""
+    batch.check_rows(keys)
+    check_keys(keys)
+    result = new_scores(keys, batch)
+    if result.numel() == 0:
+        return result
+    num_requests, rows_per_request, max_candidates = result.shape
+    num_rows = num_requests * rows_per_request
+    max_len = batch.max_judged
+    num_tiles = triton.cdiv(max_len, TILE.value)
+    block_d = _block_d(keys)
+    inverse_norms = result.new_empty((num_rows, max_len))
+    column_sums = result.new_empty((num_rows, max_len))
+    shielded = result.new_zeros((num_rows, max_len), dtype=torch.int64)
+    tile_sums = result.new_empty((num_rows, num_tiles, keys.head_size))
+    totals = result.new_empty((num_rows, keys.head_size))
+    lengths = (batch.settled_lens, batch.prefix_lens)
+    cache = (
+        keys.cells,
+        *strides_of(keys),
+        batch.old_block_table,
+        batch.old_block_table.stride(0),
+        *lengths,
+    )
+    sizes = (keys.num_layers, max_len, num_tiles)
+    layout = _layout(keys, block_d)
+    norms_kernel[(num_rows * num_tiles,)](*cache, inverse_norms, tile_sums, *sizes, **layout)
+    total_kernel[(num_rows,)](
+        *lengths,
+        tile_sums,
+        totals,
+        rows_per_request,
+        num_tiles,
+        HEAD_SIZE=keys.head_size,
+        BLOCK_D=block_d,
+    )
+    search_kernel[(num_rows * num_tiles,)](
+        *cache, inverse_norms, totals, column_sums, shielded, *sizes, threshold, **layout
+    )
+    spread_kernel[(num_rows,)](
+        *lengths,
+        column_sums,
+        shielded,
+        result,
+        rows_per_request,
+        max_len,
+        max_candidates,
+        WINDOW=batch.window,
+    )
+    return result
+
+
+def _block_d(keys: PagedStates) -> int:
+    return max(16, triton.next_power_of_2(keys.head_size))
+
+
+def _layout(keys: PagedStates, block_d: int) -> dict[str, int | bool]:
+    """What is fixed as long as a cache lives."""
+    return {
+        "NUM_HEADS": keys.num_heads,
+        "HEAD_SIZE": keys.head_size,
+        "BLOCK_D": block_d,
+        "BLOCK_SIZE": keys.block_size,
+        "KERNEL_BLOCK_SIZE": kernel_block_size(keys),
+        # The interpreter multiplies bf16 as if it were integers.
+        "IN_FLOAT32": is_interpreted(),
+        # Tiles of wider heads need the registers of more threads.
+        "num_warps": 4 if block_d <= 128 else 8,
+    }
+
+
+@triton.jit
+def _soft_capped(logits, cap):
+    """The logits as cap * tanh(logits / cap)."""
+    share = logits / cap
+    power = tl.exp(-2.0 * tl.abs(share))
+    wide = (1.0 - power) / (1.0 + power)
+    wide = tl.where(share < 0.0, -wide, wide)
+    # Near zero that cancels; the next term of the series is below 6e-9 of the sum there.
+    square = share * share
+    series = 1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0)))
+    return cap * tl.where(tl.abs(share) < 0.15, share * series, wide)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def logits_kernel(
+    p_keys,
+    layer_stride,
+    head_stride,
+    block_stride,
+    kernel_block_stride,
+    token_stride,
+    dim_stride,
+    p_queries,
+    query_seat_stride,
+    query_layer_stride,
+    query_ring_stride,
+    query_head_stride,
+    p_block_table,
+    table_stride,
+    p_settled_lens,
+    p_prefix_lens,
+    p_seats,
+    p_window_ends,
+    p_scale,
+    p_soft_cap,
+    p_logits,
+    num_layers,
+    max_candidates,
+    num_tiles,
+    ring_len,
+    GROUP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    KERNEL_BLOCK_SIZE: tl.constexpr,
+    IN_FLOAT32: tl.constexpr,
+):
+    """Logits [WINDOW, tokens of a tile] of one head; NaN where a product is not finite."""
+    i_tile = tl.program_id(0) % num_tiles
+    i_row = tl.program_id(0) // num_tiles
+    i_request = i_row // (num_layers * NUM_HEADS)
+    i_layer = i_row // NUM_HEADS % num_layers
+    i_head = i_row % NUM_HEADS
+    prefix_len = tl.load(p_prefix_lens + i_request)
+    m = tl.load(p_settled_lens + i_request) - prefix_len - WINDOW
+    if i_tile * TILE >= m:
+        return
+    o_token = i_tile * TILE + tl.arange(0, TILE)
+    m_token = o_token < m
+    b_keys = load_tile(
+        p_keys + i_layer.to(tl.int64) * layer_stride + i_head.to(tl.int64) * head_stride,
+        p_block_table + i_request.to(tl.int64) * table_stride,
+        prefix_len + o_token,
+        m_token,
+        block_stride,
+        kernel_block_stride,
+        token_stride,
+        dim_stride,
+        HEAD_SIZE,
+        BLOCK_D,
+        BLOCK_SIZE,
+        KERNEL_BLOCK_SIZE,
+    )
+    b_keys_t = tl.trans(b_keys)
+    o_window = tl.arange(0, BLOCK_W)
+    o_dim = tl.arange(0, BLOCK_D)
+    seat = tl.load(p_seats + i_request).to(tl.int64)
+    ring_idx = (tl.load(p_window_ends + i_request) - WINDOW + o_window) % ring_len
+    p_rows = (
+        p_queries
+        + seat * query_seat_stride
+        + i_layer.to(tl.int64) * query_layer_stride
+        + (i_head * GROUP).to(tl.int64) * query_head_stride
+        + ring_idx[:, None].to(tl.int64) * query_ring_stride
+        + o_dim[None, :]
+    )
+    m_rows = (o_window < WINDOW)[:, None] & (o_dim < HEAD_SIZE)[None, :]
+    m_logits = (o_window < WINDOW)[:, None] & m_token[None, :]
+    scale = tl.load(p_scale + i_layer)
+    b_logits = tl.full((BLOCK_W, TILE), float("-inf"), tl.float32)
+    b_bad = tl.zeros((BLOCK_W, TILE), tl.int32)
+    for i_group in range(GROUP):
+        b_queries = tl.load(p_rows + i_group * query_head_stride, mask=m_rows, other=0.0)
+        b_part = product(b_queries.to(b_keys.dtype), b_keys_t, IN_FLOAT32) * scale
+        # Maximum and cap would hide what is not finite. False for NaN as well.
+        b_bad += ((tl.abs(b_part) < float("inf")) == 0).to(tl.int32)
+        b_logits = tl.maximum(b_logits, b_part)
+    soft_cap = tl.load(p_soft_cap + i_layer)
+    if soft_cap > 0.0:
+        # It keeps the order, so the largest of the group is still the largest.
+        b_logits = _soft_capped(b_logits, soft_cap)
+    b_logits = tl.where(b_bad > 0, float("nan"), b_logits)
+    p_out = p_logits + (i_row.to(tl.int64) * WINDOW + o_window[:, None]) * max_candidates
+    tl.store(p_out + o_token[None, :], b_logits, mask=m_logits)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def attend_kernel(
+    p_settled_lens,
+    p_prefix_lens,
+    p_logits,
+    p_attention,
+    rows_per_request,
+    max_candidates,
+    WINDOW: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Softmax over the candidates of one head, mean over its window."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_request = i_row // rows_per_request
+    m = tl.load(p_settled_lens + i_request) - tl.load(p_prefix_lens + i_request) - WINDOW
+    o_window = tl.arange(0, BLOCK_W)
+    m_window = (o_window < WINDOW)[:, None]
+    p_rows = p_logits + (i_row * WINDOW + o_window[:, None]) * max_candidates
+    b_largest = tl.full((BLOCK_W,), float("-inf"), tl.float32)
+    b_denominator = tl.zeros((BLOCK_W,), tl.float32)
+    for first in range(0, m, ATTEND_TILE):
+        o_token = first + tl.arange(0, ATTEND_TILE)
+        m_logits = m_window & (o_token < m)[None, :]
+        # Padded window rows are zeros, so that no infinities cancel there.
+        b_logits = tl.load(p_rows + o_token[None, :], mask=m_logits, other=0.0)
+        b_logits = tl.where((o_token < m)[None, :], b_logits, float("-inf"))
+        b_new = tl.maximum(b_largest, tl.max(b_logits, axis=1))
+        b_weights = tl.exp(b_logits - b_new[:, None])
+        b_denominator = b_denominator * tl.exp(b_largest - b_new) + tl.sum(b_weights, axis=1)
+        b_largest = b_new
+    for first in range(0, m, ATTEND_TILE):
+        o_token = first + tl.arange(0, ATTEND_TILE)
+        m_logits = m_window & (o_token < m)[None, :]
+        b_logits = tl.load(p_rows + o_token[None, :], mask=m_logits, other=0.0)
+        b_shares = tl.exp(b_logits - b_largest[:, None]) / b_denominator[:, None]
+        b_mean = tl.sum(tl.where(m_window, b_shares, 0.0), axis=0) / WINDOW
+        tl.store(p_attention + i_row * max_candidates + o_token, b_mean, mask=o_token < m)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def pool_kernel(
+    p_settled_lens,
+    p_prefix_lens,
+    p_attention,
+    p_result,
+    rows_per_request,
+    max_candidates,
+    WINDOW: tl.constexpr,
+    POOL: tl.constexpr,
+):
+    """Max-pool of a tile of one head, clipped to its candidates; -inf behind them."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_request = i_row // rows_per_request
+    m = tl.load(p_settled_lens + i_request) - tl.load(p_prefix_lens + i_request) - WINDOW
+    o_row = i_row * max_candidates
+    o_token = tl.program_id(1) * ROW_TILE + tl.arange(0, ROW_TILE)
+    b_pooled = tl.full((ROW_TILE,), float("-inf"), tl.float32)
+    for shift in tl.static_range(-(POOL // 2), POOL // 2 + 1):
+        o_near = o_token + shift
+        m_near = (o_near >= 0) & (o_near < m) & (o_token < m)
+        b_near = tl.load(p_attention + o_row + o_near, mask=m_near, other=float("-inf"))
+        # A maximum of NaN may be -inf on a GPU, which is not finite either.
+        b_pooled = tl.maximum(b_pooled, b_near)
+    tl.store(p_result + o_row + o_token, b_pooled, mask=o_token < max_candidates)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def norms_kernel(
+    p_keys,
+    layer_stride,
+    head_stride,
+    block_stride,
+    kernel_block_stride,
+    token_stride,
+    dim_stride,
+    p_block_table,
+    table_stride,
+    p_settled_lens,
+    p_prefix_lens,
+    p_inverse_norms,
+    p_tile_sums,
+    num_layers,
+    max_len,
+    num_tiles,
+    NUM_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    KERNEL_BLOCK_SIZE: tl.constexpr,
+    IN_FLOAT32: tl.constexpr,
+):
+    """Inverse norms of a tile of tokens and the sum of its unit keys."""
+    i_tile = tl.program_id(0) % num_tiles
+    i_row = tl.program_id(0) // num_tiles
+    i_request = i_row // (num_layers * NUM_HEADS)
+    i_layer = i_row // NUM_HEADS % num_layers
+    i_head = i_row % NUM_HEADS
+    prefix_len = tl.load(p_prefix_lens + i_request)
+    n = tl.load(p_settled_lens + i_request) - prefix_len
+    if i_tile * TILE >= n:
+        return
+    o_token = i_tile * TILE + tl.arange(0, TILE)
+    m_token = o_token < n
+    b_keys = load_tile(
+        p_keys + i_layer.to(tl.int64) * layer_stride + i_head.to(tl.int64) * head_stride,
+        p_block_table + i_request.to(tl.int64) * table_stride,
+        prefix_len + o_token,
+        m_token,
+        block_stride,
+        kernel_block_stride,
+        token_stride,
+        dim_stride,
+        HEAD_SIZE,
+        BLOCK_D,
+        BLOCK_SIZE,
+        KERNEL_BLOCK_SIZE,
+    ).to(tl.float32)
+    b_inverse = 1.0 / (tl.sqrt(tl.sum(b_keys * b_keys, axis=1)) + NORM_EPSILON)
+    o_row = i_row.to(tl.int64)
+    tl.store(p_inverse_norms + o_row * max_len + o_token, b_inverse, mask=m_token)
+    o_dim = tl.arange(0, BLOCK_D)
+    b_sum = tl.sum(b_keys * b_inverse[:, None], axis=0)
+    p_sum = p_tile_sums + (o_row * num_tiles + i_tile) * HEAD_SIZE
+    tl.store(p_sum + o_dim, b_sum, mask=o_dim < HEAD_SIZE)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def total_kernel(
+    p_settled_lens,
+    p_prefix_lens,
+    p_tile_sums,
+    p_totals,
+    rows_per_request,
+    num_tiles,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sum of the unit keys of one head."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_request = i_row // rows_per_request
+    n = tl.load(p_settled_lens + i_request) - tl.load(p_prefix_lens + i_request)
+    num_parts = tl.cdiv(n, TILE)
+    o_dim = tl.arange(0, BLOCK_D)
+    b_total = tl.zeros((BLOCK_D,), tl.float32)
+    for first in range(0, num_parts, TOTAL_TILES):
+        o_part = first + tl.arange(0, TOTAL_TILES)
+        b_sums = tl.load(
+            p_tile_sums + (i_row * num_tiles + o_part)[:, None] * HEAD_SIZE + o_dim[None, :],
+            mask=(o_part < num_parts)[:, None] & (o_dim < HEAD_SIZE)[None, :],
+            other=0.0,
+        )
+        b_total += tl.sum(b_sums, axis=0)
+    tl.store(p_totals + i_row * HEAD_SIZE + o_dim, b_total, mask=o_dim < HEAD_SIZE)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def search_kernel(
+    p_keys,
+    layer_stride,
+    head_stride,
+    block_stride,
+    kernel_block_stride,
+    token_stride,
+    dim_stride,
+    p_block_table,
+    table_stride,
+    p_settled_lens,
+    p_prefix_lens,
+    p_inverse_norms,
+    p_totals,
+    p_column_sums,
+    p_shielded,
+    num_layers,
+    max_len,
+    num_tiles,
+    threshold,
+    NUM_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    KERNEL_BLOCK_SIZE: tl.constexpr,
+    IN_FLOAT32: tl.constexpr,
+):
+    """Column sum and newest similar key of each token of a tile."""
+    i_tile = tl.program_id(0) % num_tiles
+    i_row = tl.program_id(0) // num_tiles
+    i_request = i_row // (num_layers * NUM_HEADS)
+    i_layer = i_row // NUM_HEADS % num_layers
+    i_head = i_row % NUM_HEADS
+    prefix_len = tl.load(p_prefix_lens + i_request)
+    n = tl.load(p_settled_lens + i_request) - prefix_len
+    first_row = i_tile * TILE
+    if first_row >= n:
+        return
+    p_head = p_keys + i_layer.to(tl.int64) * layer_stride + i_head.to(tl.int64) * head_stride
+    p_row = p_block_table + i_request.to(tl.int64) * table_stride
+    o_tile = tl.arange(0, TILE)
+    o_token = first_row + o_tile
+    m_token = o_token < n
+    b_keys = load_tile(
+        p_head,
+        p_row,
+        prefix_len + o_token,
+        m_token,
+        block_stride,
+        kernel_block_stride,
+        token_stride,
+        dim_stride,
+        HEAD_SIZE,
+        BLOCK_D,
+        BLOCK_SIZE,
+        KERNEL_BLOCK_SIZE,
+    )
+    o_row = i_row.to(tl.int64) * max_len
+    p_norms = p_inverse_norms + o_row
+    o_dim = tl.arange(0, BLOCK_D)
+    b_wide = b_keys.to(tl.float32)
+    b_norms = tl.sqrt(tl.sum(b_wide * b_wide, axis=1))
+    b_inverse = 1.0 / (b_norms + NORM_EPSILON)
+    p_total = p_totals + i_row.to(tl.int64) * HEAD_SIZE
+    b_total = tl.load(p_total + o_dim, mask=o_dim < HEAD_SIZE, other=0.0)
+    b_own = b_norms * b_inverse
+    b_sums = tl.sum(b_wide * b_total[None, :], axis=1) * b_inverse - b_own * b_own
+    tl.store(p_column_sums + o_row + o_token, b_sums, mask=m_token)
+
+    # A cosine above the threshold, both sides times the norm of the row's key.
+    b_limit = threshold * (b_norms + NORM_EPSILON)
+    # Rows behind the end are settled from the start.
+    b_newest = tl.where(m_token, -1, 0)
+    first = (n - 1) // TILE * TILE
+    while first >= 0:
+        o_column = first + o_tile
+        m_column = o_column < n
+        b_columns = load_tile(
+            p_head,
+            p_row,
+            prefix_len + o_column,
+            m_column,
+            block_stride,
+            kernel_block_stride,
+            token_stride,
+            dim_stride,
+            HEAD_SIZE,
+            BLOCK_D,
+            BLOCK_SIZE,
+            KERNEL_BLOCK_SIZE,
+        )
+        # NaN is no hit, whatever the threshold.
+        b_column_norms = tl.load(p_norms + o_column, mask=m_column, other=float("nan"))
+        b_scaled = product(b_keys, tl.trans(b_columns), IN_FLOAT32) * b_column_norms[None, :]
+        b_hits = tl.where(b_scaled > b_limit[:, None], o_tile[None, :], -1)
+        if first == first_row:
+            b_hits = tl.where(o_tile[None, :] == o_tile[:, None], -1, b_hits)
+        b_hit = tl.max(b_hits, axis=1)
+        b_newest = tl.where((b_newest < 0) & (b_hit >= 0), first + b_hit, b_newest)
+        first = tl.where(tl.min(b_newest, axis=0) < 0, first - TILE, -1)
+    # The oldest key is shielded where no key is similar, whatever the cosine with it.
+    b_newest = tl.maximum(b_newest, 0)
+    b_similar = load_tile(
+        p_head,
+        p_row,
+        prefix_len + b_newest,
+        m_token,
+        block_stride,
+        kernel_block_stride,
+        token_stride,
+        dim_stride,
+        HEAD_SIZE,
+        BLOCK_D,
+        BLOCK_SIZE,
+        KERNEL_BLOCK_SIZE,
+    ).to(tl.float32)
+    b_similar_norms = tl.load(p_norms + b_newest, mask=m_token, other=0.0)
+    b_cosine = tl.sum(b_wide * b_similar, axis=1) * b_inverse * b_similar_norms
+    # Token 0 without a similar key points to itself; its own cosine was never in the sum.
+    tl.atomic_add(
+        p_shielded + o_row + b_newest,
+        (b_cosine * FIXED_POINT).to(tl.int64),
+        mask=m_token & (b_newest != o_token),
+        sem="relaxed",
+    )
+
+
+@triton.jit
+def _spread_logits(p_column_sums, p_shielded, o_token, m_token, n):
+    """Column sums without what is shielded, per token."""
+    b_sums = tl.load(p_column_sums + o_token, mask=m_token, other=0.0)
+    b_shielded = tl.load(p_shielded + o_token, mask=m_token, other=0)
+    return (b_sums - b_shielded.to(tl.float32) / FIXED_POINT) / n
+
+
+@triton.jit(do_not_specialize=VARYING)
+def spread_kernel(
+    p_settled_lens,
+    p_prefix_lens,
+    p_column_sums,
+    p_shielded,
+    p_result,
+    rows_per_request,
+    max_len,
+    max_candidates,
+    WINDOW: tl.constexpr,
+):
+    """Softmax over the column sums of one head; of the candidates, +inf behind them."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_request = i_row // rows_per_request
+    n = tl.load(p_settled_lens + i_request) - tl.load(p_prefix_lens + i_request)
+    p_sums = p_column_sums + i_row * max_len
+    p_shields = p_shielded + i_row * max_len
+    largest = float("-inf")
+    denominator = 0.0
+    for first in range(0, n, ROW_TILE):
+        o_token = first + tl.arange(0, ROW_TILE)
+        m_token = o_token < n
+        b_logits = _spread_logits(p_sums, p_shields, o_token, m_token, n)
+        b_logits = tl.where(m_token, b_logits, float("-inf"))
+        new = tl.maximum(largest, tl.max(b_logits, axis=0))
+        weights = tl.sum(tl.exp(b_logits - new), axis=0)
+        denominator = denominator * tl.exp(largest - new) + weights
+        largest = new
+    for first in range(0, max_candidates, ROW_TILE):
+        o_token = first + tl.arange(0, ROW_TILE)
+        m_token = o_token < n - WINDOW
+        b_logits = _spread_logits(p_sums, p_shields, o_token, m_token, n)
+        b_share = tl.exp(b_logits - largest) / denominator
+        tl.store(
+            p_result + i_row * max_candidates + o_token,
+            tl.where(m_token, b_share, float("inf")),
+            mask=o_token < max_candidates,
+        )

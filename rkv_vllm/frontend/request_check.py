@@ -1,0 +1,58 @@
+"""Refuses what a request asks of compression and cannot have, where its sender gets the answer.
+
+Called by `patches/generate.py` and `patches/process_inputs.py`. What a request may set:
+`request_options.py`.
+"""
+
+import json
+from collections.abc import Sized
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from rkv_vllm.options import CONFIG_KEY, ServerOptions
+from rkv_vllm.request_options import RequestOptionError, read_request_options
+
+if TYPE_CHECKING:
+    from vllm import PoolingParams, SamplingParams
+    from vllm.config import VllmConfig
+
+
+def check_request(
+    params: "SamplingParams | PoolingParams", vllm_config: "VllmConfig", num_prompt_tokens: int = 0
+) -> None:
+    """Raise unless the request can have what it asks for.
+
+    Args:
+        params: of the request.
+        vllm_config: of its engine; without compression there is nothing to ask for, and the keys
+            mean nothing, as in a vLLM without this package.
+        num_prompt_tokens: of the request, 0 where they are not known yet.
+
+    Raises:
+        VLLMValidationError: names the key; servers answer with HTTP status 400.
+    """
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    if not isinstance(params, SamplingParams) or not params.extra_args:
+        return
+    additional = vllm_config.additional_config
+    if not isinstance(additional, dict) or CONFIG_KEY not in additional:
+        return
+    server = _server_options(json.dumps(additional[CONFIG_KEY]))
+    try:
+        read_request_options(params.extra_args, server, num_prompt_tokens)
+    except RequestOptionError as error:
+        raise VLLMValidationError(str(error), parameter=error.key, value=error.got) from error
+
+
+def prompt_len(token_ids: Sized | None, embeds: Sized | None) -> int:
+    """Returns the length of a prompt that is tokens or embeddings, 0 where it is neither yet."""
+    known = embeds if token_ids is None else token_ids
+    return 0 if known is None else len(known)
+
+
+@lru_cache(maxsize=16)
+def _server_options(as_json: str) -> ServerOptions:
+    """The server's options; finding the method among them takes milliseconds."""
+    return ServerOptions.from_dict(json.loads(as_json))

@@ -1,0 +1,202 @@
+"""How many blocks must be free before vLLM admits one more request.
+
+A compacted request stops growing at a known length, so requests can be admitted up to the number
+that never has to be preempted. What is kept back is what the running requests can still grow into
+while the newcomer lives; their later growth is paid from what the newcomer gives back. Requests
+that compaction does not bound are not reserved for: vLLM's own optimism applies to them, and they
+may have to be preempted.
+
+Knows requests, lengths and blocks, not vLLM's queues. Next: scheduler.py, which asks.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from vllm.v1.request import Request, RequestStatus
+
+from rkv_vllm.policy import Policy, Terms
+from rkv_vllm.scheduling.books import GroupBooks
+from rkv_vllm.scheduling.planner import GroupPlanner
+
+# Weight of the latest finished request in the share of those that were compacted: about the last
+# ten count, so that admission follows a change of workload within seconds.
+_SHARE_STEP = 0.1
+
+# How a request ends by itself; one that its client gave up says nothing about the others.
+_ENDED_BY_ITSELF = (
+    RequestStatus.FINISHED_STOPPED,
+    RequestStatus.FINISHED_LENGTH_CAPPED,
+    RequestStatus.FINISHED_REPETITION,
+)
+
+
+class Track(NamedTuple):
+    """One compressed KV-cache group on the scheduler's side."""
+
+    books: GroupBooks
+    planner: GroupPlanner
+
+
+class Limits(NamedTuple):
+    """What bounds a step and a request of this engine, in tokens.
+
+    Attributes:
+        max_model_len: of a request.
+        max_step_tokens: that one step computes at most.
+        in_flight: computed while a compaction waits for the step's output.
+    """
+
+    max_model_len: int
+    max_step_tokens: int
+    in_flight: int
+
+
+class Admission:
+    """Keeps back blocks for the running requests.
+
+    Args:
+        tracks: the compressed groups.
+        policy: says how long a request can get.
+        limits: of the engine.
+        terms_of: what holds for a request in each group; None if its cache is kept whole.
+        server_terms: what holds in each group for a request that asks for nothing.
+    """
+
+    def __init__(
+        self,
+        tracks: Sequence[Track],
+        policy: Policy,
+        limits: Limits,
+        terms_of: Callable[[Request], Sequence[Terms] | None],
+        server_terms: Sequence[Terms],
+    ) -> None:
+        self._tracks = tracks
+        self._policy = policy
+        self._limits = limits
+        self._terms_of = terms_of
+        self._server_terms = server_terms
+        # Until requests have finished, all are expected to be long.
+        self._share_compacted = 1.0
+        # A refusal holds until something shrinks: (request, blocks it asked for, events so far).
+        self._num_events = 0
+        self._refused: tuple[str, int, int] | None = None
+
+    def note_compaction(self, is_first: bool) -> None:
+        """A request was compacted; only a first time can leave it smaller than its growth says."""
+        self._num_events += is_first
+
+    def note_end(self, request: Request) -> None:
+        """A request leaves the batch; call it before its books are closed.
+
+        Args:
+            request: finished, aborted or preempted.
+        """
+        self._num_events += 1
+        if request.status in _ENDED_BY_ITSELF and self._is_bounded(request):
+            was_compacted = any(request.request_id in t.books.num_evicted for t in self._tracks)
+            self._share_compacted += _SHARE_STEP * (was_compacted - self._share_compacted)
+
+    def required(
+        self, newcomer: Request, num_blocks: int, running: Sequence[Request], num_free: int
+    ) -> int:
+        """Blocks that must be free for `newcomer` to be admitted.
+
+        Args:
+            newcomer: asks to be admitted.
+            num_blocks: blocks that its tokens need now.
+            running: the requests that it may not displace; without any nothing is reserved.
+            num_free: free blocks of the pool; a refusal is remembered until it may be wrong.
+        """
+        if not running or num_blocks > num_free:
+            return num_blocks
+        if self._refused is not None:
+            req_id, refused_blocks, num_events = self._refused
+            same = req_id == newcomer.request_id and num_events == self._num_events
+            if same and num_blocks >= refused_blocks:
+                return num_free + 1
+        horizon = self._life(newcomer)
+        growth = sum(self._expected_growth(request, horizon) for request in running)
+        required = num_blocks + math.ceil(growth + self._own_growth(newcomer))
+        if required > num_free:
+            self._refused = (newcomer.request_id, num_blocks, self._num_events)
+        return required
+
+    def _life(self, newcomer: Request) -> int:
+        """Most steps that the newcomer will take."""
+        prefill_steps = -(-newcomer.num_tokens // self._limits.max_step_tokens)
+        return prefill_steps + self._final_len(newcomer) - newcomer.num_tokens
+
+    def _expected_growth(self, request: Request, horizon: int) -> float:
+        """Blocks that a running request is expected to grow by within `horizon` steps.
+
+        One that was not compacted yet may end before it gets there: it counts by the share of
+        finished requests that did.
+        """
+        terms = self._terms_of(request)
+        if terms is None:
+            return 0.0
+        return sum(
+            self._growth(request, own, track, horizon)
+            for own, track in zip(terms, self._tracks, strict=True)
+        )
+
+    def _growth(self, request: Request, terms: Terms, track: Track, horizon: int) -> float:
+        books, req_id = track.books, request.request_id
+        num_evicted = books.num_evicted.get(req_id)
+        peak = self._due_at(request, terms, track) + self._limits.in_flight
+        final_len = self._final_len(request)
+        if num_evicted is None and peak >= final_len:
+            return 0.0
+        prefilled = max(request.num_computed_tokens, request.num_tokens)
+        longest = min(peak, final_len, prefilled + horizon) - (num_evicted or 0)
+        growth = max(-(-longest // books.block_size) - len(books.req_to_blocks[req_id]), 0)
+        if num_evicted is not None:
+            return growth
+        if peak <= prefilled + horizon:
+            survivors = terms.prefix_len + terms.budget + self._limits.in_flight
+            growth += books.num_shared_blocks(req_id, terms.prefix_len, survivors)
+        return self._share_compacted * growth
+
+    def _own_growth(self, newcomer: Request) -> float:
+        """Blocks that the newcomer may need beyond its tokens so far.
+
+        Counted up to what the server grants by default: whoever asks for more takes the risk of
+        being preempted, instead of waiting, and all behind it, until the others are done.
+        """
+        terms = self._terms_of(newcomer)
+        if terms is None:
+            return 0.0
+        growth = 0
+        for own, server, track in zip(terms, self._server_terms, self._tracks, strict=True):
+            due_at = self._policy.first_due_at(own, newcomer.num_tokens)
+            if due_at + self._limits.in_flight >= self._final_len(newcomer):
+                continue
+            capped = own._replace(
+                budget=min(own.budget, server.budget), buffer=min(own.buffer, server.buffer)
+            )
+            longest = self._policy.bound(
+                capped, newcomer.num_tokens, self._final_len(newcomer), self._limits.in_flight
+            )
+            block_size = track.books.block_size
+            growth += max(-(-longest // block_size) - -(-newcomer.num_tokens // block_size), 0)
+        return self._share_compacted * growth
+
+    def _is_bounded(self, request: Request) -> bool:
+        """Whether compaction keeps this request shorter than its full length."""
+        terms = self._terms_of(request)
+        if terms is None:
+            return False
+        return any(
+            request.request_id in track.books.num_evicted
+            or self._due_at(request, own, track) + self._limits.in_flight < self._final_len(request)
+            for own, track in zip(terms, self._tracks, strict=True)
+        )
+
+    def _due_at(self, request: Request, terms: Terms, track: Track) -> int:
+        due_at = track.planner.due_at(request.request_id)
+        return self._policy.first_due_at(terms, request.num_tokens) if due_at is None else due_at
+
+    def _final_len(self, request: Request) -> int:
+        """Most tokens that the request can reach."""
+        return min(request.num_prompt_tokens + request.max_tokens, self._limits.max_model_len)

@@ -1,0 +1,89 @@
+"""Explicit eviction where every layer has its own budget, or keeps its cache.
+
+The rule and the attention are those of reference.py; here each layer counts for itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rkv_vllm.config import KVCompressionConfig
+from tests.reference import ReferenceRequest, load_model, single_thread
+
+
+@dataclass
+class LayeredResult:
+    """What one request produced.
+
+    Attributes:
+        token_ids: output tokens.
+        logprobs: log-probability of each.
+        compactions: of each layer.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    compactions: list[int]
+
+
+class _Layer:
+    """Lengths of one layer's cache, which only grows by decoding here."""
+
+    def __init__(self, config: KVCompressionConfig | None, prefill_len: int) -> None:
+        self.config = config
+        self.physical_len = self.counted_from = prefill_len
+        self.compactions = 0
+
+    def compact_if_due(self, cache, unprocessed_steps: int) -> None:
+        """Take note of one more token, and evict when SPEC 3 says so."""
+        settled_len = self.physical_len - unprocessed_steps
+        self.physical_len += 1
+        config = self.config
+        if (
+            config is None
+            or settled_len < config.budget + config.buffer
+            or settled_len - self.counted_from < config.buffer
+        ):
+            return
+        cache.evict(settled_len, config)
+        self.physical_len -= settled_len - config.budget
+        self.counted_from = config.budget
+        self.compactions += 1
+
+
+@single_thread()
+@torch.inference_mode()
+def generate_layered_reference(
+    model_dir: Path,
+    prompt_ids: Sequence[int],
+    num_tokens: int,
+    configs: Sequence[KVCompressionConfig | None],
+    unprocessed_steps: int = 0,
+) -> LayeredResult:
+    """Generates greedily for one request.
+
+    Args:
+        model_dir: folder of a model that transformers can load.
+        prompt_ids: tokens of the prompt.
+        num_tokens: output tokens.
+        configs: of each layer what to keep and when; None keeps its whole cache.
+        unprocessed_steps: as in `generate_reference`.
+    """
+    widest = next(config for config in configs if config is not None)
+    request = ReferenceRequest(load_model(model_dir, torch.float32), widest, unprocessed_steps)
+    layers = [_Layer(config, len(prompt_ids)) for config in configs]
+    result = LayeredResult([], [], [])
+    logprobs = request.prefill(prompt_ids)
+    while True:
+        token_id = int(logprobs.argmax())
+        result.token_ids.append(token_id)
+        result.logprobs.append(float(logprobs[token_id]))
+        if len(result.token_ids) == num_tokens:
+            break
+        logprobs = request.forward([token_id])
+        for layer, cache in zip(layers, request.layer_caches, strict=True):
+            layer.compact_if_due(cache, unprocessed_steps)
+    result.compactions = [layer.compactions for layer in layers]
+    return result
