@@ -96,9 +96,8 @@ IDLE_SCHEDULER = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
 import bench_scheduler
-from rkv_vllm.scheduling.planner import CompressionPlanner
-from rkv_vllm.scheduling.directive import StepPlan
-CompressionPlanner.plan_step = lambda *_: StepPlan()
+from rkv_vllm.scheduling.planner import GroupPlanner
+GroupPlanner.plan_step = lambda *_: None
 bench_scheduler.main()
 """
 
