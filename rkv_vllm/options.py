@@ -103,8 +103,8 @@ class ServerOptions:
     )
     protect: str | int = option(
         "none",
-        "First tokens of a request that no compaction touches: its prompt, or so many. The budget "
-        "counts the tokens behind them.",
+        "First tokens of a request that no compaction touches: `none`, its `prompt`, or so many. "
+        "The budget counts the tokens behind them.",
         flag="--kv-protect",
         metavar="none|prompt|TOKENS",
         wanted="'none', 'prompt' or a whole number of tokens",

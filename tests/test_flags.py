@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -302,6 +303,13 @@ def test_making_the_engine_config_twice_changes_nothing(cli, model):
 def test_json_example_of_the_help_is_accepted(cli):
     example = re.search("--additional-config '(.+)'", GROUP_DESCRIPTION).group(1)
     assert options(cli, "--additional-config", example) == {"method": "rkv", "budget": 1024}
+
+
+def test_the_readme_says_what_the_fields_say():
+    rows = (Path(rkv_vllm.__file__).parents[1] / "README.md").read_text().splitlines()
+    for option in {**OPTIONS, **flagged_method_options()}.values():
+        default = "off" if option.name == "method" else option.default
+        assert f"| `{option.flag}` | {default} | {option.meaning} |" in rows
 
 
 def test_flag_group_names_meaning_unit_and_default_of_every_option(cli):

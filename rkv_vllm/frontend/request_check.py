@@ -5,6 +5,7 @@ Called by `patches/generate.py` and `patches/process_inputs.py`. What a request 
 """
 
 import json
+from collections.abc import Sized
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,12 @@ def check_request(
         read_request_options(params.extra_args, server, num_prompt_tokens)
     except RequestOptionError as error:
         raise VLLMValidationError(str(error), parameter=error.key, value=error.got) from error
+
+
+def prompt_len(token_ids: Sized | None, embeds: Sized | None) -> int:
+    """Returns the length of a prompt that is tokens or embeddings, 0 where it is neither yet."""
+    known = embeds if token_ids is None else token_ids
+    return 0 if known is None else len(known)
 
 
 @lru_cache(maxsize=16)

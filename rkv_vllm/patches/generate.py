@@ -9,7 +9,8 @@ import functools
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
-from rkv_vllm.frontend.request_check import check_request
+from rkv_vllm.fit.overrides import overrides
+from rkv_vllm.frontend.request_check import check_request, prompt_len
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 
+@overrides("vllm.v1.engine.async_llm:AsyncLLM.generate")
 @functools.cache
 def apply() -> None:
     """Puts the replacement in place; a second call does nothing."""
-    from vllm.renderers.inputs.preprocess import extract_prompt_len
     from vllm.v1.engine.async_llm import AsyncLLM
 
     original = AsyncLLM.generate
@@ -30,8 +31,8 @@ def apply() -> None:
         self: "AsyncLLM", prompt: Any, sampling_params: "SamplingParams", *args: Any, **kwargs: Any
     ) -> "AsyncGenerator[RequestOutput, None]":
         # vLLM's servers hand in rendered prompts. Others are tokenised in `process_inputs`.
-        is_rendered = isinstance(prompt, dict) and "type" in prompt
-        num_tokens = extract_prompt_len(self.model_config, prompt) if is_rendered else 0
+        rendered = prompt if isinstance(prompt, dict) else {}
+        num_tokens = prompt_len(rendered.get("prompt_token_ids"), rendered.get("prompt_embeds"))
         check_request(sampling_params, self.vllm_config, num_tokens)
         return original(self, prompt, sampling_params, *args, **kwargs)
 

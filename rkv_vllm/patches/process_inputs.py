@@ -7,7 +7,8 @@ every prompt known.
 import functools
 from typing import TYPE_CHECKING, Any
 
-from rkv_vllm.frontend.request_check import check_request
+from rkv_vllm.fit.overrides import overrides
+from rkv_vllm.frontend.request_check import check_request, prompt_len
 
 if TYPE_CHECKING:
     from vllm import PoolingParams, SamplingParams
@@ -15,10 +16,10 @@ if TYPE_CHECKING:
     from vllm.v1.engine.input_processor import InputProcessor
 
 
+@overrides("vllm.v1.engine.input_processor:InputProcessor.process_inputs")
 @functools.cache
 def apply() -> None:
     """Puts the replacement in place; a second call does nothing."""
-    from vllm.utils import length_from_prompt_token_ids_or_embeds
     from vllm.v1.engine.input_processor import InputProcessor
 
     original = InputProcessor.process_inputs
@@ -33,9 +34,7 @@ def apply() -> None:
         **kwargs: Any,
     ) -> "EngineCoreRequest":
         request = original(self, request_id, prompt, params, *args, **kwargs)
-        num_tokens = length_from_prompt_token_ids_or_embeds(
-            request.prompt_token_ids, request.prompt_embeds
-        )
+        num_tokens = prompt_len(request.prompt_token_ids, request.prompt_embeds)
         check_request(params, self.vllm_config, num_tokens)
         return request
 

@@ -1,5 +1,6 @@
 """The V2 runner under captured graphs: fixed addresses, and nobody's rows in dummy batches."""
 
+import functools
 import gc
 import inspect
 import weakref
@@ -168,6 +169,7 @@ def test_vllm_profiles_before_there_is_a_cache_and_on_one_that_it_throws_away(
     attend = CPUAttentionBackendImpl.forward
     parameters = inspect.signature(attend)
 
+    @functools.wraps(attend)
     def attend_to_nothing_known(*args, **kwargs):
         output = attend(*args, **kwargs)
         # Without a cache vLLM hands unwritten memory on, and where that holds NaN the interpreter
