@@ -100,7 +100,8 @@ class CompressionRunner(ABC):
                     "model without --kv-compression"
                 )
         compressed = [name for name, spec in specs.items() if _is_compressed(spec)]
-        if not compressed:
+        # A pipeline stage may have layers of other kinds only.
+        if not compressed and self.parallel_config.pipeline_parallel_size == 1:
             raise ValueError(
                 f"KV cache compression found no layer of full attention among {list(specs)}; serve "
                 "this model without --kv-compression"
