@@ -14,13 +14,15 @@ from typing import NamedTuple
 import torch
 
 from rkv_vllm.bench.card import cpu_name
-from rkv_vllm.versions import installed_version
+from rkv_vllm.fit.versions import installed_version
 
 ROOT = Path(__file__).resolve().parent.parent
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 # Writing it there makes the kernel forget the peak of the resident memory.
 _RESET_PEAK = "5"
+# About two milliseconds of an H100.
+_SLEEP_CYCLES = 4_000_000
 
 
 class Quantiles(NamedTuple):
@@ -48,10 +50,13 @@ def quantiles(samples: list[float]) -> Quantiles:
 
 
 def milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """One run; on a GPU between two events of the stream, launch gaps included."""
+    """One run; on a GPU between two events of the stream, without the time that launching takes."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        # The device sleeps a moment, so that launches queue up: seven small kernels take the host
+        # longer to launch than the device to run. A run that waits for the device gains nothing.
+        torch.cuda._sleep(_SLEEP_CYCLES)
         start.record()
         run()
         end.record()

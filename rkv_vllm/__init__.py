@@ -43,8 +43,8 @@ def engine_args(method: str = ServerOptions.method, **options: Any) -> dict[str,
     Raises:
         ValueError: an unknown option, a bad value, or a platform that is not supported.
     """
+    from rkv_vllm.fit.versions import SCHEDULER_CLS, platform_worker_cls
     from rkv_vllm.plugin import register
-    from rkv_vllm.support import SCHEDULER_CLS, platform_worker_cls
 
     of_method = options_of(find_method(method).Options).keys() - OPTIONS.keys()
     own = {name: options.pop(name) for name in list(options) if name in of_method}

@@ -183,7 +183,7 @@ def test_a_dummy_run_between_steps_touches_no_window_and_no_count(random_model_d
         dummies = 0
         while engine.llm.llm_engine.has_unfinished_requests():
             engine.step()
-            if engine.scheduler._planner.num_seats_in_use:
+            if engine.scheduler._tracks[0].planner.num_seats_in_use:
                 before = model_runner._ring_memory.elements.clone()
                 evicted = [r["evicted_tokens"] for r in model_runner.request_reports()]
                 model_runner._dummy_run(4)

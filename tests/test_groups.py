@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import rkv_vllm
-from rkv_vllm import support
 from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.fit import refusals
 from rkv_vllm.methods.rkv import RKV
 from rkv_vllm.scheduling.spec import CompressedAttentionSpec
 from tests.engine import Engine, running_engine
@@ -38,8 +38,9 @@ class Ladder(RKV):
 @pytest.fixture
 def windows_allowed(monkeypatch):
     """Users are refused; what the groups do with such a model is tested all the same."""
-    rules = tuple(rule for rule in support.REFUSALS if rule is not support.window_attention)
-    monkeypatch.setattr(support, "REFUSALS", rules)
+    rules = tuple(rule for rule in refusals.REFUSALS if "sliding-window" not in rule.feature)
+    assert len(rules) == len(refusals.REFUSALS) - 1
+    monkeypatch.setattr(refusals, "REFUSALS", rules)
 
 
 class CacheWatch:

@@ -234,7 +234,8 @@ def test_dummy_batches_of_an_idle_rank_change_nothing(model, one_rank):
             before = runner._ring_memory.elements.clone()
             engine.llm.collective_rpc("execute_dummy_batch")
             assert runner._ring_memory.elements.equal(before)
-            windows_in_use.append(engine.scheduler._planner.num_seats_in_use)
+            (track,) = engine.scheduler._tracks
+            windows_in_use.append(track.planner.num_seats_in_use)
 
         engine.step = step_with_dummy
         run = run_chats(engine)

@@ -1,8 +1,6 @@
 """Runs the children of verify.py: each with a time limit, a log and a result file of its own."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from rkv_vllm.bench.processes import child_environment, process_group
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -25,7 +25,7 @@ class Child:
         rc: exit status, None when it was stopped at its time limit.
         seconds: how long it ran.
         result: what it wrote, also before it failed; None without any.
-        file: where the result stands, in the nursery's folder.
+        file: where the result stands, in the folder of all children.
         tail: last lines of the log of one that failed.
     """
 
@@ -45,7 +45,7 @@ class Child:
             return f"{self.name}: exit status {self.rc}: {self.tail}"
         if self.result is None:
             return f"{self.name}: no result"
-        # What is installed here, or lies in the checkout, is not what the nursery prepared.
+        # What is installed here, or lies in the checkout, is not what verify.py prepared.
         package = self.result.get("package")
         if package and not Path(package).is_relative_to(self.file.parent):
             return f"{self.name}: imported {package}, wanted the copy in {self.file.parent}"
@@ -53,12 +53,12 @@ class Child:
 
 
 @dataclass
-class Nursery:
+class Launcher:
     """Starts children, and knows how much time is left for them.
 
     Attributes:
         folder: for logs and results.
-        env: what children's environment has beyond this process's.
+        env: what their environment has beyond this process's.
         deadline: monotonic time at which everything has to end.
     """
 
@@ -96,42 +96,20 @@ class Nursery:
         command = [*prefix, sys.executable, str(script), *args]
         if script.parent == HERE:
             command += ["--result", str(result)]
-        environment = {**os.environ, **self.env, **(env or {})}
+        environment = child_environment(**{**self.env, **(env or {})})
         self.logs.append(log)
         started = time.monotonic()
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env=environment,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        with process_group(command, log, environment, cwd=self.folder) as process:
             try:
                 rc = process.wait(max(1.0, min(limit, self.seconds_left)))
             except subprocess.TimeoutExpired:
                 rc = None
-            finally:
-                _end_session(process)
         lines = log.read_text(errors="replace").splitlines()
         found = _parse(result.read_text() if result.exists() else "".join(lines[-1:]))
-        tail = "" if rc == 0 else " | ".join(_telling(lines)[-_LOG_TAIL_LINES:])
+        # Lines of vLLM's own progress never explain a failure.
+        telling = [line for line in lines if line.strip() and " INFO " not in line]
+        tail = "" if rc == 0 else " | ".join(telling[-_LOG_TAIL_LINES:])
         return Child(name, rc, time.monotonic() - started, found, result, tail[-1500:])
-
-
-def _end_session(process: subprocess.Popen) -> None:
-    """End what the child left behind, workers included: they are of its session."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
-
-
-def _telling(lines: list[str]) -> list[str]:
-    """Log lines without those that never explain a failure."""
-    return [line for line in lines if line.strip() and " INFO " not in line]
 
 
 def _parse(text: str) -> dict[str, Any] | None:

@@ -1,10 +1,11 @@
-"""When two runs count as equal, and when a ratio may be reported. Imports no torch, no vLLM."""
+"""When what two engines say counts as equal. Imports no torch, no vLLM."""
 
 from typing import Any
 
 # Largest difference of a token's log-probability up to where two texts part, and at that place.
-# Triton multiplies float32 as TF32 by default (11 bits); bf16 has 8, and the logits spread wide.
-LOGPROB_TOLERANCE = {"float32": 1e-2, "bfloat16": 0.25}
+# In 16 bits survivors near the cut differ, and texts part; what then has to hold is nearness to
+# explicit eviction. Measured on a CPU: float16 0.58, bfloat16 0.91 where texts part.
+LOGPROB_TOLERANCE = {"float32": 1e-2, "float16": 1.5, "bfloat16": 2.5}
 # How near an engine has to be to explicit eviction, as a share of its distance from a full cache.
 NEARER_THAN_FULL = 0.3
 
@@ -92,19 +93,3 @@ def compare_with_reference(got: Output, reference: Output) -> dict[str, Any]:
         "mean_gap_to_full": full,
         "compactions": got["compactions"],
     }
-
-
-def compare_runs(stock: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """Ratio of tokens per second at one pool size; None with reasons when it would mean nothing."""
-    problems = []
-    for side, run in (("stock", stock), ("rkv", ours)):
-        if run["lost_requests"]:
-            problems.append(f"{side}: {run['lost_requests']} requests lost or cut short")
-    if not ours["compactions"]:
-        problems.append("rkv: nothing was compacted")
-    if stock["compactions"]:
-        problems.append(f"stock: {stock['compactions']} compactions")
-    if stock["pool_tokens"] != ours["pool_tokens"]:
-        problems.append(f"pools of {stock['pool_tokens']} and {ours['pool_tokens']} tokens")
-    ratio = None if problems else ours["tokens_per_s"] / stock["tokens_per_s"]
-    return {"ratio": ratio, "problems": problems, "stock": stock, "rkv": ours}

@@ -1,9 +1,8 @@
 """A folder from which Python takes this package as if installed, for machines without pip."""
 
 import shutil
-from pathlib import Path
-
 import tomllib
+from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -3,14 +3,13 @@
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rkv_vllm.versions import installed_version
+from rkv_vllm.fit.versions import installed_version
 
 PACKAGE = Path(__file__).resolve().parent.parent
 _DISTRIBUTIONS = ("rkv-vllm", "vllm", "torch", "transformers")
@@ -27,58 +26,43 @@ def make_card(model: str) -> dict[str, Any]:
     """
     card: dict[str, Any] = {
         "command": shlex.join(["rkv-vllm", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}",
         "cpu": f"{os.cpu_count()} x {cpu_name()}",
     }
-    if gpus := _gpu_names():
-        card["gpu"] = ", ".join(gpus)
+    if gpus := printed("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"):
+        card["gpu"] = ", ".join(gpus.splitlines())
     card["load_average"] = [round(load, 2) for load in os.getloadavg()]
     card["python"] = platform.python_version()
     for name in _DISTRIBUTIONS:
         card[name] = installed_version(name) or "not installed"
-    if commit := _commit():
-        card["commit"] = commit
+    git = ("git", "-C", str(PACKAGE))
+    # Installed packages may lie in somebody else's repository.
+    if printed(*git, "ls-files", "__init__.py"):
+        card["commit"] = printed(*git, "describe", "--always", "--dirty")
     card["environment"] = {
-        name: value for name, value in sorted(os.environ.items()) if _is_shown(name)
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_VARIABLES) and not any(word in name.upper() for word in _SECRETS)
     }
     card["model"] = model
     return card
 
 
-def _is_shown(variable: str) -> bool:
-    is_secret = any(word in variable.upper() for word in _SECRETS)
-    return variable.startswith(_VARIABLES) and not is_secret
-
-
 def cpu_name() -> str:
     """The model of the processor as the system names it."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
+    for line in info.read_text().splitlines() if info.exists() else ():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
     return platform.processor() or "unknown"
 
 
-def _gpu_names() -> list[str]:
-    if shutil.which("nvidia-smi") is None:
-        return []
-    return _printed("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
-
-
-def _commit() -> str:
-    """The commit of this package, empty where it does not lie in a git repository of its own."""
-    if shutil.which("git") is None:
+def printed(*command: str) -> str:
+    """What a program prints; nothing where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
         return ""
-    git = ("git", "-C", str(PACKAGE))
-    # Installed packages may lie in somebody else's repository.
-    if not _printed(*git, "ls-files", "__init__.py"):
-        return ""
-    return _printed(*git, "describe", "--always", "--dirty")
-
-
-def _printed(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -11,6 +11,10 @@ from rkv_vllm.bench.workload import Workload
 
 Result = dict[str, Any]
 
+# With a pool of vLLM's own size the query ring makes ours smaller: a part of the price, unless the
+# pool is so small that it decides the comparison.
+POOL_TOLERANCE = 0.01
+
 
 def failed_checks(workload: Workload, results: Sequence[Result]) -> list[str]:
     """Returns the reasons why these runs must not be compared; none when all is well.
@@ -66,10 +70,10 @@ def _differences(workload: Workload, results: Sequence[Result]) -> list[str]:
                 f"{where}: a request too short to be compacted got another text than from {STOCK}, "
                 f"run {stock['repeat']}"
             )
-        wanted = stock["pool_blocks"]
+        wanted, tolerance = stock["pool_blocks"], POOL_TOLERANCE
         if workload.pool_tokens:
             # Engines of data parallelism have a pool each.
-            wanted = workload.pool_blocks * result["engines"]
-        if result["pool_blocks"] != wanted:
+            wanted, tolerance = workload.pool_blocks * result["engines"], 0
+        if abs(result["pool_blocks"] - wanted) > tolerance * wanted:
             problems.append(f"{where}: a pool of {result['pool_blocks']} blocks, wanted {wanted}")
     return problems

@@ -4,27 +4,20 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rkv_vllm.bench.report import grouped
+from rkv_vllm.bench.report import grouped, in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Distinguishable without colour vision and on paper; as in the plot of `plan`.
-_STOCK = "#d55e00"
-_COMPRESSED = "#009e73"
-_PEAK = "#444444"
-_DOT = "#000000"
+_STOCK, _COMPRESSED, _MARK = "#d55e00", "#009e73", "#222222"
 # Characters of a title that fit above one of two plots.
 _TITLE_WIDTH = 56
 
 
 def draw(path: Path, document: dict[str, Any]) -> None:
-    """Write the plot.
-
-    Args:
-        path: the PNG to write.
-        document: what `report.make_document` returns, with at least one result.
+    """Write the plot of a document that has at least one result.
 
     Raises:
         OSError: the file cannot be written.
@@ -33,11 +26,7 @@ def draw(path: Path, document: dict[str, Any]) -> None:
 
 
 def make_figure(document: dict[str, Any]) -> "Figure":
-    """Returns one row per mode: tokens per second, and requests running at once.
-
-    Args:
-        document: as for `draw`.
-    """
+    """Returns one row per mode: tokens per second, and requests running at once."""
     from matplotlib.figure import Figure
 
     results = document["results"]
@@ -48,18 +37,9 @@ def make_figure(document: dict[str, Any]) -> "Figure":
     for (left, right), result in zip(axes, results, strict=True):
         _draw_speed(left, result)
         _draw_running(right, result)
-    figure.suptitle(_title(document), fontsize=11)
-    return figure
-
-
-def _title(document: dict[str, Any]) -> str:
-    workload = document["workload"]
-    pool = f"{workload['pool_tokens']:,}-token pool" if workload["pool_tokens"] else "vLLM's pool"
     model = Path(document["card"]["model"]).name
-    return (
-        f"{model}: {workload['num_prompts']} requests x {workload['output_len']:,} output tokens, "
-        f"{pool}, buffer {workload['buffer']}, {workload['dtype']}"
-    )
+    figure.suptitle(f"{model}: {in_words(document['workload'])}", fontsize=11)
+    return figure
 
 
 def _draw_speed(axes: "Axes", result: dict[str, Any]) -> None:
@@ -68,11 +48,10 @@ def _draw_speed(axes: "Axes", result: dict[str, Any]) -> None:
     ratios = result["ratios"] or {}
     for row, side in enumerate(result["sides"]):
         speeds = [run["tokens_per_s"] for run in result["runs"] if run["side"] == side["side"]]
-        axes.plot(speeds, [row] * len(speeds), "o", color=_DOT, ms=4, alpha=0.7, zorder=3)
+        axes.plot(speeds, [row] * len(speeds), "o", color=_MARK, ms=4, alpha=0.7, zorder=3)
+        ratio = ratios.get(side["side"])
         text = f"{side['tokens_per_s']['median']:,.1f}"
-        if side["side"] in ratios:
-            text += f"  ({ratios[side['side']]['median']:.2f} x)"
-        _label(axes, max(speeds), row, text)
+        _label(axes, max(speeds), row, text + (f"  ({ratio['median']:.2f} x)" if ratio else ""))
     axes.set_xlabel("output tokens per second (median; dots: single runs)")
     title = result["mode"]
     if result["ratios"] is None:
@@ -85,17 +64,15 @@ def _draw_running(axes: "Axes", result: dict[str, Any]) -> None:
     """Bars of means, a mark for the peak; peak blocks and preemptions in words."""
     _bars(axes, result, [side["running_mean"] for side in result["sides"]])
     for row, side in enumerate(result["sides"]):
-        axes.plot([side["running_peak"]], [row], "|", color=_PEAK, ms=16, mew=2, zorder=3)
+        axes.plot([side["running_peak"]], [row], "|", color=_MARK, ms=16, mew=2, zorder=3)
         text = f"{side['running_mean']:.1f}, peak {grouped(side['running_peak'])}"
         _label(axes, max(side["running_peak"], side["running_mean"]), row, text)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("requests running at once (mean; line: peak)")
     axes.set_yticklabels(
-        [
-            f"preemptions: {grouped(side['preemptions'])}\n"
-            f"blocks, peak: {grouped(side['peak_blocks'])} of {side['pool_blocks']:,}"
-            for side in result["sides"]
-        ]
+        f"preemptions: {grouped(side['preemptions'])}\n"
+        f"blocks, peak: {grouped(side['peak_blocks'])} of {side['pool_blocks']:,}"
+        for side in result["sides"]
     )
 
 
@@ -113,7 +90,6 @@ def _bars(axes: "Axes", result: dict[str, Any], values: list[float]) -> None:
 
 def _label(axes: "Axes", right_of: float, row: int, text: str) -> None:
     """Text right of a bar, with room for it on the axis."""
-    axes.annotate(
-        text, (right_of, row), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9
-    )
+    at = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+    axes.annotate(text, (right_of, row), **at)
     axes.set_xlim(right=max(axes.get_xlim()[1], right_of * 1.45))

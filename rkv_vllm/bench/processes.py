@@ -1,13 +1,15 @@
-"""Child processes that do not outlive the benchmark: started in groups of their own, ended whole.
+"""Child processes that do not outlive their starter: in groups of their own, ended whole.
 
-With one exception: a benchmark that is itself ended by SIGKILL cannot end anything. Knows nothing
-of what the children run.
+With one exception: a starter that is itself ended by SIGKILL cannot end anything. Knows nothing of
+what the children run. Used by `rkv-vllm bench`, the demo, the tests and `benchmarks/gpu`. Next:
+server.py for `vllm serve`.
 """
 
 import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 LOG_TAIL_LINES = 30
-STOP_SECONDS = 10
+STOP_SECONDS = 15
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -26,10 +28,10 @@ class ChildError(Exception):
         log_tail: the last lines that it printed.
     """
 
-    def __init__(self, problem: str, log_file: Path | None) -> None:
+    def __init__(self, problem: str, log: Path | None) -> None:
         """Reads the log, if the child came as far as having one."""
         super().__init__(problem)
-        text = "" if log_file is None else log_file.read_text(errors="replace")
+        text = "" if log is None else log.read_text(errors="replace")
         self.log_tail = text.splitlines()[-LOG_TAIL_LINES:]
 
 
@@ -53,7 +55,7 @@ def _interrupt(signum: int, _: FrameType | None) -> None:
 def ended_by_signals() -> Iterator[None]:
     """Turns signals that end a program into an exception; the old handlers come back after it.
 
-    A shell starts background jobs with SIGINT ignored; it ends the benchmark there as well. SIGHUP
+    A shell starts background jobs with SIGINT ignored; it ends the program there as well. SIGHUP
     stays ignored where nohup made it so.
     """
     is_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -69,6 +71,10 @@ def ended_by_signals() -> Iterator[None]:
 @contextmanager
 def _signals_held() -> Iterator[None]:
     """Lets nothing interrupt a block; the first signal that came meanwhile acts after it."""
+    if threading.current_thread() is not threading.main_thread():
+        # Signals interrupt the main thread alone.
+        yield
+        return
     came: list[int] = []
     before = {
         signum: signal.signal(signum, lambda signum, _: came.append(signum))
@@ -86,21 +92,22 @@ def _signals_held() -> Iterator[None]:
 
 @contextmanager
 def process_group(
-    command: Sequence[str], log_file: Path, environment: Mapping[str, str]
+    command: Sequence[str], log: Path, environment: Mapping[str, str], cwd: Path | None = None
 ) -> Iterator[subprocess.Popen]:
     """Runs a command in a process group of its own and ends the whole group afterwards.
 
     Args:
         command: program and arguments.
-        log_file: takes stdout and stderr.
+        log: takes stdout and stderr.
         environment: the whole environment.
+        cwd: folder to run in; by default that of this process.
     """
     process = None
     try:
         # A signal between the start and the assignment would leave an orphan.
-        with _signals_held(), log_file.open("w") as log:
+        with _signals_held(), log.open("w") as file:
             process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment, start_new_session=True
+                command, stdout=file, stderr=file, env=environment, cwd=cwd, start_new_session=True
             )
         yield process
     finally:
@@ -121,20 +128,21 @@ def _end_group(process: subprocess.Popen) -> None:
 def _wait_until_gone(process: subprocess.Popen) -> None:
     deadline = time.monotonic() + STOP_SECONDS
     # Asking for its exit code also keeps the process itself from staying behind as a zombie.
-    while (process.poll() is None or _living(process.pid)) and time.monotonic() < deadline:
+    while (process.poll() is None or living(process.pid)) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
-def _living(pgid: int) -> bool:
-    """Whether the group has a process; zombies, which nobody may be there to reap, are dead."""
+def living(pgid: int) -> list:
+    """Processes of a group; zombies, which nobody may be there to reap, are dead."""
     # Comes with vLLM, which other commands do without.
     import psutil
 
+    found = []
     for process in psutil.process_iter():
         with suppress(ProcessLookupError, psutil.NoSuchProcess):
             if os.getpgid(process.pid) == pgid and process.status() != psutil.STATUS_ZOMBIE:
-                return True
-    return False
+                found.append(process)
+    return found
 
 
 def free_port() -> int:
@@ -146,7 +154,9 @@ def free_port() -> int:
 
 def child_environment(**changes: str) -> dict[str, str]:
     """The environment of this process, with what makes vLLM quiet, offline and unbound."""
-    unproxied = _with_this_machine(os.environ.get("no_proxy") or os.environ.get("NO_PROXY", ""))
+    hosts = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
+    # A star means all hosts only where it stands alone.
+    unproxied = hosts if hosts.strip() == "*" else ",".join(filter(None, (hosts, "127.0.0.1")))
     return {
         # vLLM would bind all threads of an engine to the first core of a small machine.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -159,9 +169,3 @@ def child_environment(**changes: str) -> dict[str, str]:
         "NO_PROXY": unproxied,
         **changes,
     }
-
-
-def _with_this_machine(hosts: str) -> str:
-    """A list of hosts without a proxy, extended by the address of the benchmark's servers."""
-    # A star means all hosts only where it stands alone.
-    return hosts if hosts.strip() == "*" else ",".join(filter(None, (hosts, "127.0.0.1")))

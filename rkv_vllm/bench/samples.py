@@ -6,13 +6,13 @@ to look.
 """
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import mean
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from rkv_vllm.bench.local_http import answer
+from rkv_vllm.bench.server import Server
 
 _COUNTERS = {
     "preemptions": "vllm:num_preemptions_total",
@@ -36,13 +36,13 @@ class Scrape:
     usage: Mapping[str, float]
 
     @classmethod
-    def of(cls, url: str) -> "Scrape":
+    def of(cls, server: Server) -> "Scrape":
         """Look at a server.
 
         Raises:
             requests.RequestException: it does not answer.
         """
-        return cls.parse(answer("GET", f"{url}/metrics").text)
+        return cls.parse(server.ask("GET", "/metrics").text)
 
     @classmethod
     def parse(cls, text: str) -> "Scrape":
@@ -86,44 +86,14 @@ class Scrape:
         )
 
 
-@dataclass
-class Samples:
-    """Looks at one load.
-
-    Attributes:
-        before: the state when it began.
-        during: the states since.
-    """
-
-    before: Scrape
-    during: list[Scrape] = field(default_factory=list)
-
-    def add(self, scrape: Scrape) -> None:
-        """Take one more look in."""
-        self.during.append(scrape)
-
-    @property
-    def generated_tokens(self) -> float:
-        """Output tokens of this load so far."""
-        last = self.during[-1] if self.during else self.before
-        return last.generated_tokens - self.before.generated_tokens
-
-    def counts(self, after: Scrape) -> dict[str, float | int]:
-        """What the load did, as `offline_side.run` names it.
-
-        Args:
-            after: the state when all requests had ended.
-        """
-        running = [scrape.running for scrape in self.during if scrape.running > 0]
-        counters = {
-            name: int(after.values[metric] - self.before.values[metric])
-            for name, metric in _COUNTERS.items()
-        }
-        return {
-            **counters,
-            "running_mean": mean(running) if running else 0.0,
-            "running_peak": int(max(running, default=0)),
-            "peak_blocks": max((scrape.held_blocks for scrape in self.during), default=0),
-            "engines": len(after.pools),
-            "pool_blocks": after.pool_blocks,
-        }
+def counts_of_load(before: Scrape, during: Sequence[Scrape], after: Scrape) -> dict[str, float]:
+    """What a load did, as `offline.run` names it; peaks and means are those of the samples."""
+    running = [scrape.running for scrape in during if scrape.running > 0]
+    return {
+        **{name: int(after.values[of] - before.values[of]) for name, of in _COUNTERS.items()},
+        "running_mean": mean(running) if running else 0.0,
+        "running_peak": int(max(running, default=0)),
+        "peak_blocks": max((scrape.held_blocks for scrape in during), default=0),
+        "engines": len(after.pools),
+        "pool_blocks": after.pool_blocks,
+    }

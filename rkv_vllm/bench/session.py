@@ -1,19 +1,23 @@
-"""All runs of one benchmark, one after the other, each in an empty folder of its own.
+"""All runs of one benchmark, one after the other, each in an empty folder, progress on stderr.
 
 Next: offline.py and served.py.
 """
 
 import json
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
 from rkv_vllm.bench.checks import Result
-from rkv_vllm.bench.offline import Progress, run_offline
+from rkv_vllm.bench.offline import Show, run_offline
 from rkv_vllm.bench.processes import ChildError
-from rkv_vllm.bench.progress import RunProgress
 from rkv_vllm.bench.served import run_served
 from rkv_vllm.bench.sides import Run
 from rkv_vllm.bench.workload import Workload
@@ -38,34 +42,43 @@ def run_all(
     Raises:
         ChildError: a run failed; none is tried after it.
     """
-    with RunProgress(schedule) as progress:
-        for run in schedule:
-            progress.begin(run)
-            numbers = _carry_out(workload, run, engine_flags, progress.show)
+    console = Console(stderr=True, highlight=False)
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(20)]
+    columns += [TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True)]
+    started = time.monotonic()
+    is_live = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not is_live) as bar:
+        task = bar.add_task("", total=len(schedule))
+
+        def show(done: int, name: str, phase: str, share: float) -> None:
+            how_far = f", {share:.0%}" if share else ""
+            bar.update(task, completed=done + share, description=f"{name}, {phase}{how_far}")
+
+        for number, run in enumerate(schedule):
+            name = f"run {number + 1} of {len(schedule)}: {run.side.name}, {run.mode}"
+            if not is_live:
+                seconds = time.monotonic() - started
+                console.print(f"{name} ({seconds:.0f} s so far)", soft_wrap=True)
+            numbers = _carry_out(workload, run, engine_flags, partial(show, number, name))
             names = {"mode": run.mode, "side": run.side.name, "budget": run.side.budget}
             results.append({**names, "repeat": run.repeat, **numbers})
-            progress.end()
 
 
 def _carry_out(
-    workload: Workload, run: Run, engine_flags: Sequence[str], show: Progress
+    workload: Workload, run: Run, engine_flags: Sequence[str], show: Show
 ) -> dict[str, Any]:
     """One run; whatever goes wrong with it leaves the results of the runs before it."""
-    folder = None
+    logs: list[Path] = []
     with ExitStack() as stack:
         try:
             made = tempfile.TemporaryDirectory(prefix="rkv-bench-", ignore_cleanup_errors=True)
             folder = Path(stack.enter_context(made))
+            logs = [folder / name for name in _LOGS]
+            show("starting", 0.0)
             numbers = RUNNERS[run.mode](workload, run.side, engine_flags, folder, show)
             # Refuses what the document could not hold.
             json.dumps(numbers, allow_nan=False)
         except (OSError, LookupError, ValueError) as error:
             problem = f"{run.side.name}, {run.mode}: {type(error).__name__}: {error}"
-            raise ChildError(problem, _last_log(folder)) from error
+            raise ChildError(problem, next(filter(Path.exists, logs), None)) from error
     return numbers
-
-
-def _last_log(folder: Path | None) -> Path | None:
-    if folder is None:
-        return None
-    return next((folder / name for name in _LOGS if (folder / name).exists()), None)

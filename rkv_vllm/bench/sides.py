@@ -3,8 +3,10 @@
 Knows the flags of vLLM by name only. Next: offline.py and served.py, which run one side once.
 """
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from rkv_vllm.config import CONFIG_KEY, OPTIONS, KVCompressionConfig
 
@@ -27,8 +29,6 @@ _TAKEN = {
     "--ignore-eos": "leave it out: all outputs have --output-len tokens",
     **dict.fromkeys(("--host", "--port", "--uds", "--api-key", "--ssl-keyfile"), _OWN_SERVER),
 }
-_COMPRESSION_FLAGS = {option.flag for option in OPTIONS}
-_CONFIG_FLAG = "--additional-config"
 
 
 @dataclass(frozen=True)
@@ -58,93 +58,81 @@ class Run:
     repeat: int
 
 
-def split_engine_flags(flags: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits what follows `--` into flags of every side and flags of the compressed sides.
+class _Refuse(argparse.Action):
+    """The action of a flag that bench decides about."""
 
-    Args:
-        flags: as for `vllm serve`; `--kv-window` and its like only make sense with compression.
-
-    Raises:
-        ValueError: a flag that bench itself decides about, or that may be one, abbreviated.
-    """
-    common: list[str] = []
-    compressed: list[str] = []
-    target, name = common, ""
-    for flag in flags:
-        # Anything else is the value of the flag before it.
-        if flag.startswith("-"):
-            name = _name_of(flag)
-            _refuse_taken(name)
-            target = compressed if name in _COMPRESSION_FLAGS else common
-        if name == _CONFIG_FLAG and CONFIG_KEY in flag:
-            raise ValueError(
-                f"{_CONFIG_FLAG}: got {CONFIG_KEY!r} in it, wanted the stock side without "
-                "compression; pass --budget, --buffer or the --kv-... flags"
-            )
-        target.append(flag)
-    return common, compressed
-
-
-def _name_of(flag: str) -> str:
-    """A flag as vLLM documents it, without its value and without keys (`--flag.key=value`)."""
-    return flag.partition("=")[0].partition(".")[0].replace("_", "-")
-
-
-def _refuse_taken(name: str) -> None:
-    if name in _TAKEN:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        name = self.option_strings[0]
         raise ValueError(
             f"{name}: got it among the flags for vLLM, wanted none that bench decides about; "
             f"{_TAKEN[name]}"
         )
-    if not name.startswith("--") or name in _COMPRESSION_FLAGS:
-        return
-    # vLLM takes what begins like a flag for that flag.
-    for full in (*_TAKEN, *sorted(_COMPRESSION_FLAGS), _CONFIG_FLAG):
-        if full != name and full.startswith(name):
-            raise ValueError(
-                f"{name}: got it among the flags for vLLM, wanted their names in full, and {full} "
-                "begins like it; write it out"
-            )
 
 
-def compression_options(flags: Sequence[str]) -> dict[str, str | int | float]:
-    """Returns the options behind flags of the compressed sides, by their names in the config.
+class _Parser(argparse.ArgumentParser):
+    """Takes what begins like a flag for that flag, as vLLM does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"ENGINE_FLAGS: got {message}, wanted flags of vllm serve; correct it")
+
+
+def split_engine_flags(flags: Sequence[str]) -> tuple[list[str], dict[str, str | int | float]]:
+    """Splits what follows `--` into flags of every side and options of the compressed sides.
 
     Args:
-        flags: each with its value, `--flag value` or `--flag=value`.
+        flags: as for `vllm serve`; `--kv-window` and its like only make sense with compression.
+
+    Returns:
+        The flags of every side, and values by option, those of the compressed sides.
 
     Raises:
-        ValueError: a flag without a value or with two, or a value of another type.
+        ValueError: a flag that bench itself decides about, also abbreviated, or a value that an
+            option of compression does not take.
     """
-    options = {}
-    rest = list(flags)
-    option = None
-    while rest:
-        name, is_joined, value = rest.pop(0).partition("=")
-        if option is not None and not name.startswith("-"):
+    parser = _Parser(add_help=False)
+    for name in _TAKEN:
+        parser.add_argument(name, action=_Refuse, nargs="?")
+    for option in OPTIONS:
+        if option.flag not in _TAKEN:
+            parser.add_argument(option.flag, dest=option.name, nargs="+", default=argparse.SUPPRESS)
+    # vLLM takes underscores for dashes; what follows "=" or "." is a value or a key.
+    spelled = [_with_dashes(flag) if flag.startswith("--") else flag for flag in flags]
+    found, common = parser.parse_known_args(spelled)
+    for i, flag in enumerate(common):
+        if flag.startswith("--additional") and CONFIG_KEY in "".join(common[i : i + 2]):
             raise ValueError(
-                f"ENGINE_FLAGS: got {name!r} after {option.flag}, wanted a flag; remove it"
+                f"--additional-config: got {CONFIG_KEY!r} in it, wanted the stock side without "
+                "compression; pass --budget, --buffer or the --kv-... flags"
             )
-        option = next(each for each in OPTIONS if each.flag == _name_of(name))
-        if not is_joined:
-            value = rest.pop(0) if rest else ""
-        try:
-            options[option.name] = option.check(option.parse(value))
-        except ValueError as error:
-            raise ValueError(
-                f"{option.flag}: got {value!r}, wanted {option.takes}; correct it"
-            ) from error
-    return options
+    given = vars(found)
+    return common, {o.name: _value(o, *given[o.name]) for o in OPTIONS if given.get(o.name)}
 
 
-def make_sides(budgets: Sequence[int], buffer: int, compressed_flags: Sequence[str]) -> list[Side]:
+def _with_dashes(flag: str) -> str:
+    end = min((i for i in (flag.find("="), flag.find(".")) if i >= 0), default=len(flag))
+    return flag[:end].replace("_", "-") + flag[end:]
+
+
+def _value(option: Any, text: str, *more: str) -> str | int | float:
+    if more:
+        raise ValueError(
+            f"ENGINE_FLAGS: got {more[0]!r} after {option.flag}, wanted a flag; remove it"
+        )
+    try:
+        return option.check(option.parse(text))
+    except ValueError as error:
+        raise ValueError(
+            f"{option.flag}: got {text!r}, wanted {option.takes}; correct it"
+        ) from error
+
+
+def make_sides(budgets: Sequence[int], buffer: int, options: dict[str, Any]) -> list[Side]:
     """Returns the stock side and one for each budget, in the order of the tables."""
+    flags = {option.name: option.flag for option in OPTIONS}
     sides = [Side(None, ())]
     for budget in budgets:
-        method = f"--kv-compression={KVCompressionConfig.method}"
-        own = (method, f"--kv-budget={budget}", f"--kv-buffer={buffer}")
-        # The last one of equal flags holds.
-        sides.append(Side(budget, (*own, *compressed_flags)))
+        own = {"method": KVCompressionConfig.method, "budget": budget, "buffer": buffer, **options}
+        sides.append(Side(budget, tuple(f"{flags[name]}={own[name]}" for name in own)))
     return sides
 
 

@@ -5,7 +5,7 @@ Knows no process and no vLLM. Next: sides.py.
 
 from dataclasses import dataclass
 
-from rkv_vllm.request_options import RequestOptions
+from rkv_vllm.policy import EveryBuffer, Terms
 
 PROBE_LEN = 32
 
@@ -162,9 +162,9 @@ def num_compactions(
         budget: kept by a compaction.
         buffer: decoded between two compactions.
         in_flight: tokens computed but not settled: 1, with asynchronous scheduling 2.
-
-    Source: SPEC section 3.
     """
-    first_due = RequestOptions(budget, buffer).first_due_at(prompt_len)
-    settled = prompt_len + output_len - 1 - in_flight
-    return 0 if settled < first_due else 1 + (settled - first_due) // buffer
+    policy, terms = EveryBuffer(window=0), Terms(budget, buffer)
+    due, count = policy.first_due_at(terms, prompt_len), 0
+    while due <= prompt_len + output_len - 1 - in_flight:
+        due, count = policy.next_due_at(terms, due), count + 1
+    return count

@@ -26,37 +26,28 @@ from rkv_vllm.cli.bench_input import (
     read_budgets,
     usage_errors,
 )
-from rkv_vllm.cli.checkpoint import DTYPES
 from rkv_vllm.cli.errors import REFUSED, CommandError, one_line_errors
+from rkv_vllm.cli.options import DTYPES, RKV, ModelArgument, option
 
 ScenarioName = Enum("ScenarioName", {name: name for name in SCENARIOS}, type=str)
 ModeName = Enum("ModeName", {name: name for name in ("offline", "served", "both")}, type=str)
-
-
-def _of_scenario(field: str) -> str:
-    """What a field is in every scenario, for --help."""
-    values = {name: getattr(scenario, field) for name, scenario in SCENARIOS.items()}
-    shown = {
-        name: ",".join(map(str, value)) if isinstance(value, tuple) else value
-        for name, value in values.items()
-    }
-    if len(set(shown.values())) == 1:
-        return f"Default: {next(iter(shown.values()))}."
-    return "Default: " + ", ".join(f"{value} ({name})" for name, value in shown.items()) + "."
-
-
-def _option(panel: str, metavar: str, meaning: str, *flags: str, **settings: Any) -> Any:
-    return typer.Option(*flags, rich_help_panel=panel, metavar=metavar, help=meaning, **settings)
-
-
 _LOAD = "Requests"
 _ENGINE = "Engine, equal on all sides"
-_RKV = "R-KV (as for vllm serve)"
 _CLIENT = "Arrival at a server (as for vllm bench serve)"
-ModelArgument = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or a hub id in the local cache."),
-]
+
+
+def _preset(panel: str, field: str, metavar: str, meaning: str, *flags: str, **more: Any) -> Any:
+    """An option whose default is the scenario's."""
+    shown = {}
+    for name, scenario in SCENARIOS.items():
+        value = getattr(scenario, field)
+        shown[name] = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    defaults = ", ".join(f"{value} ({name})" for name, value in shown.items())
+    if len(set(shown.values())) == 1:
+        defaults = next(iter(shown.values()))
+    return option(panel, metavar, f"{meaning} Default: {defaults}.", *flags, **more)
+
+
 EngineFlags = Annotated[
     list[str] | None,
     typer.Argument(
@@ -78,78 +69,36 @@ ModeOption = Annotated[
     typer.Option(help="offline: LLM.generate. served: vllm serve, loaded by vllm bench serve."),
 ]
 Repeats = Annotated[int, typer.Option(metavar="RUNS", help="Runs of every side.", min=1)]
+_KEPT = "Kept by a compaction; a side for each: repeat it, or put commas between."
 Budgets = Annotated[
-    list[str] | None,
-    _option(
-        _RKV,
-        "TOKENS",
-        "Kept by a compaction; a side for each: repeat it, or put commas between. "
-        + _of_scenario("budgets"),
-        "--budget",
-        "--kv-budget",
-    ),
+    list[str] | None, _preset(RKV, "budgets", "TOKENS", _KEPT, "--budget", "--kv-budget")
 ]
+_BETWEEN = "Between two compactions."
 Buffer = Annotated[
-    int | None,
-    _option(
-        _RKV,
-        "TOKENS",
-        f"Between two compactions. {_of_scenario('buffer')}",
-        "--buffer",
-        "--kv-buffer",
-    ),
+    int | None, _preset(RKV, "buffer", "TOKENS", _BETWEEN, "--buffer", "--kv-buffer")
 ]
+_ALL = "Requests, all different."
+_NUM_FLAGS = ("--num-prompts", "--num-requests")
 NumPrompts = Annotated[
-    int | None,
-    _option(
-        _LOAD,
-        "REQUESTS",
-        f"Requests, all different. {_of_scenario('num_prompts')}",
-        "--num-prompts",
-        "--num-requests",
-        min=1,
-    ),
+    int | None, _preset(_LOAD, "num_prompts", "REQUESTS", _ALL, *_NUM_FLAGS, min=1)
 ]
-OutputLen = Annotated[
-    int | None,
-    _option(_LOAD, "TOKENS", f"Forced output of each request. {_of_scenario('output_len')}", min=1),
-]
-DatasetPath = Annotated[
-    Path | None,
-    _option(
-        _LOAD,
-        "FILE.jsonl",
-        'Your prompts, one {"prompt": "..."} per line, without a chat template: the model\'s own '
-        "is applied. Default: tasks in arithmetic, about 70 tokens each.",
-    ),
-]
-Seed = Annotated[int, _option(_LOAD, "NUMBER", "Of the order of the prompts, and of the engines.")]
-PoolTokens = Annotated[
-    int | None,
-    _option(
-        _ENGINE,
-        "TOKENS",
-        f"Held by the pool of KV blocks; 0: vLLM's own size. {_of_scenario('pool_tokens')}",
-        min=0,
-    ),
-]
-BlockSize = Annotated[
-    int | None, _option(_ENGINE, "TOKENS", f"Per block. {_of_scenario('block_size')}", min=1)
-]
-Dtype = Annotated[
-    str | None,
-    _option(
-        _ENGINE,
-        "DTYPE",
-        f"Of weights and cache: {', '.join(DTYPES)}. {_of_scenario('dtype')}",
-    ),
-]
-RequestRate = Annotated[
-    float, _option(_CLIENT, "PER_SECOND", "Requests that arrive per second; inf: all at once.")
-]
-MaxConcurrency = Annotated[
-    int | None, _option(_CLIENT, "REQUESTS", "Open at the same time. Default: all.", min=1)
-]
+_FORCED = "Forced output of each request."
+OutputLen = Annotated[int | None, _preset(_LOAD, "output_len", "TOKENS", _FORCED, min=1)]
+_OWN_PROMPTS = (
+    'Your prompts, one {"prompt": "..."} per line, without a chat template: the model\'s own is '
+    "applied. Default: tasks in arithmetic, about 70 tokens each."
+)
+DatasetPath = Annotated[Path | None, option(_LOAD, "FILE.jsonl", _OWN_PROMPTS)]
+Seed = Annotated[int, option(_LOAD, "NUMBER", "Of the order of the prompts, and of the engines.")]
+_POOL = "Held by the pool of KV blocks; 0: vLLM's own size."
+PoolTokens = Annotated[int | None, _preset(_ENGINE, "pool_tokens", "TOKENS", _POOL, min=0)]
+BlockSize = Annotated[int | None, _preset(_ENGINE, "block_size", "TOKENS", "Per block.", min=1)]
+_DTYPE = f"Of weights and cache: {', '.join(DTYPES)}."
+Dtype = Annotated[str | None, _preset(_ENGINE, "dtype", "DTYPE", _DTYPE)]
+_RATE = "Requests that arrive per second; inf: all at once."
+RequestRate = Annotated[float, option(_CLIENT, "PER_SECOND", _RATE)]
+_OPEN = "Open at the same time. Default: all."
+MaxConcurrency = Annotated[int | None, option(_CLIENT, "REQUESTS", _OPEN, min=1)]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one line, the JSON document; no card, no table.")
 ]
@@ -218,14 +167,14 @@ def run_benchmark(
                         block_size=block_size,
                         dtype=dtype,
                     )
-                    common, compressed = split_engine_flags(engine_flags or ())
+                    common, compression = split_engine_flags(engine_flags or ())
                     modes = ("offline", "served") if mode is ModeName.both else (mode.value,)
-                    check_options(load, compressed, request_rate)
+                    check_options(load, compression, request_rate)
                     check_packages(modes, plot)
                     workload = make_workload(
                         model, load, dataset_path, seed, request_rate, max_concurrency
                     )
-                    sides = make_sides(load.budgets, load.buffer, compressed)
+                    sides = make_sides(load.budgets, load.buffer, compression)
                 card = make_card(model)
                 run_all(workload, make_schedule(modes, sides, repeats), common, results)
         except ChildError as error:

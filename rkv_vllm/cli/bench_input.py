@@ -7,15 +7,13 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from rkv_vllm.bench.prompts import PROBES, make_renderer, own_prompts, read_prompts
-from rkv_vllm.bench.sides import compression_options
 from rkv_vllm.bench.workload import Scenario, Workload
 from rkv_vllm.cli.checkpoint import Decoder, check_dtype, find_config, read_config, read_decoder
-from rkv_vllm.cli.errors import REFUSED, CommandError
+from rkv_vllm.cli.errors import CommandError, check_plot, require_package
 from rkv_vllm.config import KVCompressionConfig
 
 
@@ -51,7 +49,7 @@ def read_budgets(texts: Sequence[str]) -> tuple[int, ...] | None:
     return budgets or None
 
 
-def check_options(load: Scenario, compressed_flags: Sequence[str], request_rate: float) -> None:
+def check_options(load: Scenario, compression: dict[str, Any], request_rate: float) -> None:
     """Refuse what needs neither the model nor its tokenizer to be seen as wrong."""
     if not request_rate > 0:
         raise CommandError(
@@ -59,40 +57,16 @@ def check_options(load: Scenario, compressed_flags: Sequence[str], request_rate:
             "out to send all at once"
         )
     check_dtype(load.dtype)
-    options = compression_options(compressed_flags)
     for budget in load.budgets:
-        KVCompressionConfig(**{"budget": budget, "buffer": load.buffer, **options})
+        KVCompressionConfig(**{"budget": budget, "buffer": load.buffer, **compression})
 
 
 def check_packages(modes: Sequence[str], plot: Path | None) -> None:
     """Refuse what would fail at the end, for want of a package or of a place for the plot."""
-    if plot is not None:
-        _check_path(plot)
-        _require("matplotlib", "--plot")
+    check_plot(plot)
     if "served" in modes:
         # vLLM's client reads prompts with it, and has it in an extra of its own.
-        _require("pandas", "--mode served")
-
-
-def _require(package: str, option: str) -> None:
-    try:
-        import_module(package)
-    except ImportError as error:
-        raise CommandError(
-            f"{option}: got an installation in which {package} cannot be imported ({error}), "
-            f"wanted one that has it; run: pip install {package}",
-            REFUSED,
-        ) from error
-
-
-def _check_path(path: Path) -> None:
-    target = path if path.exists() else path.parent
-    is_png = path.suffix.lower() == ".png" and not path.is_dir()
-    if not is_png or not path.parent.is_dir() or not os.access(target, os.W_OK):
-        raise CommandError(
-            f"--plot: got {str(path)!r}, wanted a file that ends in .png and can be written, in a "
-            "folder that exists; change the path"
-        )
+        require_package("pandas", "--mode served")
 
 
 def make_workload(

@@ -1,7 +1,7 @@
 """What `rkv-vllm doctor` looks at, as a list of findings.
 
-Asks the code that a start asks: `support.py` for versions, platform and model, `signatures/` for
-vLLM's functions, `kernels/` for what was built. Imports torch and vLLM, so call it late.
+Asks the code that a start asks: `fit/` for versions, platform, vLLM's functions and the model,
+`kernels/` for what was built. Imports torch and vLLM, so call it late.
 """
 
 import os
@@ -11,10 +11,17 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from rkv_vllm import support
 from rkv_vllm.cli.errors import CommandError
 from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
-from rkv_vllm.signatures import Part, check_signatures
+from rkv_vllm.fit.overrides import check_overrides
+from rkv_vllm.fit.refusals import ATTENTION_BACKENDS, REFUSALS
+from rkv_vllm.fit.versions import (
+    SCHEDULER_CLS,
+    SUPPORTED_VLLM,
+    WORKER_CLS,
+    check_vllm_version,
+    platform_worker_cls,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -62,8 +69,8 @@ def examine(folder: str | None, engine_flags: Sequence[str]) -> Iterator[Finding
             f"{type(error).__name__}: {error}; install vLLM and its requirements again",
         )
         return
-    yield _passes("vLLM's version", support.check_vllm_version, f"in {support.SUPPORTED_VLLM}")
-    yield _passes("vLLM's functions", lambda: check_signatures(Part.ENGINE), "as expected")
+    yield _passes("vLLM's version", check_vllm_version, f"in {SUPPORTED_VLLM}")
+    yield _passes("vLLM's functions", lambda: check_overrides(SCHEDULER_CLS), "as expected")
     yield _plugin()
     yield from _platform()
     yield _cpp_kernels()
@@ -86,13 +93,12 @@ def _model(folder: str, engine_flags: Sequence[str]) -> Iterator[Finding]:
     yield _runner(vllm_config)
     yield _backend(vllm_config)
     yield _compaction(vllm_config)
-    for rule in support.REFUSALS:
-        refusal = rule(vllm_config)
-        name = rule.__name__.replace("_", " ")
-        if refusal is None:
-            yield Finding("features", name, "ok", "not in use")
+    for rule in REFUSALS:
+        sentence = rule.find(vllm_config)
+        if sentence is None:
+            yield Finding("features", rule.feature, "ok", "not in use")
         else:
-            yield Finding("features", name, "refused", str(refusal))
+            yield Finding("features", rule.feature, "refused", sentence)
 
 
 def _versions() -> Iterator[Finding]:
@@ -108,7 +114,7 @@ def _installed(name: str) -> Finding:
         pass
     if name == "triton":
         return Finding("versions", name, "note", "not installed; GPUs need it")
-    cure = {"vllm": f'pip install "vllm{support.SUPPORTED_VLLM}"'}.get(name, f"pip install {name}")
+    cure = {"vllm": f'pip install "vllm{SUPPORTED_VLLM}"'}.get(name, f"pip install {name}")
     return Finding("versions", name, "refused", f"not installed; run: {cure}")
 
 
@@ -147,16 +153,16 @@ def _platform() -> Iterator[Finding]:
     from vllm.platforms import current_platform
 
     name = current_platform.device_name or "none"
-    if name in support.WORKER_CLS:
+    if name in WORKER_CLS:
         device = f"{name}: {current_platform.get_device_name()}"
         yield Finding("device", "platform", "ok", device)
-        yield Finding("device", "worker", "ok", support.WORKER_CLS[name])
-        backends = ", ".join(support.ATTENTION_BACKENDS)
+        yield Finding("device", "worker", "ok", WORKER_CLS[name])
+        backends = ", ".join(ATTENTION_BACKENDS)
         yield Finding("device", "attention backends known", "ok", backends)
         yield _default_runner()
         return
     try:
-        support.platform_worker_cls()
+        platform_worker_cls()
     except ValueError as error:
         yield Finding("device", "platform", "refused", str(error))
 
@@ -237,7 +243,7 @@ def _engine_args(folder: str, engine_flags: Sequence[str]) -> "AsyncEngineArgs":
 
 
 def _engine_config(engine_args: "AsyncEngineArgs") -> "VllmConfig":
-    """What a start makes, short of `support.check`, whose rules are gone through one by one.
+    """What a start makes, short of `refusals.check`, whose rules are gone through one by one.
 
     Raises:
         ValueError: options or features that are refused before there is a config.

@@ -91,7 +91,7 @@ def _not_a_flag(model: str) -> str:
 def _print(findings: "list[Finding]", model: str | None, refused: bool) -> None:
     console = Console(highlight=False)
     table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
+    table.add_column(max_width=28)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for topic, group in groupby(findings, key=lambda finding: finding.topic):
@@ -115,5 +115,5 @@ def _rows(findings: "Iterable[Finding]") -> list[tuple[str, str, str]]:
         else:
             rows.append((finding.name, finding.status, finding.message))
     if absent:
-        rows.append(("not in use", "ok", ", ".join(absent)))
+        rows.append(("not in use", "ok", "; ".join(absent)))
     return rows

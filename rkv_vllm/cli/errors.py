@@ -1,7 +1,10 @@
 """How a command ends when it cannot do what was asked: one line on stderr and an exit code."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
 
 import typer
 
@@ -30,3 +33,29 @@ def one_line_errors() -> Iterator[None]:
     except CommandError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
+
+
+def require_package(package: str, option: str) -> None:
+    """Raise CommandError where an option's package cannot be imported."""
+    try:
+        import_module(package)
+    except ImportError as error:
+        raise CommandError(
+            f"{option}: got an installation in which {package} cannot be imported ({error}), "
+            f"wanted one that has it; run: pip install {package}",
+            REFUSED,
+        ) from error
+
+
+def check_plot(path: Path | None) -> None:
+    """Raise CommandError unless the plot, if one is wanted, can be drawn and written."""
+    if path is None:
+        return
+    target = path if path.exists() else path.parent
+    is_png = path.suffix.lower() == ".png" and not path.is_dir()
+    if not is_png or not path.parent.is_dir() or not os.access(target, os.W_OK):
+        raise CommandError(
+            f"--plot: got {str(path)!r}, wanted a file that ends in .png and can be written, in a "
+            "folder that exists; change the path"
+        )
+    require_package("matplotlib", "--plot")

@@ -5,7 +5,6 @@ the plot in `plot.py`.
 """
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,89 +12,46 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rkv_vllm.cli.capacity import Capacity, Machine, Side, Workload, make_capacity
 from rkv_vllm.cli.checkpoint import (
-    DTYPES,
-    Decoder,
     check_dtype,
     find_config,
     read_config,
     read_decoder,
+    weight_bytes,
 )
-from rkv_vllm.cli.errors import REFUSED, CommandError, one_line_errors
+from rkv_vllm.cli.errors import REFUSED, CommandError, check_plot, one_line_errors
+from rkv_vllm.cli.options import DTYPES, RKV, ModelArgument, option, tokens
 from rkv_vllm.cli.sizes import format_size, parse_size
 from rkv_vllm.config import KVCompressionConfig
 
 # vLLM's default for --max-num-seqs on GPUs below 70 GiB; above it is larger.
 SMALLEST_MAX_NUM_SEQS = 256
+_LOAD, _MEMORY = "Requests", "Memory"
+_SLOTS = "Watched at once; their memory is counted."
+_SLOT_FLAGS = ("--observation-slots", "--kv-observation-slots")
+_RESERVED = "Activations, CUDA graphs and libraries on one GPU. A guess: vLLM measures it at start."
+_WEIGHTS = "Weights of the whole model, where neither files nor config.json tell."
+_CACHE = "The cache of one GPU as it is, as for vllm serve; then nothing else is counted."
+_SHARE = "Share of it that vLLM may use, above 0, at most 1."
+_DTYPE = f"Of weights and cache: {', '.join(DTYPES)}."
 
-
-def _option(panel: str, metavar: str, meaning: str, *flags: str, **settings: Any) -> Any:
-    return typer.Option(
-        *flags, rich_help_panel=panel, metavar=metavar, help=meaning, show_default=True, **settings
-    )
-
-
-def _length(panel: str, meaning: str, *flags: str) -> Any:
-    return _option(panel, "TOKENS", meaning, *flags, min=1)
-
-
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="Folder with config.json, or a hub id in the local cache."
-    ),
-]
-PromptLen = Annotated[int, _length("Requests", "Tokens of a prompt.")]
-OutputLen = Annotated[int, _length("Requests", "Tokens of an output.")]
-_RKV = "R-KV (as for vllm serve)"
-Budget = Annotated[int, _length(_RKV, "Kept by a compaction.", "--budget", "--kv-budget")]
-Buffer = Annotated[int, _length(_RKV, "Between two compactions.", "--buffer", "--kv-buffer")]
-Window = Annotated[int, _length(_RKV, "Newest, always kept.", "--window", "--kv-window")]
-ObservationSlots = Annotated[
-    int,
-    _option(
-        _RKV,
-        "REQUESTS",
-        "Watched at once; their memory is counted.",
-        "--observation-slots",
-        "--kv-observation-slots",
-        min=1,
-    ),
-]
-_MEMORY = "Memory"
-GpuMemory = Annotated[str, _option(_MEMORY, "SIZE", "Of one GPU: 80GiB, 24GB or bytes.")]
-Utilization = Annotated[
-    float, _option(_MEMORY, "SHARE", "Share of it that vLLM may use, above 0, at most 1.")
-]
-Reserved = Annotated[
-    str,
-    _option(
-        _MEMORY,
-        "SIZE",
-        "Activations, CUDA graphs and libraries on one GPU. A guess: vLLM measures it at start.",
-    ),
-]
-Weights = Annotated[
-    str,
-    _option(_MEMORY, "SIZE", "Weights of the whole model, instead of estimating them."),
-]
-KvCacheMemory = Annotated[
-    str,
-    _option(
-        _MEMORY,
-        "SIZE",
-        "The cache of one GPU as it is, as for vllm serve; then nothing else is counted.",
-    ),
-]
-BlockSize = Annotated[int, _length(_MEMORY, "Tokens per block.")]
-Dtype = Annotated[str, _option(_MEMORY, "DTYPE", f"Of weights and cache: {', '.join(DTYPES)}.")]
-TensorParallel = Annotated[int, _option(_MEMORY, "GPUS", "That share the model.", min=1)]
+PromptLen = Annotated[int, tokens(_LOAD, "Tokens of a prompt.")]
+OutputLen = Annotated[int, tokens(_LOAD, "Tokens of an output.")]
+Budget = Annotated[int, tokens(RKV, "Kept by a compaction.", "--budget", "--kv-budget")]
+Buffer = Annotated[int, tokens(RKV, "Between two compactions.", "--buffer", "--kv-buffer")]
+Window = Annotated[int, tokens(RKV, "Newest, always kept.", "--window", "--kv-window")]
+ObservationSlots = Annotated[int, option(RKV, "REQUESTS", _SLOTS, *_SLOT_FLAGS, min=1)]
+GpuMemory = Annotated[str, option(_MEMORY, "SIZE", "Of one GPU: 80GiB, 24GB or bytes.")]
+Utilization = Annotated[float, option(_MEMORY, "SHARE", _SHARE)]
+Reserved = Annotated[str, option(_MEMORY, "SIZE", _RESERVED)]
+Weights = Annotated[str, option(_MEMORY, "SIZE", _WEIGHTS)]
+KvCacheMemory = Annotated[str, option(_MEMORY, "SIZE", _CACHE)]
+BlockSize = Annotated[int, tokens(_MEMORY, "Tokens per block.")]
+Dtype = Annotated[str, option(_MEMORY, "DTYPE", _DTYPE)]
+TensorParallel = Annotated[int, option(_MEMORY, "GPUS", "That share the model.", min=1)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, no table.")]
-PlotFile = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE.png", help="Draw requests at once against output length."),
-]
+_DRAWN = "Draw requests at once against output length."
+PlotFile = Annotated[Path | None, typer.Option(metavar="FILE.png", help=_DRAWN)]
 
 
 def show_plan(
@@ -119,8 +75,9 @@ def show_plan(
 ) -> None:
     """Print how many requests a GPU holds at once: stock, with an fp8 cache, and with R-KV.
 
-    Needs config.json only: no weights, no GPU, no network. The weights are estimated from it. Give
-    the memory with --gpu-memory, or that of the cache alone with --kv-cache-memory-bytes.
+    Needs config.json only: no weights, no GPU, no network; without files of weights beside it
+    their size is estimated. Give the memory with --gpu-memory, or that of the cache alone with
+    --kv-cache-memory-bytes.
 
     Two counts are printed. Peak: each request has room for the longest that it still becomes, so
     none is preempted; R-KV admits by this count. Mean: requests of evenly spread ages; stock vLLM
@@ -137,46 +94,63 @@ def show_plan(
     Exit codes: 0 fine; 1 the model or one request does not fit, or is not supported; 2 the command
     line is wrong.
     """
+    # Only now: it imports numpy.
+    from rkv_vllm.cli.capacity import Machine, make_capacity
+    from rkv_vllm.cli.plot import draw
+
     with one_line_errors():
-        if plot is not None:
-            _check_plot(plot)
-        config = _compression(budget, buffer, window, observation_slots)
-        workload = Workload(prompt_len, output_len)
+        check_plot(plot)
+        try:
+            config = KVCompressionConfig(
+                budget=budget, buffer=buffer, window=window, observation_slots=observation_slots
+            )
+        except ValueError as error:
+            raise CommandError(str(error)) from error
         check_dtype(dtype)
-        decoder = read_decoder(read_config(find_config(model)))
+        memory, cache = _memory(gpu_memory, gpu_memory_utilization, kv_cache_memory_bytes)
+        found = find_config(model)
+        decoder = read_decoder(read_config(found))
+        # They do not matter when the size of the cache is given, so they need not be known.
+        size, is_guess = 0, False
+        if weights:
+            size = parse_size("--weights", weights)
+        elif cache is None:
+            size, is_guess = weight_bytes(found.parent, decoder, dtype)
+        reserve = parse_size("--reserved", reserved, smallest=0)
         machine = Machine(
-            *_memory(gpu_memory, gpu_memory_utilization, kv_cache_memory_bytes),
-            reserved=parse_size("--reserved", reserved, smallest=0),
-            weights=_weights(weights, kv_cache_memory_bytes, decoder, dtype),
-            tensor_parallel=tensor_parallel_size,
+            memory, gpu_memory_utilization, cache, reserve, size, tensor_parallel_size
         )
         capacity = make_capacity(decoder, machine, dtype, block_size, config)
-        _require_room(capacity, workload)
+        longest = capacity.rkv.longest_output(prompt_len)
+        _require_room(prompt_len, output_len, longest)
+        document = {
+            "model": model,
+            "prompt_len": prompt_len,
+            "output_len": output_len,
+            **{n: getattr(config, n) for n in ("budget", "buffer", "window", "observation_slots")},
+            "block_size": block_size,
+            "tensor_parallel_size": tensor_parallel_size,
+            "weight_bytes": size // tensor_parallel_size or None,
+            "observation_bytes": capacity.ring_bytes,
+            "sides": {
+                pool.name: _pool_document(pool, prompt_len, output_len) for pool in capacity.pools
+            },
+        }
+        document["notes"] = _notes(document, decoder.max_positions, is_guess)
         if plot is not None:
-            from rkv_vllm.cli.plot import draw
-
-            draw(plot, capacity, workload, Path(model).name, decoder.max_positions)
-    document = {"model": model, **_document(capacity, machine, workload)}
-    document["notes"] = _notes(capacity, machine, workload, decoder, not weights)
+            if decoder.max_positions is not None:
+                longest = min(longest, max(decoder.max_positions - prompt_len, output_len))
+            title = f"{Path(model).name}: prompt {prompt_len:,}, budget {budget:,}, "
+            title += f"buffer {buffer:,}"
+            draw(plot, title, capacity, prompt_len, output_len, longest)
     if as_json:
         typer.echo(json.dumps(document))
     else:
-        _print(document, capacity)
+        _print(document, [pool.label for pool in capacity.pools])
 
 
-def _compression(budget: int, buffer: int, window: int, slots: int) -> KVCompressionConfig:
-    try:
-        return KVCompressionConfig(
-            budget=budget, buffer=buffer, window=window, observation_slots=slots
-        )
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-
-
-def _memory(
-    gpu_memory: str, utilization: float, kv_cache_memory: str
-) -> tuple[int, float, int | None]:
-    """Bytes of a GPU, the share of it that may be used, bytes of the cache if those are given."""
+def _memory(gpu_memory: str, utilization: float, kv_cache_memory: str) -> tuple[int, int | None]:
+    """Bytes of a GPU, and bytes of the cache if those are given."""
     if bool(gpu_memory) == bool(kv_cache_memory):
         got = "both" if gpu_memory else "neither"
         raise CommandError(
@@ -189,39 +163,17 @@ def _memory(
             "vLLM's default is 0.92"
         )
     if kv_cache_memory:
-        return 0, utilization, parse_size("--kv-cache-memory-bytes", kv_cache_memory)
-    return parse_size("--gpu-memory", gpu_memory), utilization, None
+        return 0, parse_size("--kv-cache-memory-bytes", kv_cache_memory)
+    return parse_size("--gpu-memory", gpu_memory), None
 
 
-def _weights(weights: str, kv_cache_memory: str, decoder: Decoder, dtype: str) -> int:
-    if weights:
-        return parse_size("--weights", weights)
-    # They do not matter when the size of the cache is given, so they need not be known.
-    return 0 if kv_cache_memory else decoder.weight_bytes(dtype)
-
-
-def _check_plot(path: Path) -> None:
-    if path.suffix.lower() != ".png" or not path.parent.is_dir():
-        raise CommandError(
-            f"--plot: got {str(path)!r}, wanted a file that ends in .png, in a folder that exists; "
-            "change the path"
-        )
-    if find_spec("matplotlib") is None:
-        raise CommandError(
-            "--plot: got an installation without matplotlib, wanted one that has it; run: "
-            "pip install matplotlib",
-            REFUSED,
-        )
-
-
-def _require_room(capacity: Capacity, workload: Workload) -> None:
-    if capacity.rkv.holds_whole(workload):
+def _require_room(prompt_len: int, output_len: int, longest: int) -> None:
+    """Raise CommandError unless the pool holds one whole request."""
+    if output_len <= longest:
         return
-    longest = capacity.longest_output(workload.prompt_len)
-    name, got, wanted = "--output-len", workload.output_len, f"at most {longest}"
+    name, got, wanted = "--output-len", output_len, f"at most {longest}"
     if longest < 1:
-        name, got = "--prompt-len", workload.prompt_len
-        wanted = f"at most {longest + workload.prompt_len - 1}"
+        name, got, wanted = "--prompt-len", prompt_len, f"at most {longest + prompt_len - 1}"
     raise CommandError(
         f"{name}: got {got}, wanted {wanted}: the pool must hold one request uncompressed, with "
         "R-KV as without, because a prompt and a preempted text are computed whole; lower it or "
@@ -230,86 +182,53 @@ def _require_room(capacity: Capacity, workload: Workload) -> None:
     )
 
 
-def _document(capacity: Capacity, machine: Machine, workload: Workload) -> dict[str, Any]:
-    """The answer as plain JSON; sizes in bytes and lengths in tokens, of one GPU."""
-    by_peak = {"stock": capacity.stock.at_once_by_peak, "stock_fp8": capacity.fp8.at_once_by_peak}
-    by_mean = {"stock": capacity.stock.at_once_by_mean, "stock_fp8": capacity.fp8.at_once_by_mean}
-    config = capacity.config
+def _pool_document(pool: Any, prompt_len: int, output_len: int) -> dict[str, int | float]:
+    held = pool.life(prompt_len, output_len).held
     return {
-        "prompt_len": workload.prompt_len,
-        "output_len": workload.output_len,
-        "budget": config.budget,
-        "buffer": config.buffer,
-        "window": config.window,
-        "observation_slots": config.observation_slots,
-        "block_size": capacity.stock.block_size,
-        "tensor_parallel_size": machine.tensor_parallel,
-        "weight_bytes": machine.weights // machine.tensor_parallel or None,
-        "observation_bytes": capacity.observation_bytes,
-        "sides": {side.name: _side_document(side, workload) for side in capacity.sides},
-        "crossover": {
-            other: {
-                "peak": capacity.crossover(workload.prompt_len, by_peak[other]),
-                "mean": capacity.crossover(workload.prompt_len, by_mean[other]),
-            }
-            for other in by_peak
-        },
+        "cache_bytes": pool.cache_bytes,
+        "bytes_per_token": pool.bytes_per_token,
+        "pool_blocks": pool.num_blocks,
+        "pool_tokens": pool.num_blocks * pool.block_size,
+        "request_mean_tokens": round(float(held.mean()), 1),
+        "request_peak_tokens": int(held.max()),
+        "at_once_peak": pool.at_once_by_peak(prompt_len, output_len),
+        "at_once_mean": pool.at_once_by_mean(prompt_len, output_len),
     }
 
 
-def _side_document(side: Side, workload: Workload) -> dict[str, int | float]:
-    life = side.life(*workload)
-    return {
-        "cache_bytes": side.cache_bytes,
-        "bytes_per_token": side.bytes_per_token,
-        "pool_blocks": side.num_blocks,
-        "pool_tokens": side.num_blocks * side.block_size,
-        "request_mean_tokens": round(life.mean_len, 1),
-        "request_peak_tokens": life.peak_len,
-        "at_once_peak": side.at_once_by_peak(workload),
-        "at_once_mean": side.at_once_by_mean(workload),
-    }
-
-
-def _notes(
-    capacity: Capacity, machine: Machine, workload: Workload, decoder: Decoder, estimated: bool
-) -> list[str]:
+def _notes(document: dict[str, Any], max_positions: int | None, is_guess: bool) -> list[str]:
     """What to know about these numbers, in sentences."""
+    from rkv_vllm.cli.capacity import IN_FLIGHT
+
     notes = []
-    if machine.kv_cache_memory is not None:
+    if is_guess:
         notes.append(
-            "The cache has the size that was given: weights are not counted, and R-KV's "
-            f"observation slots need {format_size(capacity.observation_bytes)} beside it."
+            "Weights are estimated from config.json (language part, gated MLP, no adapters): "
+            "vLLM's log gives them at a start, --weights takes them."
         )
-    elif estimated:
-        parts = ", its text part only" if decoder.is_multimodal else ""
-        notes.append(
-            f"Weights are estimated from config.json{parts} (gated MLP, no adapters), and "
-            f"{format_size(machine.reserved)} reserved is a guess; the log of a start of vLLM "
-            "gives both: --weights, --reserved."
-        )
-    life = capacity.rkv.life(*workload)
-    if life == capacity.stock.life(*workload):
+    stock, rkv = document["sides"]["stock"], document["sides"]["rkv"]
+    if rkv["request_mean_tokens"] == stock["request_mean_tokens"]:
         notes.append("No request grows long enough to be compacted: lower --budget.")
-    longest = workload.prompt_len + workload.output_len
-    if decoder.max_positions is not None and longest > decoder.max_positions:
+    longest = document["prompt_len"] + document["output_len"]
+    if max_positions is not None and longest > max_positions:
         notes.append(
-            f"Prompt and output make {longest} tokens, the model was made for "
-            f"{decoder.max_positions}: vLLM refuses that without RoPE scaling."
+            f"Prompt and output make {longest} tokens, the model was made for {max_positions}: "
+            "vLLM refuses that without RoPE scaling."
         )
-    at_once = capacity.rkv.at_once_by_peak(workload)
-    if at_once > capacity.watched_requests():
+    # A request is watched for `window + in_flight` of every `buffer` steps.
+    slots, steps = document["observation_slots"], document["window"] + IN_FLIGHT
+    if rkv["at_once_peak"] > slots * document["buffer"] // steps:
         notes.append(
-            f"{capacity.config.observation_slots} observation slots serve about "
-            f"{capacity.watched_requests()} requests without a wait: raise --observation-slots, or "
-            "requests hold a little more than shown."
+            f"{slots} observation slots serve about {slots * document['buffer'] // steps} requests "
+            "without a wait: raise --observation-slots, or requests hold a little more than shown."
         )
-    if at_once > SMALLEST_MAX_NUM_SEQS:
-        notes.append(f"vLLM runs that many only with --max-num-seqs {at_once} or more.")
+    if rkv["at_once_peak"] > SMALLEST_MAX_NUM_SEQS:
+        at_least = rkv["at_once_peak"]
+        notes.append(f"vLLM runs that many only with --max-num-seqs {at_least} or more.")
     return notes
 
 
-def _print(document: dict[str, Any], capacity: Capacity) -> None:
+def _print(document: dict[str, Any], labels: list[str]) -> None:
     console = Console(highlight=False)
     table = Table(
         title=f"{document['model']}: prompt {document['prompt_len']:,}, "
@@ -317,14 +236,11 @@ def _print(document: dict[str, Any], capacity: Capacity) -> None:
         title_justify="left",
     )
     table.add_column("per GPU")
-    for side in capacity.sides:
-        table.add_column(side.label, justify="right")
-    weights = "not counted"
-    if document["weight_bytes"]:
-        weights = format_size(document["weight_bytes"])
-    observation = format_size(document["observation_bytes"])
-    table.add_row("weights", weights, weights, weights)
-    table.add_row("observation slots", "-", "-", observation)
+    for label in labels:
+        table.add_column(label, justify="right")
+    size = document["weight_bytes"]
+    table.add_row("weights", *[format_size(size) if size else "not counted"] * 3)
+    table.add_row("observation slots", "-", "-", format_size(document["observation_bytes"]))
     for label, key, form in (
         ("KV cache", "cache_bytes", format_size),
         ("KV bytes per token", "bytes_per_token", "{:,}".format),
@@ -338,16 +254,5 @@ def _print(document: dict[str, Any], capacity: Capacity) -> None:
         values = [form(side[key]) for side in document["sides"].values()]
         table.add_row(label, *values, style="bold" if key == "at_once_peak" else "")
     console.print(table)
-    for other, label in (("stock", "stock"), ("stock_fp8", "stock with an fp8 cache")):
-        crossover = document["crossover"][other]
-        console.print(
-            f"R-KV holds more than {label} from an output of {_tokens(crossover['peak'])} "
-            f"(against its mean: {_tokens(crossover['mean'])}).",
-            soft_wrap=True,
-        )
     for note in document["notes"]:
         console.print(f"Note: {note}", soft_wrap=True)
-
-
-def _tokens(crossover: int | None) -> str:
-    return "no length that this pool holds" if crossover is None else f"{crossover:,} tokens"

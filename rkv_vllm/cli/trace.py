@@ -1,121 +1,77 @@
 """`rkv-vllm trace`: what compression keeps of one text, as a page to look at.
 
-Checks the command line, runs the prompt and writes the file; what is recorded and how it is drawn
-stands in `rkv_vllm/trace/`.
+Reads the options, runs the prompt with progress on stderr and writes the file. What is refused
+stands in `trace_input.py`; what is recorded and how it is drawn, in `rkv_vllm/trace/`.
 """
 
 import json
 import os
 import signal
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from rkv_vllm.cli.checkpoint import (
-    DTYPES,
-    check_dtype,
-    find_config,
-    read_config,
-    read_decoder,
-)
-from rkv_vllm.cli.errors import CommandError, one_line_errors
-from rkv_vllm.cli.traced_run import (
-    Request,
-    check_lengths,
-    encode,
-    load_tokenizer,
-    prepare_vllm,
-    run,
-)
+from rkv_vllm.cli.checkpoint import check_dtype, find_config, read_config, read_decoder
+from rkv_vllm.cli.environment import quieten_vllm
+from rkv_vllm.cli.errors import REFUSED, CommandError, one_line_errors
+from rkv_vllm.cli.options import DTYPES, ModelArgument, option
 from rkv_vllm.cli.version import VERSIONED_DISTRIBUTIONS
 from rkv_vllm.config import OPTIONS_BY_NAME, KVCompressionConfig
-from rkv_vllm.versions import installed_version
+from rkv_vllm.fit.versions import installed_version
 
 if TYPE_CHECKING:
-    from rkv_vllm.trace.capture import Capture
+    from rkv_vllm.trace.capture import Capture, TracedRequest
     from rkv_vllm.trace.record import Trace
 
 INTERRUPTED = 130
-
-
-def _option(panel: str, metavar: str, meaning: str, *flags: str, **settings: Any) -> Any:
-    return typer.Option(
-        *flags, rich_help_panel=panel, metavar=metavar, help=meaning, show_default=True, **settings
-    )
+# Seconds between two lines about progress where stderr is no terminal.
+_LOG_INTERVAL = 10
+_GENERATION, _COMPRESSION = "Generation", "Compression (as for vllm serve)"
 
 
 def _compression(name: str, short: str) -> Any:
-    option = OPTIONS_BY_NAME[name]
-    panel = "Compression (as for vllm serve)"
-    return _option(panel, option.metavar, option.meaning, short, option.flag)
+    """An option of compression, under its own name and under a short one."""
+    known = OPTIONS_BY_NAME[name]
+    return option(_COMPRESSION, known.metavar, known.meaning, short, known.flag)
 
 
-_GENERATION = "Generation"
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="Folder with config.json, or a hub id in the local cache."
-    ),
-]
-PromptArgument = Annotated[
-    str, typer.Argument(metavar="PROMPT", help="The prompt; `-` reads it from standard input.")
-]
-Output = Annotated[
-    Path,
-    typer.Option(
-        "--output", "-o", metavar="FILE.html", help="The page to write; replaces an older one."
-    ),
-]
-Method = Annotated[
-    str,
-    _option(
-        "Compression (as for vllm serve)",
-        "METHOD",
-        "Method that chooses the tokens to keep: its name, or package.module.Class.",
-        "--method",
-        "--kv-compression",
-    ),
-]
+_PROMPT = "The prompt; `-` reads it from standard input."
+PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help=_PROMPT)]
+_PAGE = "The page to write; replaces an older one."
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE.html", help=_PAGE)]
+_CHOOSES = "Method that chooses the tokens to keep: its name, or package.module.Class."
+_METHOD_FLAGS = ("--method", "--kv-compression")
+Method = Annotated[str, option(_COMPRESSION, "METHOD", _CHOOSES, *_METHOD_FLAGS)]
 Budget = Annotated[int, _compression("budget", "--budget")]
 Buffer = Annotated[int, _compression("buffer", "--buffer")]
 Window = Annotated[int, _compression("window", "--window")]
 Lambda = Annotated[float, _compression("lam", "--lambda")]
 Pool = Annotated[int, _compression("pool", "--pool")]
 Threshold = Annotated[float, _compression("threshold", "--threshold")]
-MaxTokens = Annotated[
-    int, _option(_GENERATION, "TOKENS", "Generated at most, in tokens.", "--max-tokens", min=1)
-]
-IgnoreEos = Annotated[
-    bool, _option(_GENERATION, "", "Go on to --max-tokens when the model ends.", "--ignore-eos")
-]
+MaxTokens = Annotated[int, option(_GENERATION, "TOKENS", "Generated at most, in tokens.", min=1)]
+_GO_ON = "Go on to --max-tokens when the model ends."
+IgnoreEos = Annotated[bool, option(_GENERATION, "", _GO_ON, "--ignore-eos")]
+_TEMPLATE = "Put the prompt into the chat template as the user's message, or take it as it is."
+_IF_THERE = "--chat if the model has a chat template"
 Chat = Annotated[
-    bool | None,
-    typer.Option(
-        "--chat/--raw",
-        rich_help_panel=_GENERATION,
-        show_default="--chat if the model has a chat template",
-        help="Put the prompt into the chat template as the user's message, or take it as it is.",
-    ),
+    bool | None, option(_GENERATION, "", _TEMPLATE, "--chat/--raw", show_default=_IF_THERE)
 ]
-Temperature = Annotated[
-    float, _option(_GENERATION, "T", "Of sampling, 0 to 2, no unit; 0 takes the likeliest token.")
-]
-Seed = Annotated[int, _option(_GENERATION, "SEED", "Of sampling.", min=0)]
-Dtype = Annotated[str, _option(_GENERATION, "DTYPE", f"Of weights and cache: {', '.join(DTYPES)}.")]
-BlockSize = Annotated[
-    int | None,
-    _option(
-        _GENERATION, "TOKENS", "Per cache block; without it vLLM's own for this device.", min=1
-    ),
-]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print the path and the counts as one JSON document.")
-]
+_SAMPLED = "Of sampling, 0 to 2, no unit; 0 takes the likeliest token."
+Temperature = Annotated[float, option(_GENERATION, "T", _SAMPLED)]
+Seed = Annotated[int, option(_GENERATION, "SEED", "Of sampling.", min=0)]
+_DTYPE = f"Of weights and cache: {', '.join(DTYPES)}."
+Dtype = Annotated[str, option(_GENERATION, "DTYPE", _DTYPE)]
+_PER_BLOCK = "Per cache block; without it vLLM's own for this device."
+BlockSize = Annotated[int | None, option(_GENERATION, "TOKENS", _PER_BLOCK, min=1)]
+_JSON = "Print the path and the counts as one JSON document."
+AsJson = Annotated[bool, typer.Option("--json", help=_JSON)]
 
 
 def show_trace(
@@ -159,30 +115,51 @@ def show_trace(
     Exit codes: 0 written; 1 the prompt does not fit, vLLM refuses the model, or it ended before the
     first compaction; 2 the command line is wrong; 130 interrupted, nothing written.
     """
+    # Only now: it imports numpy.
+    from rkv_vllm.cli import trace_input
+    from rkv_vllm.trace.capture import TracedRequest, prepare_vllm
+
     with one_line_errors(), _interruptible():
-        _check_output(output)
-        _check_temperature(temperature)
-        config = _config(method, budget, buffer, window, lam, pool, threshold)
+        trace_input.check_output(output)
+        trace_input.check_temperature(temperature)
+        try:
+            # One request is watched, so one slot serves.
+            config = KVCompressionConfig(
+                method, budget, buffer, window, lam, pool, threshold, observation_slots=1
+            )
+        except ValueError as error:
+            raise CommandError(str(error)) from error
         check_dtype(dtype)
-        decoder = read_decoder(read_config(find_config(model)))
-        folder = str(find_config(model).parent)
+        found = find_config(model)
+        decoder = read_decoder(read_config(found))
+        quieten_vllm()
         prepare_vllm()
-        tokenizer = load_tokenizer(folder)
-        prompt_ids = encode(tokenizer, sys.stdin.read() if prompt == "-" else prompt, chat)
-        request = Request(prompt_ids, max_tokens, temperature, ignore_eos)
-        check_lengths(request, config, decoder.max_positions)
+        with _status("Importing vLLM ..."):
+            tokenizer = trace_input.load_tokenizer(str(found.parent))
+        text = sys.stdin.read() if prompt == "-" else prompt
+        prompt_ids = trace_input.encode(tokenizer, text, chat)
+        request = TracedRequest(prompt_ids, max_tokens, temperature, ignore_eos)
+        trace_input.check_lengths(request, config, decoder.max_positions)
         options = {"dtype": dtype, "seed": seed}
         if block_size is not None:
             options["block_size"] = block_size
-        captured = run(folder, request, config, decoder, options)
-        shown = {**_shown(config), "max_tokens": max_tokens, "temperature": temperature, **options}
-        trace = _trace(model, shown, request.prompt_ids, captured, tokenizer)
+        # Elements of four bytes, which no supported dtype exceeds.
+        captured = _run(found.parent, request, config, 4 * decoder.elements_per_token, options)
+        names = ("method", "budget", "buffer", "window", "pool", "threshold")
+        shown = {**{name: getattr(config, name) for name in names}, "lambda": lam}
+        shown |= {"max_tokens": max_tokens, "temperature": temperature, **options}
+        trace = _trace(Path(model).name, shown, prompt_ids, captured, tokenizer)
         num_bytes = _write(output, trace)
     counts = trace.counts()
     if as_json:
         typer.echo(json.dumps({"output": str(output), "bytes": num_bytes, **counts}))
     else:
-        typer.echo(_summary(output, num_bytes, counts))
+        typer.echo(
+            f"{output}: {num_bytes / 1e6:.2f} MB, {counts['prompt_tokens']} + "
+            f"{counts['output_tokens']} tokens, {counts['compactions']} compactions evicted "
+            f"{counts['evicted_tokens']} and freed {counts['freed_blocks']} blocks; the cache "
+            f"holds {counts['physical_len']} of {counts['logical_len']} tokens"
+        )
 
 
 @contextmanager
@@ -197,57 +174,75 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _check_output(path: Path) -> None:
-    """Raise CommandError unless the page can be written: found out by trying, before the model."""
-    wanted = None
-    if path.suffix.lower() not in (".html", ".htm"):
-        wanted = "a file that ends in .html"
-    elif path.is_dir():
-        wanted = "a file, not a folder"
-    elif not path.parent.is_dir():
-        wanted = "a file in a folder that exists"
-    elif path.exists() and not os.access(path, os.W_OK):
-        wanted = "a file that may be replaced"
-    else:
-        try:
-            tempfile.TemporaryFile(dir=path.parent).close()
-        except OSError as error:
-            wanted = f"a folder that can be written to ({error.strerror})"
-    if wanted is not None:
-        raise CommandError(f"--output: got {str(path)!r}, wanted {wanted}; change the path")
+def _run(
+    folder: Path,
+    request: "TracedRequest",
+    config: KVCompressionConfig,
+    bytes_per_token: int,
+    options: dict[str, Any],
+) -> "Capture":
+    """Generate in an engine of this process, with progress on stderr.
 
+    Raises:
+        CommandError: vLLM refuses the start, or the text ended before the first compaction.
+    """
+    from rkv_vllm.cli.trace_input import first_due_at
+    from rkv_vllm.trace import capture
 
-def _config(
-    method: str, budget: int, buffer: int, window: int, lam: float, pool: int, threshold: float
-) -> KVCompressionConfig:
-    try:
-        # One request is watched, so one slot serves.
-        return KVCompressionConfig(
-            method=method,
-            budget=budget,
-            buffer=buffer,
-            window=window,
-            lam=lam,
-            pool=pool,
-            threshold=threshold,
-            seats=1,
-        )
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-
-
-def _check_temperature(temperature: float) -> None:
-    # Written so that NaN is refused too.
-    if not 0 <= temperature <= 2:
+    with ExitStack() as stack:
+        with _status("Loading the model ..."):
+            try:
+                llm = stack.enter_context(
+                    capture.running_engine(
+                        str(folder), config, request.max_len, bytes_per_token, **options
+                    )
+                )
+            except (ValueError, RuntimeError, OSError) as error:
+                raise CommandError(
+                    f"MODEL: got {folder.name!r}, which vLLM does not start with these options: "
+                    f"{' '.join(str(error).split())}; see rkv-vllm doctor {folder}",
+                    REFUSED,
+                ) from error
+        on_token = stack.enter_context(_progress(request.max_tokens))
+        captured = capture.capture(llm, config, request, on_token)
+    if captured.evictions is None:
+        prompt_len, output_len = len(request.prompt_ids), len(captured.output_ids)
         raise CommandError(
-            f"--temperature: got {temperature}, wanted a number from 0 to 2; change it"
+            f"MODEL: got the end of its text after {output_len} tokens, {prompt_len + output_len} "
+            f"with the prompt, wanted more than {first_due_at(prompt_len, config)}, where the "
+            "first compaction is due; lower --budget or --buffer, or go on with --ignore-eos",
+            REFUSED,
         )
+    return captured
 
 
-def _shown(config: KVCompressionConfig) -> dict[str, str | int | float]:
-    """The options that this command has, as it spells them."""
-    names = ("method", "budget", "buffer", "window", "pool", "threshold")
-    return {**{name: getattr(config, name) for name in names}, "lambda": config.lam}
+@contextmanager
+def _status(text: str) -> Iterator[None]:
+    """A spinner; a line where nobody would see it turn."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print(text)
+    with console.status(text):
+        yield
+
+
+@contextmanager
+def _progress(max_tokens: int) -> Iterator[Callable[[int], None]]:
+    """A bar over output tokens, and lines in a log; yields the function that moves it."""
+    console = Console(stderr=True)
+    columns = (TextColumn("Generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=max_tokens)
+        next_line = time.monotonic()
+
+        def on_token(num_tokens: int) -> None:
+            nonlocal next_line
+            progress.update(task, completed=num_tokens)
+            if not console.is_terminal and time.monotonic() >= next_line:
+                console.print(f"Generating: {num_tokens} of {max_tokens} tokens")
+                next_line += _LOG_INTERVAL
+
+        yield on_token
 
 
 def _trace(
@@ -260,21 +255,17 @@ def _trace(
     from rkv_vllm.trace.pieces import split_text
     from rkv_vllm.trace.record import Trace
 
+    versions = {name: installed_version(name) for name in VERSIONED_DISTRIBUTIONS}
     return Trace(
-        model=Path(model).name,
+        model=model,
         options=options,
-        versions=_versions(),
+        versions={name: version for name, version in versions.items() if version is not None},
         prompt_len=len(prompt_ids),
         pieces=split_text(tokenizer, [*prompt_ids, *captured.output_ids]),
         window=options["window"],
         finish_reason=captured.finish_reason,
         evictions=captured.evictions,
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {name: installed_version(name) for name in VERSIONED_DISTRIBUTIONS}
-    return {name: version for name, version in found.items() if version is not None}
 
 
 def _write(path: Path, trace: "Trace") -> int:
@@ -293,12 +284,3 @@ def _write(path: Path, trace: "Trace") -> int:
     finally:
         half.unlink(missing_ok=True)
     return len(page)
-
-
-def _summary(path: Path, num_bytes: int, counts: dict[str, int]) -> str:
-    return (
-        f"{path}: {num_bytes / 1e6:.2f} MB, {counts['prompt_tokens']} + "
-        f"{counts['output_tokens']} tokens, {counts['compactions']} compactions evicted "
-        f"{counts['evicted_tokens']} and freed {counts['freed_blocks']} blocks; the cache holds "
-        f"{counts['physical_len']} of {counts['logical_len']} tokens"
-    )

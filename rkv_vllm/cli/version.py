@@ -4,7 +4,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rkv_vllm.versions import installed_version
+from rkv_vllm.fit.versions import installed_version
 
 VERSIONED_DISTRIBUTIONS = ("rkv-vllm", "vllm", "torch")
 

@@ -12,6 +12,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from rkv_vllm.config import CONFIG_KEY
+from rkv_vllm.fit.overrides import overrides
 from rkv_vllm.scheduling.step_stats import StepStats
 
 _LABELS = ("model_name", "engine")
@@ -25,11 +26,13 @@ class CompressionStatLogger(AggregateStatLoggerBase):
             the engine is initialised, and for an engine without compression.
     """
 
+    @overrides("vllm.v1.metrics.loggers:AggregateStatLoggerBase.__init__")
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
         self._vllm_config = vllm_config
         self._engine_indexes = engine_indexes
         self.families: dict[str, Counter | Gauge | Histogram] = {}
 
+    @overrides("vllm.v1.metrics.loggers:AggregateStatLoggerBase.log_engine_initialized")
     def log_engine_initialized(self) -> None:
         """Make the metrics; all start at zero.
 
@@ -45,6 +48,7 @@ class CompressionStatLogger(AggregateStatLoggerBase):
         for engine in self._engine_indexes:
             self._show(StepStats(), engine)
 
+    @overrides("vllm.v1.metrics.loggers:AggregateStatLoggerBase.record")
     def record(
         self,
         scheduler_stats: SchedulerStats | None,

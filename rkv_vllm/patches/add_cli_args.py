@@ -2,7 +2,10 @@
 
 import functools
 
+from rkv_vllm.fit.overrides import overrides
 
+
+@overrides("vllm.engine.arg_utils:EngineArgs.add_cli_args")
 def apply() -> None:
     """Puts the replacement in place; every parser with engine options is made by it."""
     from vllm.engine.arg_utils import EngineArgs

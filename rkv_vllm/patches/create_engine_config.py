@@ -3,13 +3,15 @@
 All routes end here: flags, `--additional-config`, a YAML file, `LLM(...)`, in every process that
 makes an engine config. Without "kv_compression" in `additional_config` the original is called and
 nothing else. With it the options are checked first, scheduler and worker are filled in, and the
-finished config is searched for what is not supported (`rkv_vllm/support.py`).
+finished config is searched for what is not supported (`rkv_vllm/fit/refusals.py`).
 """
 
 import functools
 from typing import TYPE_CHECKING, Any
 
-from rkv_vllm import support
+from rkv_vllm.fit import refusals
+from rkv_vllm.fit.overrides import overrides
+from rkv_vllm.fit.versions import SCHEDULER_CLS, WORKER_CLS, platform_worker_cls
 from rkv_vllm.frontend.discovery import show_stat_logger
 from rkv_vllm.options import CONFIG_KEY, ServerOptions
 from rkv_vllm.patches import generate, process_inputs
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 
+@overrides("vllm.engine.arg_utils:EngineArgs.create_engine_config")
 def apply() -> None:
     """Puts the replacement in place; `AsyncEngineArgs` inherits it."""
     from vllm.engine.arg_utils import EngineArgs
@@ -36,7 +39,7 @@ def apply() -> None:
         options = switch_on(self)
         vllm_config = original(self, *args, **kwargs)
         options.check_room(vllm_config.model_config.max_model_len)
-        support.check(vllm_config)
+        refusals.check(vllm_config)
         process_inputs.apply()
         generate.apply()
         return vllm_config
@@ -55,8 +58,8 @@ def is_switched_on(engine_args: "EngineArgs") -> bool:
     if isinstance(additional, dict) and CONFIG_KEY in additional:
         return True
     for flag, got, ours in (
-        ("--scheduler-cls", engine_args.scheduler_cls, {support.SCHEDULER_CLS}),
-        ("worker_cls", engine_args.worker_cls, set(support.WORKER_CLS.values())),
+        ("--scheduler-cls", engine_args.scheduler_cls, {SCHEDULER_CLS}),
+        ("worker_cls", engine_args.worker_cls, set(WORKER_CLS.values())),
     ):
         if got in ours:
             raise ValueError(
@@ -80,11 +83,11 @@ def switch_on(engine_args: "EngineArgs") -> ServerOptions:
         ValueError: bad options, another scheduler or worker class, or an unsupported feature.
     """
     options = ServerOptions.from_dict(engine_args.additional_config[CONFIG_KEY])
-    support.check_engine_args(engine_args)
-    worker_cls = support.platform_worker_cls()
-    _require_class("--scheduler-cls", engine_args.scheduler_cls, None, support.SCHEDULER_CLS)
+    refusals.check_engine_args(engine_args)
+    worker_cls = platform_worker_cls()
+    _require_class("--scheduler-cls", engine_args.scheduler_cls, None, SCHEDULER_CLS)
     _require_class("worker_cls", engine_args.worker_cls, "auto", worker_cls)
-    engine_args.scheduler_cls = support.SCHEDULER_CLS
+    engine_args.scheduler_cls = SCHEDULER_CLS
     engine_args.worker_cls = worker_cls
     # A new dict: the old one may be shared with the parser's default or belong to the caller.
     engine_args.additional_config = {

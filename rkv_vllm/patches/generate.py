@@ -9,6 +9,7 @@ import functools
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
+from rkv_vllm.fit.overrides import overrides
 from rkv_vllm.frontend.request_check import check_request, prompt_len
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 
+@overrides("vllm.v1.engine.async_llm:AsyncLLM.generate")
 @functools.cache
 def apply() -> None:
     """Puts the replacement in place; a second call does nothing."""

@@ -7,6 +7,7 @@ every prompt known.
 import functools
 from typing import TYPE_CHECKING, Any
 
+from rkv_vllm.fit.overrides import overrides
 from rkv_vllm.frontend.request_check import check_request, prompt_len
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.input_processor import InputProcessor
 
 
+@overrides("vllm.v1.engine.input_processor:InputProcessor.process_inputs")
 @functools.cache
 def apply() -> None:
     """Puts the replacement in place; a second call does nothing."""

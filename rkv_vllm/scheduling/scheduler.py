@@ -16,7 +16,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
-from rkv_vllm import support
+from rkv_vllm.fit import refusals
 from rkv_vllm.log import init_logger
 from rkv_vllm.options import CONFIG_KEY, ServerOptions, find_method
 from rkv_vllm.policy import EveryBuffer, Terms, floor_blocks
@@ -53,7 +53,7 @@ class CompressionSchedulerMixin:
         super().__init__(*args, **kwargs)
         # Once more than when the config was made: a process whose VLLM_PLUGINS leaves this package
         # out has not checked it.
-        support.check(self.vllm_config)
+        refusals.check(self.vllm_config)
         self._server = ServerOptions.from_dict(self.vllm_config.additional_config[CONFIG_KEY])
         self._policy = EveryBuffer(self._server.window)
         self._tracks = self._make_tracks()

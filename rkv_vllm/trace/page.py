@@ -1,9 +1,8 @@
 """One HTML file from a trace: markup, style, script and data, nothing fetched from anywhere.
 
 What the browser needs of every (layer, KV head, token) is one byte (two beyond 254 compactions),
-deflated and in base64: the compaction that evicted it, exact, and the rank of its score, rounded.
-Ranks lose resolution, never tokens, when a trace is large; the page says how finely they are
-rounded. `assets/*.js` is the other side of this file, `state.js` first.
+deflated and in base64: the compaction that evicted it, exact, and the rank of its score, rounded to
+a percent. `assets/*.js` is the other side of this file, `state.js` first.
 """
 
 import base64
@@ -20,11 +19,6 @@ from rkv_vllm.trace.record import NEVER, RANK_LEVELS, Trace
 
 # In the order in which they define what the next one uses.
 _SCRIPTS = ("state.js", "text.js", "detail.js", "chart.js", "controls.js")
-
-# Ranks, that is (layer, head, token) triples, above which a page rounds them coarsely. Ranks hardly
-# compress: 2 million take 2.7 MB, with 14 steps 1.4 MB.
-_MAX_FINE_RANKS = 2_000_000
-_COARSE_LEVELS = 14
 
 # Index in a byte for "in the cache to the end".
 _NEVER_BYTE = 255
@@ -55,10 +49,6 @@ def render(trace: Trace) -> bytes:
 def _document(trace: Trace) -> dict[str, Any]:
     evictions = trace.evictions
     num_layers, num_heads, _ = evictions.evicted_at.shape
-    ranks = [each for each in (evictions.last_rank, evictions.mean_rank) if each is not None]
-    levels = RANK_LEVELS
-    if any(each.size > _MAX_FINE_RANKS for each in ranks):
-        levels = _COARSE_LEVELS
     return {
         "model": trace.model,
         "options": trace.options,
@@ -74,9 +64,9 @@ def _document(trace: Trace) -> dict[str, Any]:
         "pieces": [p.text if p.num_parts == 1 else list(p) for p in trace.pieces],
         "steps": [step._asdict() for step in evictions.steps],
         "evictedAt": _indices(evictions.evicted_at, len(evictions.steps)),
-        "rankLevels": levels,
-        "lastRank": _ranks(evictions.last_rank, levels),
-        "meanRank": _ranks(evictions.mean_rank, levels),
+        "rankLevels": RANK_LEVELS,
+        "lastRank": _packed(evictions.last_rank),
+        "meanRank": _packed(evictions.mean_rank),
     }
 
 
@@ -86,16 +76,9 @@ def _indices(evicted_at: np.ndarray, num_steps: int) -> dict[str, Any]:
     return _packed(np.where(evicted_at == NEVER, _NEVER_BYTE, evicted_at).astype(np.uint8))
 
 
-def _ranks(ranks: np.ndarray | None, levels: int) -> dict[str, Any] | None:
-    if ranks is None:
+def _packed(numbers: np.ndarray | None) -> dict[str, Any] | None:
+    if numbers is None:
         return None
-    if levels != RANK_LEVELS:
-        rounded = 1 + np.rint((ranks.astype(np.float32) - 1) * (levels / RANK_LEVELS))
-        ranks = np.where(ranks == 0, 0, rounded).astype(np.uint8)
-    return _packed(ranks)
-
-
-def _packed(numbers: np.ndarray) -> dict[str, Any]:
     deflated = zlib.compress(np.ascontiguousarray(numbers).tobytes(), 9)
     return {"bytes": numbers.itemsize, "data": base64.b64encode(deflated).decode()}
 

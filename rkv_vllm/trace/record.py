@@ -12,7 +12,8 @@ import numpy as np
 NEVER = 65535
 
 # A rank r, from 0 (worst) to 1 (best), is stored as 1 + round(RANK_LEVELS * r); 0 is "not judged".
-RANK_LEVELS = 254
+# The page shows whole percents.
+RANK_LEVELS = 100
 
 
 class Piece(NamedTuple):

@@ -9,6 +9,7 @@ from functools import cache
 from torch import Tensor
 from vllm.model_executor.layers.attention import Attention
 
+from rkv_vllm.fit.overrides import overrides
 from rkv_vllm.worker.query_ring import QueryRing
 
 
@@ -31,6 +32,12 @@ def record_in(layer: Attention, layer_idx: int, ring: QueryRing) -> None:
     layer.impl.observed_layer_idx = layer_idx
 
 
+@overrides(
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward",
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.forward",
+    "vllm.v1.attention.backends.flashinfer:FlashInferImpl.forward",
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward",
+)
 @cache
 def _observing_class(base: type) -> type:
     """A subclass of one attention implementation, single inheritance as __class__ demands."""

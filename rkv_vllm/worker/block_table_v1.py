@@ -7,6 +7,8 @@ slots earlier. Next: runner_v1.py, which fills `num_evicted` before each step.
 import torch
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 
+from rkv_vllm.fit.overrides import overrides
+
 
 class PhysicalBlockTable(MultiGroupBlockTable):
     """MultiGroupBlockTable that subtracts the evicted tokens of each row.
@@ -18,6 +20,7 @@ class PhysicalBlockTable(MultiGroupBlockTable):
 
     num_evicted: dict[int, torch.Tensor]
 
+    @overrides("vllm.v1.worker.block_table:MultiGroupBlockTable.compute_slot_mapping")
     def compute_slot_mapping(
         self, num_reqs: int, query_start_loc: torch.Tensor, positions: torch.Tensor
     ) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from vllm.model_executor.layers.attention import Attention
 
+from rkv_vllm.fit.overrides import calls
 from rkv_vllm.kernels.paged import Packing, PagedStates
 
 
@@ -148,6 +149,12 @@ LAYOUTS: dict[str, Callable[[int, int], list[Layout]]] = {
 }
 
 
+@calls(
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update",
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.do_kv_cache_update",
+    "vllm.v1.attention.backends.flashinfer:FlashInferImpl.do_kv_cache_update",
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.do_kv_cache_update",
+)
 def _probe(layer: Attention, layouts: list[Layout]) -> Layout:
     """Let the layer write two blocks of random tokens and find the layout that reads them back."""
     cache = layer.kv_cache

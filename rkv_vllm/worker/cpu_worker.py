@@ -5,6 +5,7 @@ Next: runner.py.
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from rkv_vllm.fit.overrides import overrides
 from rkv_vllm.worker.rpc import CompressionRPC
 from rkv_vllm.worker.runner import compression_runner
 
@@ -12,6 +13,7 @@ from rkv_vllm.worker.runner import compression_runner
 class CompressionCPUWorker(CompressionRPC, CPUWorker):
     """CPUWorker whose model runner compacts."""
 
+    @overrides("vllm.v1.worker.cpu_worker:CPUWorker.init_device")
     def init_device(self) -> None:
         """Build vLLM's model runner, then ours in its place."""
         super().init_device()

@@ -9,6 +9,7 @@ import torch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
+from rkv_vllm.fit.overrides import overrides
 from rkv_vllm.worker.rpc import CompressionRPC
 from rkv_vllm.worker.runner import compression_runner
 
@@ -16,10 +17,12 @@ from rkv_vllm.worker.runner import compression_runner
 class CompressionGPUWorker(CompressionRPC, Worker):
     """GPU worker whose model runner compacts."""
 
+    @overrides("vllm.v1.worker.gpu_worker:Worker._make_model_runner")
     def _make_model_runner(self) -> Any:
-        # A V1 runner on a GPU is refused before the engine starts (support.py).
+        # A V1 runner on a GPU is refused before the engine starts (fit/refusals.py).
         return compression_runner(GPUModelRunner, use_v2=True)(self.vllm_config, self.device)
 
+    @overrides("vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model")
     def compile_or_warm_up_model(self) -> Any:
         """Compile the kernels of a compaction too, before vLLM starts to watch for late ones."""
         with torch.inference_mode():

@@ -28,13 +28,13 @@ from vllm.v1.kv_cache_interface import (
     replace_as,
 )
 
+from rkv_vllm.fit.overrides import check_overrides
 from rkv_vllm.log import init_logger
 from rkv_vllm.methods import get_method
 from rkv_vllm.methods.base import Method
 from rkv_vllm.options import CONFIG_KEY, ServerOptions
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, EvictionDirective, StepPlan
 from rkv_vllm.scheduling.spec import CompressedAttentionSpec
-from rkv_vllm.signatures import Part, check_signatures
 from rkv_vllm.worker.attention_group import attend_to_physical_lengths
 from rkv_vllm.worker.attention_hook import observe_queries
 from rkv_vllm.worker.flush import SCRATCH_BYTES, Compactor
@@ -58,12 +58,12 @@ def compression_runner(base: type, use_v2: bool) -> type["CompressionRunner"]:
         base: a model runner of vLLM.
         use_v2: whether that is a V2 runner.
     """
-    check_signatures(Part.V2_RUNNER if use_v2 else Part.V1_RUNNER)
     # Imported here: V2 needs Triton, which a CPU build of vLLM may lack.
     if use_v2:
         from rkv_vllm.worker.runner_v2 import CompressionRunnerV2 as Compression
     else:
         from rkv_vllm.worker.runner_v1 import CompressionRunnerV1 as Compression
+    check_overrides()
     name = f"Compression{base.__name__}"
     return type(name, (Compression, base), {"__module__": Compression.__module__})
 

@@ -10,6 +10,7 @@ import torch
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from rkv_vllm.fit.overrides import calls, overrides
 from rkv_vllm.scheduling.directive import EvictionDirective
 from rkv_vllm.worker.block_table_v1 import PhysicalBlockTable
 from rkv_vllm.worker.runner import CompressionRunner
@@ -18,6 +19,7 @@ from rkv_vllm.worker.runner import CompressionRunner
 class CompressionRunnerV1(CompressionRunner):
     """Compaction for vllm.v1.worker.gpu_model_runner.GPUModelRunner on a CPU."""
 
+    @overrides("vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model")
     def load_model(self, *args, **kwargs) -> None:
         """Load the model; make the buffers that a later pipeline stage receives into."""
         super().load_model(*args, **kwargs)
@@ -32,6 +34,7 @@ class CompressionRunnerV1(CompressionRunner):
         block_table.__class__ = PhysicalBlockTable
         block_table.num_evicted = {}
 
+    @overrides("vllm.v1.worker.cpu_model_runner:CPUModelRunner._prepare_inputs")
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray):
         num_evicted = self.input_batch.block_table.num_evicted
         for group_id, rows in self.rows.items():
@@ -63,6 +66,7 @@ class CompressionRunnerV1(CompressionRunner):
         super()._end_step()
         self.input_batch.block_table.num_evicted.clear()
 
+    @calls("vllm.v1.worker.block_table:MultiGroupBlockTable.add_row")
     def _exchange_rows(self, directives: list[EvictionDirective]) -> None:
         for directive in directives:
             state = self.requests.get(directive.req_id)

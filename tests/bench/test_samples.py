@@ -5,7 +5,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from rkv_vllm.bench.samples import Samples, Scrape
+from rkv_vllm.bench.samples import Scrape, counts_of_load
+from rkv_vllm.bench.server import Server
 
 METRICS = """\
 # TYPE vllm:num_requests_running gauge
@@ -32,11 +33,10 @@ def scrape(running=0.0, usage=0.0, preemptions=0.0, tokens=0.0, compactions=0.0)
 
 
 def test_counters_are_differences_and_gauges_are_means_and_peaks():
-    samples = Samples(scrape(preemptions=5, tokens=96, compactions=1))
-    samples.add(scrape(running=3, usage=0.5, tokens=100))
-    samples.add(scrape(running=1, usage=0.9, tokens=146))
-    assert samples.generated_tokens == 50
-    assert samples.counts(scrape(preemptions=7, compactions=13)) == {
+    before, after = scrape(preemptions=5, compactions=1), scrape(preemptions=7, compactions=13)
+    during = [scrape(running=3, usage=0.5, tokens=100), scrape(running=1, usage=0.9)]
+    assert during[0].generated_tokens == 100
+    assert counts_of_load(before, during, after) == {
         "preemptions": 2,
         "compactions": 12,
         "deferred": 12,
@@ -52,7 +52,7 @@ def test_counters_are_differences_and_gauges_are_means_and_peaks():
 def test_a_server_without_our_metrics_has_compacted_nothing():
     lines = [line for line in METRICS.splitlines() if "kv_compression" not in line]
     text = "\n".join(lines).format(running=2, usage=1.0, preemptions=0, tokens=0) + "\n"
-    counts = Samples(Scrape.parse(text)).counts(Scrape.parse(text))
+    counts = counts_of_load(Scrape.parse(text), [], Scrape.parse(text))
     assert (counts["compactions"], counts["deferred"], counts["running_peak"]) == (0, 0, 0)
 
 
@@ -69,14 +69,12 @@ vllm:cache_config_info{engine="1",num_gpu_blocks="42"} 1.0
 
 def test_engines_have_a_pool_each():
     both = Scrape.parse(TWO_ENGINES)
-    samples = Samples(both)
-    samples.add(both)
-    counts = samples.counts(both)
+    counts = counts_of_load(both, [both], both)
     assert (counts["engines"], counts["pool_blocks"], counts["peak_blocks"]) == (2, 40, 15)
 
 
 @pytest.fixture
-def metrics_url():
+def server():
     """A server on this machine that answers with `TWO_ENGINES`."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -91,15 +89,15 @@ def metrics_url():
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield Server(f"http://127.0.0.1:{server.server_port}", None, None)
         server.shutdown()
         thread.join()
 
 
-def test_the_server_is_asked_without_a_proxy(metrics_url, monkeypatch):
+def test_the_server_is_asked_without_a_proxy(server, monkeypatch):
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
     for name in ("http_proxy", "HTTP_PROXY"):
         # Nobody listens there.
         monkeypatch.setenv(name, "http://127.0.0.1:1")
-    assert Scrape.of(metrics_url).pool_blocks == 40
+    assert Scrape.of(server).pool_blocks == 40

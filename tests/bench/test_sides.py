@@ -2,16 +2,11 @@
 
 import pytest
 
-from rkv_vllm.bench.sides import (
-    compression_options,
-    make_schedule,
-    make_sides,
-    split_engine_flags,
-)
+from rkv_vllm.bench.sides import make_schedule, make_sides, split_engine_flags
 
 
 def test_the_stock_side_has_no_flag_of_its_own():
-    stock, first, second = make_sides((64, 128), 32, ["--kv-window=16"])
+    stock, first, second = make_sides((64, 128), 32, {"window": 16})
     assert (stock.name, stock.flags) == ("stock", ())
     assert first.name == "budget 64"
     assert first.flags == (
@@ -22,7 +17,7 @@ def test_the_stock_side_has_no_flag_of_its_own():
 
 
 def test_sides_take_turns_and_their_order_turns_round():
-    sides = make_sides((64, 128), 32, ())
+    sides = make_sides((64, 128), 32, {})
     runs = make_schedule(("offline", "served"), sides, 2)
     names = [(run.mode, run.repeat, run.side.budget) for run in runs]
     assert names[:6] == [
@@ -34,10 +29,18 @@ def test_sides_take_turns_and_their_order_turns_round():
 
 def test_flags_of_compression_go_to_the_compressed_sides():
     flags = ["--enforce-eager", "--kv-window", "4", "-tp", "2", "--kv_lambda=0.3", "--swap=1"]
-    common, compressed = split_engine_flags(flags)
+    common, compression = split_engine_flags(flags)
     assert common == ["--enforce-eager", "-tp", "2", "--swap=1"]
-    assert compressed == ["--kv-window", "4", "--kv_lambda=0.3"]
-    assert compression_options(compressed) == {"window": 4, "lam": 0.3}
+    assert compression == {"window": 4, "lam": 0.3}
+    stock, compressed = make_sides((64,), 32, compression)
+    assert stock.flags == ()
+    assert {"--kv-window=4", "--kv-lambda=0.3"} <= set(compressed.flags)
+
+
+def test_an_abbreviated_method_is_that_of_the_compressed_sides():
+    common, compression = split_engine_flags(["--kv-comp=some.Method"])
+    assert (common, compression) == ([], {"method": "some.Method"})
+    assert "--kv-compression=some.Method" in make_sides((64,), 32, compression)[1].flags
 
 
 @pytest.mark.parametrize(
@@ -53,10 +56,9 @@ def test_flags_of_compression_go_to_the_compressed_sides():
         ['--additional_config={"kv_compression": {"method": "rkv"}}'],
         ["--config", "options.yaml"],
         ["--hf-token=secret"],
-        # vLLM takes them for --kv-budget, --block-size, --kv-compression, --additional-config.
+        # vLLM takes them for --kv-budget, --block-size, --additional-config.
         ["--kv-bud=64"],
         ["--block_siz=16"],
-        ["--kv-comp=rkv"],
         ["--additional-conf.kv_compression.method=rkv"],
     ],
 )
@@ -68,17 +70,16 @@ def test_flags_that_contradict_the_benchmark_are_refused(flags):
 def test_a_value_may_contain_any_word():
     flags = ["--download-dir=/x/kv_compression", "--served-model-name", "kv_compression"]
     flags += ["--additional-config", '{"other": 1}', "--load-format", "dummy"]
-    assert split_engine_flags(flags) == (flags, [])
+    assert split_engine_flags(flags) == (flags, {})
 
 
 def test_a_second_value_after_a_flag_of_compression_is_refused():
-    _, compressed = split_engine_flags(["--kv-window", "8", "9"])
     wanted = "^ENGINE_FLAGS: got '9' after --kv-window, wanted a flag; remove it$"
     with pytest.raises(ValueError, match=wanted):
-        compression_options(compressed)
+        split_engine_flags(["--kv-window", "8", "9"])
 
 
 @pytest.mark.parametrize("flags", [["--kv-window"], ["--kv-window", "eight"]])
 def test_a_flag_of_compression_without_its_value_is_refused(flags):
-    with pytest.raises(ValueError, match=r"--kv-window: got '.*', wanted"):
-        compression_options(flags)
+    with pytest.raises(ValueError, match=r"--kv-window.*, wanted "):
+        split_engine_flags(flags)

@@ -24,18 +24,23 @@ class FreeBooks:
         return [], []
 
 
-def planned_compactions(config, prompt_len, output_len, in_flight):
-    """What the scheduler's planner books for one request."""
-    planner = CompressionPlanner(config, FreeBooks())
+def planned_lengths(config, prompt_len, output_len, in_flight):
+    """Tokens that one request holds in each step, before its compaction, and their number.
+
+    As the planner of an engine decides it.
+    """
+    books = FreeBooks()
+    planner = CompressionPlanner(config, books)
     options = RequestOptions(config.budget, config.buffer)
-    count = 0
+    scheduled, lengths, count = [], [], 0
     for step in range(output_len):
-        computed = prompt_len + step
-        scheduled = 1 if step else prompt_len
-        unsettled = min(computed, prompt_len + in_flight - 1 if step < in_flight else in_flight)
-        request = ScheduledRequest("r", computed, scheduled, unsettled, False, options)
+        scheduled.append(1 if step else prompt_len)
+        computed = sum(scheduled)
+        lengths.append(computed - books.evicted)
+        unsettled = sum(scheduled[-in_flight:])
+        request = ScheduledRequest("r", computed, scheduled[-1], unsettled, False, options)
         count += len(planner.plan_step([request]).directives)
-    return count
+    return lengths, count
 
 
 @pytest.mark.parametrize("in_flight", [1, 2])
@@ -46,7 +51,7 @@ def test_expected_compactions_are_those_of_the_planner(budget, buffer, in_flight
     for prompt_len in (1, 7, 8, 9, 30):
         for output_len in range(1, 60):
             expected = num_compactions(prompt_len, output_len, budget, buffer, in_flight)
-            planned = planned_compactions(config, prompt_len, output_len, in_flight)
+            _, planned = planned_lengths(config, prompt_len, output_len, in_flight)
             assert expected == planned, (prompt_len, output_len)
             counts.add(planned)
     assert len(counts) > 4

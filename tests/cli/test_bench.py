@@ -182,7 +182,7 @@ BAD = {
         2,
         "--output-len: got 4096 for prompts of up to ",
     ),
-    "abbreviation": (["{model}", *SMALL, "--", "--kv-bud=64"], 2, "--kv-bud: got it among"),
+    "abbreviation": (["{model}", *SMALL, "--", "--kv-bud=64"], 2, "--kv-budget: got it among"),
     "two values": (["{model}", *SMALL, "--", "--kv-window", "8", "9"], 2, "got '9' after"),
     "port": (["{model}", *SMALL, "--", "--port", "8000"], 2, "--port: got it among the flags"),
     "max_model_len": (["{model}", *SMALL, "--", "--max_model_len=9"], 2, "--max-model-len: got"),
@@ -274,7 +274,7 @@ def test_a_key_in_the_environment_does_not_lock_the_server(tmp_path, monkeypatch
 
 def test_a_server_that_hangs_shows_the_end_of_its_log(tmp_path, monkeypatch):
     fake_python(tmp_path, monkeypatch, "echo loading; exec sleep 600")
-    monkeypatch.setattr("rkv_vllm.bench.served.START_SECONDS", 1)
+    monkeypatch.setattr("rkv_vllm.bench.server.START_SECONDS", 1)
     with pytest.raises(ChildError, match="did not come up within 1 s") as caught:
         run_served(new_workload(), COMPRESSED, (), tmp_path, lambda *_: None)
     assert caught.value.log_tail == ["loading"]

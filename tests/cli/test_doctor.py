@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from rkv_vllm.cli import app, diagnosis
 from rkv_vllm.cli.diagnosis import examine
 from rkv_vllm.cli.errors import CommandError
+from rkv_vllm.fit.refusals import REFUSALS
 from rkv_vllm.kernels import native
 from tests import checkpoint_configs
 from tests.checkpoint_configs import LLAMA, write_config
@@ -37,7 +38,7 @@ def test_this_environment_and_a_plain_model_are_fine(model):
     assert found["model", "model runner"].message.startswith("V1")
     assert found["model", "compaction"].status == "ok"
     features = [finding for finding in findings if finding.topic == "features"]
-    assert len(features) == len(diagnosis.support.REFUSALS)
+    assert len(features) == len(REFUSALS)
 
 
 SPECULATION = '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'

@@ -44,7 +44,6 @@ def test_json_adds_up(model):
     assert rkv["request_peak_tokens"] == 100 + 16 + 2
     assert stock["at_once_peak"] == (stock["pool_blocks"] - 1) // 69
     for basis in ("peak", "mean"):
-        assert found["crossover"]["stock"][basis] < found["crossover"]["stock_fp8"][basis] < 1000
         assert rkv["at_once_peak"] > fp8[f"at_once_{basis}"] > stock[f"at_once_{basis}"]
 
 
@@ -54,7 +53,6 @@ def test_table_says_what_json_says(model):
     for side in found["sides"].values():
         for value in (side["at_once_peak"], side["at_once_mean"], side["pool_tokens"]):
             assert f"{value:,}" in printed
-    assert f"more than stock from an output of {found['crossover']['stock']['peak']:,}" in printed
     assert all(note in printed for note in found["notes"])
 
 
@@ -103,7 +101,7 @@ BAD = {
         2,
         "--tensor-parallel-size: got 3",
     ),
-    "weights": (["{model}", *ROOM, "--weights", "1GiB"], 1, "1.00 GiB of weights"),
+    "weights": (["{model}", *ROOM, "--weights", "1GiB"], 1, "1.0 GiB of weights"),
     "slots": (["{model}", *ROOM, "--observation-slots", "99999"], 1, "lower --observation-slots"),
     "output": (["{model}", *ROOM, "--output-len", "999999"], 1, "--output-len: got 999999"),
     "prompt": (["{model}", *ROOM, "--prompt-len", "999999"], 1, "--prompt-len: got 999999"),
@@ -135,7 +133,8 @@ def test_the_longest_output_that_is_named_is_accepted(model):
 
 
 def test_plot_without_matplotlib_is_refused_with_the_cure(model, monkeypatch):
-    monkeypatch.setattr("rkv_vllm.cli.plan.find_spec", lambda name: None)
+    # Python's own way to make an import fail.
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run(model, *ROOM, "--plot", "x.png")
     assert result.exit_code == 1
     assert "run: pip install matplotlib" in result.stderr

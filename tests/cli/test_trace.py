@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from rkv_vllm.cli import app
 from rkv_vllm.cli.errors import CommandError
-from rkv_vllm.cli.traced_run import Request, check_lengths
+from rkv_vllm.cli.trace_input import check_lengths
 from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.trace.capture import TracedRequest
 from rkv_vllm.trace.record import NEVER
 from tests import reference
 from tests.checkpoint_configs import LLAMA, write_config
@@ -128,7 +129,7 @@ def model(tmp_path):
     ],
 )
 def test_wrong_options_end_it_before_anything_loads(model, monkeypatch, options, message):
-    monkeypatch.setattr("rkv_vllm.cli.trace.load_tokenizer", None)
+    monkeypatch.setattr("rkv_vllm.cli.trace_input.load_tokenizer", None)
     result = run(model, PROMPT, *options)
     assert result.exit_code == 2
     assert message in result.stderr
@@ -136,7 +137,7 @@ def test_wrong_options_end_it_before_anything_loads(model, monkeypatch, options,
 
 
 def test_a_model_that_is_none_ends_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("rkv_vllm.cli.trace.load_tokenizer", None)
+    monkeypatch.setattr("rkv_vllm.cli.trace_input.load_tokenizer", None)
     result = run(tmp_path / "nowhere", PROMPT, "-o", tmp_path / "t.html")
     assert result.exit_code == 2
     assert "nowhere" in result.stderr
@@ -181,7 +182,7 @@ def test_the_smallest_number_of_tokens_still_sees_a_compaction(random_model_dir)
 
 def refuses(prompt, max_tokens, config) -> bool:
     try:
-        check_lengths(Request(prompt, max_tokens, 0.0, False), config, None)
+        check_lengths(TracedRequest(prompt, max_tokens, 0.0, False), config, None)
     except CommandError:
         return True
     return False

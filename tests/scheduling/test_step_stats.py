@@ -208,7 +208,8 @@ def test_last_step_of_a_request_reports_its_compaction(model):
     engine.run()
     engine.worker.flush()
     booked = [bool(step.evicted_tokens) for step in onlooker.steps]
-    assert booked.count(True) == engine.worker.compactions == 1
+    # Nobody is left to carry it out for.
+    assert booked.count(True) == engine.worker.skipped == 1
     assert len(engine.outputs["a"]) == 10
 
 

@@ -132,7 +132,7 @@ def test_pointing_at_a_token_tells_its_position_heads_and_scores(open_page):
     share = kept(SMALL, 4)[token]
     assert found["position"] == "50, output"
     assert found["kept by"] == f"{round(share * 8)} of 8 ({round(share * 100 + 1e-9)} %)"
-    rank = (int(SMALL.evictions.mean_rank[3, token]) - 1) / 254
+    rank = (int(SMALL.evictions.mean_rank[3, token]) - 1) / 100
     assert found["score rank now"] == f"{int(rank * 100 + 0.5)} %, mean of all heads"
     at = SMALL.evictions.evicted_at[..., token].ravel()
     gone = at[at != NEVER] + 1

@@ -87,7 +87,7 @@ def test_ranks_are_those_of_the_last_compaction_that_judged_a_token():
 
 
 def test_the_best_score_ranks_highest_and_of_equal_ones_the_earlier():
-    assert rank(torch.tensor([[3.0, -1.0, 3.0, 0.5, -1.0]])).tolist() == [[255, 65, 191, 128, 1]]
+    assert rank(torch.tensor([[3.0, -1.0, 3.0, 0.5, -1.0]])).tolist() == [[101, 26, 76, 51, 1]]
     assert rank(torch.zeros(1, 1)).tolist() == [[1]]
 
 

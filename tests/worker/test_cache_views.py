@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rkv_vllm.support import ATTENTION_BACKENDS
+from rkv_vllm.fit.refusals import ATTENTION_BACKENDS
 from rkv_vllm.worker.cache_views import LAYOUTS, view_caches
 
 LAYERS, BLOCKS, HEADS, TOKENS, HEAD_SIZE = 3, 8, 2, 16, 8

@@ -6,7 +6,7 @@ import torch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from rkv_vllm.support import WORKER_CLS
+from rkv_vllm.fit.versions import WORKER_CLS
 from rkv_vllm.worker.gpu_worker import CompressionGPUWorker
 from rkv_vllm.worker.runner_v2 import CompressionRunnerV2
 

@@ -1,5 +1,6 @@
 """The V2 runner under captured graphs: fixed addresses, and nobody's rows in dummy batches."""
 
+import functools
 import gc
 import inspect
 import weakref
@@ -10,9 +11,9 @@ import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 import rkv_vllm
-from rkv_vllm.scheduling.directive import EvictionDirective
 from tests.engine import running_engine
 from tests.models import random_prompt
+from tests.worker.test_flush import directive
 
 pytestmark = pytest.mark.engine
 
@@ -63,7 +64,7 @@ def test_captured_dummy_and_real_runs_share_addresses_and_nothing_else(
         model_runner = engine.model_runner
         (evicted_rows,) = model_runner.state_rows.num_evicted.values()
         (rows,) = model_runner.rows.values()
-        ring = model_runner.compactor._views.ring
+        ring = model_runner.compactor.groups[0].layer_sets[0].ring
         for i in range(2):
             engine.add(f"r{i}", random_prompt(48 + i, seed=i), 40)
         while engine.stats()["compactions"] < 2:
@@ -153,10 +154,7 @@ def test_rows_of_different_widths_are_exchanged_in_one_flush(random_model_dir, r
     with running_engine(model, **rkv_vllm.engine_args(budget=48, buffer=16)) as engine:
         tables = engine.model_runner.block_tables
         rows = {4: [9, 8, 7], 2: [6]}
-        directives = [
-            EvictionDirective(f"r{i}", 0, 128, 128, 32, 0, [1, 2, 3, 5], new)
-            for i, new in rows.items()
-        ]
+        directives = [directive(f"r{i}", [1, 2, 3, 5], new) for i, new in rows.items()]
         tables.exchange_rows(0, directives, list(rows))
         for state, new in rows.items():
             assert tables.num_blocks.np[0, state] == len(new)
@@ -171,6 +169,7 @@ def test_vllm_profiles_before_there_is_a_cache_and_on_one_that_it_throws_away(
     attend = CPUAttentionBackendImpl.forward
     parameters = inspect.signature(attend)
 
+    @functools.wraps(attend)
     def attend_to_nothing_known(*args, **kwargs):
         output = attend(*args, **kwargs)
         # Without a cache vLLM hands unwritten memory on, and where that holds NaN the interpreter

@@ -1,0 +1,286 @@
+"""What compression does not support: refused at start by name, with the cure.
+
+One row of `REFUSALS` per feature; delete the row and its case in the tests when the feature is
+supported. Everything here is asked only when compression is switched on, before a model is loaded.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rkv_vllm.fit.overrides import check_overrides
+from rkv_vllm.fit.versions import SCHEDULER_CLS, check_vllm_version, platform_worker_cls
+from rkv_vllm.log import init_logger
+from rkv_vllm.options import CONFIG_KEY, ServerOptions
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+# Those whose cache layouts are known (worker/cache_views.py).
+ATTENTION_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
+
+_FULL_ATTENTION_LAYERS = {"full_attention", "attention"}
+
+
+class Refusal(NamedTuple):
+    """One unsupported feature.
+
+    Attributes:
+        feature: what users know it by.
+        got: what an engine config has set, None where it does without the feature.
+        wanted: what to set instead.
+        cure: the way there.
+        got_early: the same as `got` for engine arguments, where vLLM's own way from these to its
+            config hides the feature or ends in advice that would be refused next.
+    """
+
+    feature: str
+    got: "Callable[[VllmConfig], str | None]"
+    wanted: str
+    cure: str
+    got_early: "Callable[[EngineArgs], str | None] | None" = None
+
+    def find(self, vllm_config: "VllmConfig") -> str | None:
+        """Returns the sentence that users read, None where the feature is not in use."""
+        got = self.got(vllm_config)
+        if got is None:
+            return None
+        return (
+            f"KV cache compression does not support {self.feature}: got {got}, "
+            f"wanted {self.wanted}; {self.cure}"
+        )
+
+
+def check_engine_args(engine_args: "EngineArgs") -> None:
+    """Raises ValueError for what must be refused before vLLM makes its config.
+
+    Args:
+        engine_args: as the user gave them.
+    """
+    check_vllm_version()
+    check_overrides(SCHEDULER_CLS)
+    platform_worker_cls()
+    early = [rule._replace(got=rule.got_early) for rule in REFUSALS if rule.got_early is not None]
+    _raise_if_any(rule.find(engine_args) for rule in early)
+
+
+def check(vllm_config: "VllmConfig") -> None:
+    """Raises ValueError naming every unsupported feature of a finished engine config.
+
+    Cheap enough to be called again wherever a process cannot know that another one has. Logs a
+    warning, once per process, when no request can grow long enough to be compacted, and on a GPU.
+
+    Args:
+        vllm_config: the engine config that vLLM has made, with our options in it.
+    """
+    check_vllm_version()
+    check_overrides(SCHEDULER_CLS)
+    _raise_if_any(rule.find(vllm_config) for rule in REFUSALS)
+    _warn_if_never_due(vllm_config)
+    _warn_if_unproven()
+
+
+def _raise_if_any(sentences: Iterable[str | None]) -> None:
+    if found := [sentence for sentence in sentences if sentence is not None]:
+        raise ValueError("\n".join(found))
+
+
+def _warn_if_never_due(vllm_config: "VllmConfig") -> None:
+    config = ServerOptions.from_dict(vllm_config.additional_config[CONFIG_KEY])
+    max_model_len = vllm_config.model_config.max_model_len
+    if config.budget + config.buffer >= max_model_len:
+        init_logger(__name__).warning_once(
+            "--kv-budget %d plus --kv-buffer %d reach --max-model-len %d: no request will ever be "
+            "compacted unless it sets a smaller budget itself; lower the budget",
+            config.budget,
+            config.buffer,
+            max_model_len,
+            scope="process",
+        )
+
+
+def _warn_if_unproven() -> None:
+    """To go with the first run of benchmarks/gpu/verify.py that passes."""
+    from vllm.platforms import current_platform
+
+    if current_platform.device_name == "cuda":
+        init_logger(__name__).warning_once(
+            "This release of KV cache compression was tested under Triton's interpreter and "
+            "compiled for GPUs, but has not run on one: compare its output with your own "
+            "uncompressed run first (benchmarks/gpu/verify.py does)",
+            scope="process",
+        )
+
+
+def has_limited_layers(checkpoint: Mapping[str, Any], windowed: bool) -> bool:
+    """Tells whether some layers see less than all tokens.
+
+    Args:
+        checkpoint: the fields of the text model in a `config.json`.
+        windowed: what its other fields say, where it does not name the kind of each layer.
+    """
+    layer_types = checkpoint.get("layer_types")
+    return not _FULL_ATTENTION_LAYERS.issuperset(layer_types) if layer_types else windowed
+
+
+def _context_parallel(parallel: "ParallelConfig | EngineArgs") -> str | None:
+    decode = parallel.decode_context_parallel_size
+    prefill = parallel.prefill_context_parallel_size
+    return None if decode == prefill == 1 else f"sizes {decode} (decode) and {prefill} (prefill)"
+
+
+def _micro_batching(parallel: "ParallelConfig | EngineArgs") -> str | None:
+    in_use = parallel.enable_dbo or parallel.ubatch_size > 1
+    return "--enable-dbo or --ubatch-size above 1" if in_use else None
+
+
+def _cache_dtype(vllm_config: "VllmConfig") -> str | None:
+    got = vllm_config.cache_config.cache_dtype
+    model_dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    return None if got in ("auto", model_dtype) else f"{got} with a {model_dtype} model"
+
+
+def _is_limited(model: "ModelConfig") -> bool:
+    # The config of the checkpoint, not of vLLM: each model family has other fields.
+    checkpoint = model.hf_text_config.to_dict()
+    return (
+        has_limited_layers(checkpoint, windowed=model.get_sliding_window() is not None)
+        or checkpoint.get("dual_chunk_attention_config") is not None
+        or model.attention_chunk_size is not None
+        or model.rswa_window is not None
+    )
+
+
+def _is_bidirectional(vllm_config: "VllmConfig") -> bool:
+    model = vllm_config.model_config
+    return (
+        model.is_mm_prefix_lm
+        or model.is_diffusion
+        or vllm_config.diffusion_config is not None
+        or vllm_config.attention_config.use_non_causal
+    )
+
+
+def _v1_runner_on_gpu(vllm_config: "VllmConfig") -> str | None:
+    from vllm.platforms import current_platform
+
+    on_cpu = current_platform.device_type == "cpu"
+    return None if on_cpu or vllm_config.use_v2_model_runner else "V1"
+
+
+def _attention_backend(vllm_config: "VllmConfig") -> str | None:
+    backend = vllm_config.attention_config.backend
+    return None if backend is None or backend.name in ATTENTION_BACKENDS else backend.name
+
+
+def _runner(vllm_config: "VllmConfig") -> str | None:
+    runner = vllm_config.model_config.runner_type
+    return None if runner == "generate" else f"runner {runner!r}"
+
+
+def _model(feature: str, is_used: "Callable[[VllmConfig], bool]") -> Refusal:
+    """A row about what a checkpoint is, whatever the flags."""
+
+    def got(vllm_config: "VllmConfig") -> str | None:
+        model = vllm_config.model_config
+        shown = f"{', '.join(model.architectures)} ({model.model})"
+        return shown if is_used(vllm_config) else None
+
+    wanted = "a decoder with full attention in every layer"
+    return Refusal(feature, got, wanted, "remove --kv-compression or serve another model")
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    # Drafts are written to the cache before they are accepted.
+    Refusal(
+        "speculative decoding",
+        lambda c: c.speculative_config and f"method {c.speculative_config.method!r}",
+        "none",
+        "remove --speculative-config and --spec-...",
+    ),
+    # A connector takes the content of a block for the tokens it was hashed for.
+    Refusal(
+        "KV connectors and KV cache offloading",
+        lambda c: c.kv_transfer_config and f"connector {c.kv_transfer_config.kv_connector!r}",
+        "none",
+        "remove --kv-transfer-config and --kv-offloading-size",
+    ),
+    # HiSparse keeps the cache on the host.
+    Refusal(
+        "HiSparse KV offloading",
+        lambda c: c.attention_config.hisparse_config and "attention_config.hisparse_config",
+        "none",
+        "remove hisparse_config from --attention-config",
+    ),
+    # The tokens of one request lie interleaved on several ranks.
+    Refusal(
+        "context parallelism",
+        lambda c: _context_parallel(c.parallel_config),
+        "1 and 1",
+        "remove --decode-context-parallel-size and --prefill-context-parallel-size",
+        got_early=_context_parallel,
+    ),
+    # Slices of a batch bring attention metadata of their own. (The CPU platform drops --enable-dbo
+    # without a word.)
+    Refusal(
+        "micro-batching",
+        lambda c: _micro_batching(c.parallel_config),
+        "neither",
+        "remove both flags",
+        got_early=_micro_batching,
+    ),
+    # Keys of a quantised cache cannot be scored as they are.
+    Refusal(
+        "a KV cache in another dtype than the model's",
+        _cache_dtype,
+        "auto",
+        "pass --kv-cache-dtype auto (a checkpoint may ask for a quantised cache by itself: then "
+        "pass the model's dtype)",
+    ),
+    # It hands some layers metadata with fewer tokens.
+    Refusal(
+        "fast prefill with shared KV layers",
+        lambda c: "--kv-sharing-fast-prefill" if c.cache_config.kv_sharing_fast_prefill else None,
+        "off",
+        "remove the flag",
+    ),
+    # Nothing is decoded, so nothing is ever compacted.
+    Refusal(
+        "models that do not generate text",
+        _runner,
+        "'generate'",
+        "pass --runner generate or remove --kv-compression",
+    ),
+    # A latent cache holds no keys per head.
+    _model("multi-head latent attention (MLA)", lambda c: c.model_config.use_mla),
+    # Layers with a window or chunks find their tokens by logical position.
+    _model(
+        "sliding-window, chunked or linear attention layers", lambda c: _is_limited(c.model_config)
+    ),
+    # A recurrent state is no list of tokens.
+    _model(
+        "Mamba, hybrid or attention-free models",
+        lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free,
+    ),
+    # ALiBi takes the place in the cache for the place in the text.
+    _model("ALiBi position biases", lambda c: c.model_config.uses_alibi),
+    # Cross-attention has a cache of its own.
+    _model("encoder-decoder models", lambda c: c.model_config.is_encoder_decoder),
+    # A token that is seen by earlier ones is not settled when it is computed.
+    _model("bidirectional attention and diffusion", _is_bidirectional),
+    # On GPUs only the V2 runner, vLLM's default there, has an adapter.
+    Refusal(
+        "the V1 model runner on a GPU",
+        _v1_runner_on_gpu,
+        "V2",
+        "unset VLLM_USE_V2_MODEL_RUNNER; if vLLM then logs a feature that V2 does not support yet, "
+        "remove that feature",
+    ),
+    # One that vLLM picks by itself is checked when the cache is allocated.
+    Refusal(
+        "this attention backend",
+        _attention_backend,
+        f"one of {', '.join(ATTENTION_BACKENDS)}",
+        "choose one of these with --attention-backend, or leave the flag out",
+    ),
+)

@@ -1,0 +1,28 @@
+"""What the tests of this folder share: the plugin is loaded, and engines of a small model."""
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+import rkv_vllm
+from rkv_vllm.plugin import register
+from tests.checkpoint_configs import LLAMA, write_config
+
+
+@pytest.fixture(autouse=True, scope="module")
+def plugin():
+    register()
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Makes engine arguments for a small supported model, with compression and some changes."""
+
+    def make(checkpoint=LLAMA, **changes):
+        model = write_config(tmp_path / "model", checkpoint)
+        compression = rkv_vllm.engine_args(budget=96, buffer=32)
+        return EngineArgs(**{"model": model, "skip_tokenizer_init": True, **compression, **changes})
+
+    return make
+
+
+OFF = {"additional_config": {}, "scheduler_cls": None, "worker_cls": "auto"}

@@ -1,0 +1,240 @@
+"""What compression does not support is refused by name before the model loads, in one sentence."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+from vllm.config import ModelConfig, VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from rkv_vllm.fit.refusals import REFUSALS, check
+from tests import checkpoint_configs
+from tests.fit.conftest import OFF
+
+
+@pytest.fixture
+def warnings():
+    """What this package's check warns of, as if nothing had been warned of before."""
+    from vllm import logger as vllm_logger
+
+    vllm_logger._print_warning_once.cache_clear()
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = logging.getLogger("vllm.rkv_vllm.fit.refusals")
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+
+
+SUPPORTED = [
+    {},
+    {"checkpoint": checkpoint_configs.UNUSED_WINDOW},
+    {"kv_cache_dtype": "bfloat16"},
+    {"tensor_parallel_size": 2},
+    {"pipeline_parallel_size": 2},
+    {"data_parallel_size": 2},
+    {"enable_lora": True},
+    {"enable_prefix_caching": False},
+    {"enable_chunked_prefill": True, "max_num_batched_tokens": 64, "max_num_seqs": 4},
+    {"scheduling_policy": "priority"},
+]
+
+
+@pytest.mark.parametrize("changes", SUPPORTED, ids=lambda changes: next(iter(changes), "defaults"))
+def test_supported_engine_passes_every_rule(arguments, changes):
+    vllm_config = arguments(**changes).create_engine_config()
+    assert [rule.find(vllm_config) for rule in REFUSALS] == [None] * len(REFUSALS)
+
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+# Pairs of what the sentence says and what the engine arguments say.
+REFUSED = [
+    ("speculative decoding: got method 'ngram'", {"speculative_config": NGRAM}),
+    (
+        "KV connectors and KV cache offloading: got connector 'ExampleConnector'",
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+    ),
+    ("KV connectors and KV cache offloading", {"kv_offloading_size": 1.0}),
+    (
+        "context parallelism: got sizes 2 (decode) and 1 (prefill)",
+        {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+    ),
+    ("context parallelism: got sizes 1", {"prefill_context_parallel_size": 2}),
+    ("micro-batching: got --enable-dbo or --ubatch-size above 1", {"enable_dbo": True}),
+    ("micro-batching", {"ubatch_size": 2}),
+    (
+        "a KV cache in another dtype than the model's: got fp8 with a bfloat16",
+        {"kv_cache_dtype": "fp8"},
+    ),
+    (
+        "a KV cache in another dtype than the model's: got float16 with",
+        {"kv_cache_dtype": "float16"},
+    ),
+    ("fast prefill with shared KV layers", {"kv_sharing_fast_prefill": True}),
+    ("models that do not generate text", {"runner": "pooling", "convert": "embed"}),
+    ("multi-head latent attention (MLA)", {"checkpoint": checkpoint_configs.LATENT}),
+    (
+        "sliding-window, chunked or linear attention layers",
+        {"checkpoint": checkpoint_configs.SLIDING_WINDOW},
+    ),
+    (
+        "sliding-window, chunked or linear attention layers",
+        {"checkpoint": checkpoint_configs.MIXED_WINDOWS},
+    ),
+    (
+        "sliding-window, chunked or linear attention layers",
+        {"checkpoint": checkpoint_configs.CHUNKED},
+    ),
+    (
+        "sliding-window, chunked or linear attention layers",
+        {"checkpoint": checkpoint_configs.DUAL_CHUNK},
+    ),
+    ("ALiBi position biases", {"checkpoint": checkpoint_configs.ALIBI}),
+    ("encoder-decoder models", {"checkpoint": checkpoint_configs.CROSS_ATTENTION}),
+    ("bidirectional attention", {"attention_config": {"use_non_causal": True}}),
+    ("bidirectional attention and diffusion", {"diffusion_config": {"canvas_length": 8}}),
+]
+
+
+@pytest.mark.parametrize(("sentence", "changes"), REFUSED)
+def test_unsupported_feature_is_refused_by_name_with_the_cure(arguments, sentence, changes):
+    engine_args = arguments(**changes)
+    with pytest.raises(ValueError, match=r"does not support .*: got .+, wanted .+; .+") as error:
+        engine_args.create_engine_config()
+    assert sentence in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+# What a small config.json on a CPU cannot bring about is set on vLLM's own classes and objects,
+# which fails when vLLM renames it. A property of a class comes before what an instance has cached.
+PATCHED = [
+    ("Mamba, hybrid or attention-free models", ModelConfig, "is_hybrid", property(lambda _: True)),
+    (
+        "Mamba, hybrid or attention-free models",
+        ModelConfig,
+        "is_attention_free",
+        property(lambda _: True),
+    ),
+    (
+        "sliding-window, chunked or linear attention layers",
+        ModelConfig,
+        "rswa_window",
+        property(lambda _: 64),
+    ),
+    ("bidirectional attention", ModelConfig, "is_mm_prefix_lm", property(lambda _: True)),
+    ("bidirectional attention", ModelConfig, "is_diffusion", property(lambda _: True)),
+    ("the V1 model runner on a GPU: got V1", type(current_platform), "device_type", "cuda"),
+    ("HiSparse KV offloading", "attention_config", "hisparse_config", object()),
+    (
+        "this attention backend: got FLEX_ATTENTION, wanted one of CPU_ATTN, FLASH_ATTN",
+        "attention_config",
+        "backend",
+        AttentionBackendEnum.FLEX_ATTENTION,
+    ),
+]
+
+
+@pytest.mark.parametrize(("sentence", "owner", "name", "value"), PATCHED)
+def test_unsupported_property_is_refused_by_name(
+    arguments, monkeypatch, sentence, owner, name, value
+):
+    vllm_config = arguments().create_engine_config()
+    owner = getattr(vllm_config, owner) if isinstance(owner, str) else owner
+    monkeypatch.setattr(owner, name, value)
+    with pytest.raises(ValueError, match="does not support") as error:
+        check(vllm_config)
+    assert sentence in str(error.value)
+
+
+def test_every_rule_has_a_test():
+    tested = "\n".join(sentence for sentence, *_ in (*REFUSED, *PATCHED))
+    assert [rule.feature for rule in REFUSALS if rule.feature not in tested] == []
+
+
+def test_what_a_gpu_has_passes(arguments, monkeypatch):
+    vllm_config = arguments().create_engine_config()
+    monkeypatch.setattr(type(current_platform), "device_type", "cuda")
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
+    vllm_config.attention_config.backend = AttentionBackendEnum.TRITON_ATTN
+    check(vllm_config)
+
+
+def test_all_refusals_are_named_at_once(arguments):
+    engine_args = arguments(kv_sharing_fast_prefill=True, kv_cache_dtype="fp8")
+    with pytest.raises(ValueError, match=r"(?s)KV cache in another dtype.*\n.*fast prefill"):
+        engine_args.create_engine_config()
+
+
+@pytest.mark.engine
+def test_refusals_hold_where_the_plugin_is_not_loaded(tmp_path):
+    script = (
+        "import sys, rkv_vllm, vllm\n"
+        "drafts = {'method': 'ngram', 'num_speculative_tokens': 2, 'prompt_lookup_max': 3}\n"
+        "vllm.LLM(sys.argv[1], speculative_config=drafts, skip_tokenizer_init=True,\n"
+        "    load_format='dummy', max_model_len=256, enforce_eager=True,\n"
+        "    kv_cache_memory_bytes=2**23, **rkv_vllm.engine_args(budget=96, buffer=32))\n"
+    )
+    model = checkpoint_configs.write_config(tmp_path / "model", checkpoint_configs.LLAMA)
+    run = subprocess.run(
+        [sys.executable, "-c", script, model],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "VLLM_PLUGINS": "other"},
+    )
+    assert run.returncode != 0
+    assert "does not support speculative decoding: got method 'ngram'" in run.stderr
+
+
+def test_a_gpu_is_warned_of_once(arguments, monkeypatch, warnings):
+    vllm_config = arguments().create_engine_config()
+    assert warnings == []
+    monkeypatch.setattr(type(current_platform), "device_name", "cuda")
+    check(vllm_config)
+    check(vllm_config)
+    (warning,) = warnings
+    assert "has not run on one" in warning
+
+
+@pytest.mark.parametrize(("max_model_len", "num_warnings"), [(128, 1), (129, 0)])
+def test_options_that_never_take_effect_are_warned_about_once(
+    arguments, warnings, max_model_len, num_warnings
+):
+    check(arguments(max_model_len=max_model_len).create_engine_config())
+    assert ["no request will ever be" in warning for warning in warnings] == [True] * num_warnings
+
+
+@pytest.mark.parametrize(
+    ("name", "got"),
+    [("scheduler_cls", "my.Scheduler"), ("scheduler_cls", object), ("worker_cls", "my.Worker")],
+)
+def test_foreign_scheduler_or_worker_is_refused(arguments, name, got):
+    with pytest.raises(ValueError, match=r"cls: got .*, but --kv-compression wanted .*; leave"):
+        arguments(**{name: got}).create_engine_config()
+
+
+@pytest.mark.parametrize("route", ["scheduler_cls", "worker_cls"])
+def test_our_scheduler_or_worker_without_options_is_refused(arguments, route):
+    engine_args = arguments(**{**OFF, route: getattr(arguments(), route)})
+    with pytest.raises(ValueError, match="without options"):
+        engine_args.create_engine_config()
+
+
+def test_nothing_is_refused_when_off(arguments):
+    foreign = {"scheduler_cls": "my.Scheduler", "worker_cls": "my.Worker"}
+    vllm_config = arguments(
+        checkpoint_configs.SLIDING_WINDOW, **{**OFF, **foreign, "kv_cache_dtype": "fp8"}
+    ).create_engine_config()
+    assert vllm_config.additional_config == {}
+    assert vllm_config.scheduler_config.scheduler_cls == "my.Scheduler"
+    assert vllm_config.parallel_config.worker_cls == "my.Worker"
+
+
+def test_classes_stay_vllms_own_when_off(arguments):
+    vllm_config = arguments(**OFF).create_engine_config()
+    assert vllm_config.scheduler_config.scheduler_cls is None
+    assert vllm_config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
