@@ -28,12 +28,20 @@ from rkv_vllm.patches import PATCHES
 from rkv_vllm.scheduling import publishing
 from rkv_vllm.worker import attention_hook
 from rkv_vllm.worker.runner import compression_runner
+from rkv_vllm.worker.runner_v1 import CompressionRunnerV1
+from rkv_vllm.worker.runner_v2 import CompressionRunnerV2
 from scripts.vllm_signatures import Source, make_table, named_symbols
 from tests.fit.conftest import OFF
 
 PACKAGE = Path(rkv_vllm.__file__).parent
 SITE_PACKAGES = Path(vllm.__file__).parent.parent
 NAMED = {symbol for _, symbol in named_symbols()}
+
+# What compression adds, and the runner it is added to.
+RUNNERS = {
+    "V1": (CompressionRunnerV1, CPUModelRunner),
+    "V2": (CompressionRunnerV2, GPUModelRunner),
+}
 
 # Read from the source text alone: these import what a CPU installation may lack.
 NOT_IMPORTED = ("vllm.v1.attention.backends.flashinfer:", "vllm.v1.attention.backends.flash_attn:")
@@ -55,8 +63,8 @@ def our_classes():
         for each in vars(module).values():
             if inspect.isclass(each) and is_ours(each) and any(map(is_vllms, each.__mro__)):
                 yield each
-    yield compression_runner(CPUModelRunner, use_v2=False)
-    yield compression_runner(GPUModelRunner, use_v2=True)
+    for mixin, base in RUNNERS.values():
+        yield compression_runner(mixin, base)
     yield attention_hook._observing_class(CPUAttentionBackendImpl)
     yield publishing._guarded(HybridKVCacheCoordinator)
 
@@ -296,15 +304,14 @@ def test_every_kind_of_change_is_found(monkeypatch, symbol, replacement):
 @pytest.mark.parametrize(
     ("runner", "changed"),
     [
-        (CPUModelRunner, f"{WORKER}.block_table.MultiGroupBlockTable.compute_slot_mapping"),
-        (GPUModelRunner, f"{WORKER}.gpu.block_table.BlockTables.compute_slot_mappings"),
+        ("V1", f"{WORKER}.block_table.MultiGroupBlockTable.compute_slot_mapping"),
+        ("V2", f"{WORKER}.gpu.block_table.BlockTables.compute_slot_mappings"),
     ],
-    ids=["V1", "V2"],
 )
 def test_worker_refuses_a_changed_function_before_it_builds_a_runner(monkeypatch, runner, changed):
     monkeypatch.setattr(changed, lambda self, rows: None)
     with pytest.raises(ValueError, match=r"slot_mappings? \(needed by .*: got \(self, rows\)"):
-        compression_runner(runner, use_v2=runner is GPUModelRunner)
+        compression_runner(*RUNNERS[runner])
 
 
 def test_lost_module_is_refused_in_the_same_words(monkeypatch):
