@@ -157,8 +157,13 @@ class CompressionRunner(ABC):
         """Load the model, then make its compressed layers record queries.
 
         The query ring is allocated here, where vLLM's memory profiling counts it.
+
+        Raises:
+            ValueError: the attention backend is not what ours was written against.
         """
         super().load_model(*args, **kwargs)
+        # vLLM imports an attention backend when a model asks for it.
+        check_overrides()
         layers = self._compressed_layers()
         if self._method.need(self.compression.method_options).queries:
             self._ring_memory = self._allocate_rings(layers)

@@ -1,5 +1,6 @@
 """Every vLLM function that ours stand in for is named, and compared before anything starts."""
 
+import functools
 import importlib
 import inspect
 import json
@@ -10,6 +11,7 @@ import zipfile
 from abc import ABC
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import vllm
@@ -17,6 +19,9 @@ from packaging.specifiers import SpecifierSet
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
@@ -24,7 +29,8 @@ import rkv_vllm
 from rkv_vllm.fit import overrides
 from rkv_vllm.fit.overrides import check_overrides, describe, load_table, table_path
 from rkv_vllm.fit.versions import SCHEDULER_CLS, SUPPORTED_VLLM
-from rkv_vllm.patches import PATCHES
+from rkv_vllm.frontend.stat_logger import CompressionStatLogger
+from rkv_vllm.patches import PATCHES, generate, process_inputs
 from rkv_vllm.scheduling import publishing
 from rkv_vllm.worker import attention_hook
 from rkv_vllm.worker.runner import compression_runner
@@ -312,6 +318,46 @@ def test_worker_refuses_a_changed_function_before_it_builds_a_runner(monkeypatch
     monkeypatch.setattr(changed, lambda self, rows: None)
     with pytest.raises(ValueError, match=r"slot_mappings? \(needed by .*: got \(self, rows\)"):
         compression_runner(*RUNNERS[runner])
+
+
+@pytest.mark.parametrize(("mixin", "base"), RUNNERS.values(), ids=RUNNERS)
+def test_worker_compares_the_attention_backend_that_its_model_has_brought(monkeypatch, mixin, base):
+    @functools.wraps(base.load_model)
+    def bring_backend(self):
+        changed = type("TritonAttentionImpl", (), {"forward": lambda self, layer: None})
+        backend = SimpleNamespace(TritonAttentionImpl=changed)
+        monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.triton_attn", backend)
+
+    monkeypatch.setattr(base, "load_model", bring_backend)
+    runner = compression_runner(mixin, base)
+    with pytest.raises(ValueError, match=r"Impl\.forward \(needed by .*: got \(self, layer\)"):
+        runner.load_model(runner.__new__(runner))
+
+
+PROCESS = {
+    process_inputs: (InputProcessor, "process_inputs"),
+    generate: (AsyncLLM, "generate"),
+}
+
+
+@pytest.mark.parametrize("patch", PROCESS, ids=lambda patch: patch.__name__)
+def test_function_imported_to_be_replaced_is_compared_first(monkeypatch, patch):
+    owner, name = PROCESS[patch]
+
+    def changed(self, request): ...
+
+    monkeypatch.setattr(owner, name, changed)
+    with pytest.raises(ValueError, match=rf"{name} \(needed by .*: got \(self, request\)"):
+        patch.apply.__wrapped__()
+    assert getattr(owner, name) is changed
+
+
+def test_stat_logger_compares_what_it_overrides(arguments, monkeypatch):
+    stat_logger = CompressionStatLogger(arguments().create_engine_config(), [0])
+    monkeypatch.setattr(AggregateStatLoggerBase, "record", lambda self, stats: None)
+    with pytest.raises(ValueError, match=r"record \(needed by .*: got \(self, stats\)"):
+        stat_logger.log_engine_initialized()
+    assert stat_logger.families == {}
 
 
 def test_lost_module_is_refused_in_the_same_words(monkeypatch):
