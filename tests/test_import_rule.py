@@ -17,21 +17,22 @@ FOLDERS = {"rkv_vllm": PACKAGE, "rkv_vllm.kernels": PACKAGE.parent / "kernels"}
 FLOORS = (
     {"kernels", "log", "option_field"},
     {"methods"},
-    {"config", "options"},
+    {"options"},
     {"flags", "request_options", "policy"},
     {"fit"},
     {"scheduling"},
     {"worker"},
-    {"", "frontend"},
+    {"frontend"},
     {"patches"},
     {"plugin"},
+    {""},
     {"bench", "trace"},
     {"cli"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # Rooms that know tensors or plain Python only.
-WITHOUT_VLLM = ("kernels", "methods", "option_field", "config", "options", "policy")
+WITHOUT_VLLM = ("kernels", "methods", "option_field", "options", "policy")
 
 # To be emptied.
 KNOWN_VIOLATIONS = {
@@ -40,8 +41,6 @@ KNOWN_VIOLATIONS = {
     ("rkv_vllm.kernels.score.naive", "rkv_vllm.methods.base"),
     ("rkv_vllm.kernels.score.naive", "rkv_vllm.methods.rkv"),
     ("rkv_vllm.kernels.select.naive", "rkv_vllm.methods.rkv"),
-    ("rkv_vllm.methods.base", "rkv_vllm.config"),
-    ("rkv_vllm.methods.rkv", "rkv_vllm.config"),
 }
 
 

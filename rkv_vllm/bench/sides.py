@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from rkv_vllm.config import CONFIG_KEY, OPTIONS, KVCompressionConfig
+from rkv_vllm.options import CONFIG_KEY, OPTIONS, ServerOptions, flagged_method_options
 
 STOCK = "stock"
 _OWN_SERVER = "leave it out: bench starts its own server on a free port"
@@ -92,7 +92,8 @@ def split_engine_flags(flags: Sequence[str]) -> tuple[list[str], dict[str, str |
     parser = _Parser(add_help=False)
     for name in _TAKEN:
         parser.add_argument(name, action=_Refuse, nargs="?")
-    for option in OPTIONS:
+    options = [*OPTIONS.values(), *flagged_method_options().values()]
+    for option in options:
         if option.flag not in _TAKEN:
             parser.add_argument(option.flag, dest=option.name, nargs="+", default=argparse.SUPPRESS)
     # vLLM takes underscores for dashes; what follows "=" or "." is a value or a key.
@@ -105,7 +106,7 @@ def split_engine_flags(flags: Sequence[str]) -> tuple[list[str], dict[str, str |
                 "compression; pass --budget, --buffer or the --kv-... flags"
             )
     given = vars(found)
-    return common, {o.name: _value(o, *given[o.name]) for o in OPTIONS if given.get(o.name)}
+    return common, {o.name: _value(o, *given[o.name]) for o in options if given.get(o.name)}
 
 
 def _with_dashes(flag: str) -> str:
@@ -128,10 +129,11 @@ def _value(option: Any, text: str, *more: str) -> str | int | float:
 
 def make_sides(budgets: Sequence[int], buffer: int, options: dict[str, Any]) -> list[Side]:
     """Returns the stock side and one for each budget, in the order of the tables."""
-    flags = {option.name: option.flag for option in OPTIONS}
+    known = {**OPTIONS, **flagged_method_options()}
+    flags = {name: option.flag for name, option in known.items()}
     sides = [Side(None, ())]
     for budget in budgets:
-        own = {"method": KVCompressionConfig.method, "budget": budget, "buffer": buffer, **options}
+        own = {"method": ServerOptions.method, "budget": budget, "buffer": buffer, **options}
         sides.append(Side(budget, tuple(f"{flags[name]}={own[name]}" for name in own)))
     return sides
 

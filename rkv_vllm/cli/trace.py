@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,8 +24,8 @@ from rkv_vllm.cli.environment import quieten_vllm
 from rkv_vllm.cli.errors import REFUSED, CommandError, one_line_errors
 from rkv_vllm.cli.options import DTYPES, ModelArgument, option
 from rkv_vllm.cli.version import VERSIONED_DISTRIBUTIONS
-from rkv_vllm.config import OPTIONS_BY_NAME, KVCompressionConfig
 from rkv_vllm.fit.versions import installed_version
+from rkv_vllm.options import OPTIONS, ServerOptions
 
 if TYPE_CHECKING:
     from rkv_vllm.trace.capture import Capture, TracedRequest
@@ -38,8 +39,14 @@ _GENERATION, _COMPRESSION = "Generation", "Compression (as for vllm serve)"
 
 def _compression(name: str, short: str) -> Any:
     """An option of compression, under its own name and under a short one."""
-    known = OPTIONS_BY_NAME[name]
+    known = OPTIONS[name]
     return option(_COMPRESSION, known.metavar, known.meaning, short, known.flag)
+
+
+def _of_rkv(flag: str, short: str) -> Any:
+    """An option of R-KV itself; what it means would take an import of torch to say."""
+    meaning = f"As {flag} of `vllm serve`, for R-KV alone."
+    return option(_COMPRESSION, "VALUE", meaning, short, flag, show_default="R-KV's")
 
 
 _PROMPT = "The prompt; `-` reads it from standard input."
@@ -52,9 +59,9 @@ Method = Annotated[str, option(_COMPRESSION, "METHOD", _CHOOSES, *_METHOD_FLAGS)
 Budget = Annotated[int, _compression("budget", "--budget")]
 Buffer = Annotated[int, _compression("buffer", "--buffer")]
 Window = Annotated[int, _compression("window", "--window")]
-Lambda = Annotated[float, _compression("lam", "--lambda")]
-Pool = Annotated[int, _compression("pool", "--pool")]
-Threshold = Annotated[float, _compression("threshold", "--threshold")]
+Lambda = Annotated[float | None, _of_rkv("--kv-lambda", "--lambda")]
+Pool = Annotated[int | None, _of_rkv("--kv-pool", "--pool")]
+Threshold = Annotated[float | None, _of_rkv("--kv-threshold", "--threshold")]
 MaxTokens = Annotated[int, option(_GENERATION, "TOKENS", "Generated at most, in tokens.", min=1)]
 _GO_ON = "Go on to --max-tokens when the model ends."
 IgnoreEos = Annotated[bool, option(_GENERATION, "", _GO_ON, "--ignore-eos")]
@@ -78,13 +85,13 @@ def show_trace(
     model: ModelArgument,
     prompt: PromptArgument,
     output: Output = Path("trace.html"),
-    method: Method = KVCompressionConfig.method,
-    budget: Budget = KVCompressionConfig.budget,
-    buffer: Buffer = KVCompressionConfig.buffer,
-    window: Window = KVCompressionConfig.window,
-    lam: Lambda = KVCompressionConfig.lam,
-    pool: Pool = KVCompressionConfig.pool,
-    threshold: Threshold = KVCompressionConfig.threshold,
+    method: Method = ServerOptions.method,
+    budget: Budget = ServerOptions.budget,
+    buffer: Buffer = ServerOptions.buffer,
+    window: Window = ServerOptions.window,
+    lam: Lambda = None,
+    pool: Pool = None,
+    threshold: Threshold = None,
     max_tokens: MaxTokens = 2048,
     ignore_eos: IgnoreEos = False,
     chat: Chat = None,
@@ -123,9 +130,15 @@ def show_trace(
         trace_input.check_output(output)
         trace_input.check_temperature(temperature)
         try:
-            # One request is watched, so one slot serves.
-            config = KVCompressionConfig(
-                method, budget, buffer, window, lam, pool, threshold, observation_slots=1
+            of_rkv = {"lam": lam, "pool": pool, "threshold": threshold}
+            # One request is watched, so one seat serves.
+            config = ServerOptions(
+                method=method,
+                budget=budget,
+                buffer=buffer,
+                window=window,
+                seats=1,
+                options={name: value for name, value in of_rkv.items() if value is not None},
             )
         except ValueError as error:
             raise CommandError(str(error)) from error
@@ -145,8 +158,8 @@ def show_trace(
             options["block_size"] = block_size
         # Elements of four bytes, which no supported dtype exceeds.
         captured = _run(found.parent, request, config, 4 * decoder.elements_per_token, options)
-        names = ("method", "budget", "buffer", "window", "pool", "threshold")
-        shown = {**{name: getattr(config, name) for name in names}, "lambda": lam}
+        shown = {name: getattr(config, name) for name in ("method", "budget", "buffer", "window")}
+        shown |= asdict(config.method_options)
         shown |= {"max_tokens": max_tokens, "temperature": temperature, **options}
         trace = _trace(Path(model).name, shown, prompt_ids, captured, tokenizer)
         num_bytes = _write(output, trace)
@@ -177,7 +190,7 @@ def _interruptible() -> Iterator[None]:
 def _run(
     folder: Path,
     request: "TracedRequest",
-    config: KVCompressionConfig,
+    config: ServerOptions,
     bytes_per_token: int,
     options: dict[str, Any],
 ) -> "Capture":

@@ -4,7 +4,7 @@ import pytest
 
 from rkv_vllm.bench.prompts import PROBES, TASKS, own_prompts, read_prompts
 from rkv_vllm.bench.workload import SCENARIOS, num_compactions
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.options import ServerOptions
 from rkv_vllm.request_options import RequestOptions
 from rkv_vllm.scheduling.planner import CompressionPlanner, ScheduledRequest
 from tests.bench.results import new_workload
@@ -46,7 +46,7 @@ def planned_lengths(config, prompt_len, output_len, in_flight):
 @pytest.mark.parametrize("in_flight", [1, 2])
 @pytest.mark.parametrize(("budget", "buffer"), [(8, 2), (8, 5), (20, 7)])
 def test_expected_compactions_are_those_of_the_planner(budget, buffer, in_flight):
-    config = KVCompressionConfig(budget=budget, buffer=buffer, window=2)
+    config = ServerOptions(budget=budget, buffer=buffer, window=2)
     counts = set()
     for prompt_len in (1, 7, 8, 9, 30):
         for output_len in range(1, 60):

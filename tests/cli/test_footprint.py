@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rkv_vllm.cli.footprint import num_blocks, rkv_life, stock_life
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.options import ServerOptions
 from rkv_vllm.policy import Terms
 from tests.bench.test_workload import planned_lengths
 
@@ -18,7 +18,7 @@ from tests.bench.test_workload import planned_lengths
     in_flight=st.integers(1, 2),
 )
 def test_lengths_are_those_of_the_planner(prompt_len, output_len, budget, buffer, in_flight):
-    config = KVCompressionConfig(budget=budget, buffer=buffer, window=2)
+    config = ServerOptions(budget=budget, buffer=buffer, window=2)
     expected, _ = planned_lengths(config, prompt_len, output_len, in_flight)
     life = rkv_life(prompt_len, output_len, Terms(budget, buffer), in_flight)
     assert life.held.tolist() == expected
