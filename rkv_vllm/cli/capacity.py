@@ -4,7 +4,7 @@ What vLLM does at start, as arithmetic, per GPU and in bytes:
 
     cache           = gpu_memory * gpu_memory_utilization - weights / tensor_parallel - reserved
     cache (R-KV)    = cache - query ring
-    query ring      = slots * layers * (window + in_flight) * query heads * head_size * element
+    query ring      = seats * layers * (window + in_flight) * query heads * head_size * element
     bytes per token = 2 * layers * KV heads * head_size * element        (fp8: one byte per element)
     blocks          = cache // (block_size * bytes per token) - 1        (vLLM keeps one empty)
 

@@ -27,7 +27,7 @@ from rkv_vllm.options import ServerOptions
 # vLLM's default for --max-num-seqs on GPUs below 70 GiB; above it is larger.
 SMALLEST_MAX_NUM_SEQS = 256
 _LOAD, _MEMORY = "Requests", "Memory"
-_RECORDED = "Watched at once; their memory is counted."
+_SEATS = "Watched at once; their memory is counted."
 _SEAT_FLAGS = ("--seats", "--kv-seats", "--observation-slots", "--kv-observation-slots")
 _RESERVED = "Activations, CUDA graphs and libraries on one GPU. A guess: vLLM measures it at start."
 _WEIGHTS = "Weights of the whole model, where neither files nor config.json tell."
@@ -40,7 +40,7 @@ OutputLen = Annotated[int, tokens(_LOAD, "Tokens of an output.")]
 Budget = Annotated[int, tokens(RKV, "Kept by a compaction.", "--budget", "--kv-budget")]
 Buffer = Annotated[int, tokens(RKV, "Between two compactions.", "--buffer", "--kv-buffer")]
 Window = Annotated[int, tokens(RKV, "Newest, always kept.", "--window", "--kv-window")]
-Seats = Annotated[int, option(RKV, "REQUESTS", _RECORDED, *_SEAT_FLAGS, min=1)]
+Seats = Annotated[int, option(RKV, "REQUESTS", _SEATS, *_SEAT_FLAGS, min=1)]
 GpuMemory = Annotated[str, option(_MEMORY, "SIZE", "Of one GPU: 80GiB, 24GB or bytes.")]
 Utilization = Annotated[float, option(_MEMORY, "SHARE", _SHARE)]
 Reserved = Annotated[str, option(_MEMORY, "SIZE", _RESERVED)]
@@ -125,7 +125,10 @@ def show_plan(
             "model": model,
             "prompt_len": prompt_len,
             "output_len": output_len,
-            **{n: getattr(config, n) for n in ("budget", "buffer", "window", "seats")},
+            "budget": budget,
+            "buffer": buffer,
+            "window": window,
+            "observation_slots": seats,
             "block_size": block_size,
             "tensor_parallel_size": tensor_parallel_size,
             "weight_bytes": size // tensor_parallel_size or None,
@@ -214,11 +217,11 @@ def _notes(document: dict[str, Any], max_positions: int | None, is_guess: bool) 
             "vLLM refuses that without RoPE scaling."
         )
     # A request is watched for `window + in_flight` of every `buffer` steps.
-    seats, steps = document["seats"], document["window"] + IN_FLIGHT
-    if rkv["at_once_peak"] > seats * document["buffer"] // steps:
+    seats, steps = document["observation_slots"], document["window"] + IN_FLIGHT
+    if rkv["at_once_peak"] > (served := seats * document["buffer"] // steps):
         notes.append(
-            f"{seats} seats serve about {seats * document['buffer'] // steps} requests "
-            "without a wait: raise --seats, or requests hold a little more than shown."
+            f"{seats} seats serve about {served} requests without a wait: raise --seats, or "
+            "requests hold a little more than shown."
         )
     if rkv["at_once_peak"] > SMALLEST_MAX_NUM_SEQS:
         at_least = rkv["at_once_peak"]
@@ -238,7 +241,7 @@ def _print(document: dict[str, Any], labels: list[str]) -> None:
         table.add_column(label, justify="right")
     size = document["weight_bytes"]
     table.add_row("weights", *[format_size(size) if size else "not counted"] * 3)
-    table.add_row("seats", "-", "-", format_size(document["observation_bytes"]))
+    table.add_row("query ring", "-", "-", format_size(document["observation_bytes"]))
     for label, key, form in (
         ("KV cache", "cache_bytes", format_size),
         ("KV bytes per token", "bytes_per_token", "{:,}".format),

@@ -43,12 +43,6 @@ def _compression(name: str, short: str) -> Any:
     return option(_COMPRESSION, known.metavar, known.meaning, short, known.flag)
 
 
-def _of_rkv(flag: str, short: str) -> Any:
-    """An option of R-KV itself; what it means would take an import of torch to say."""
-    meaning = f"As {flag} of `vllm serve`, for R-KV alone."
-    return option(_COMPRESSION, "VALUE", meaning, short, flag, show_default="R-KV's")
-
-
 _PROMPT = "The prompt; `-` reads it from standard input."
 PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help=_PROMPT)]
 _PAGE = "The page to write; replaces an older one."
@@ -59,9 +53,15 @@ Method = Annotated[str, option(_COMPRESSION, "METHOD", _CHOOSES, *_METHOD_FLAGS)
 Budget = Annotated[int, _compression("budget", "--budget")]
 Buffer = Annotated[int, _compression("buffer", "--buffer")]
 Window = Annotated[int, _compression("window", "--window")]
-Lambda = Annotated[float | None, _of_rkv("--kv-lambda", "--lambda")]
-Pool = Annotated[int | None, _of_rkv("--kv-pool", "--pool")]
-Threshold = Annotated[float | None, _of_rkv("--kv-threshold", "--threshold")]
+_WEIGHT_FLAGS, _POOL_FLAGS = ("--lambda", "--kv-lambda"), ("--pool", "--kv-pool")
+_COSINE_FLAGS = ("--threshold", "--kv-threshold")
+# Their table is the method's, which is not imported for --help.
+_WEIGHT = "Weight of importance against redundancy (rkv). Default: 0.1."
+_WIDTH = "Width of the max-pooling over importance, odd (rkv). Default: 7."
+_COSINE = "Cosine above which two keys count as similar (rkv). Default: 0.5."
+Lambda = Annotated[float | None, option(_COMPRESSION, "WEIGHT", _WEIGHT, *_WEIGHT_FLAGS)]
+Pool = Annotated[int | None, option(_COMPRESSION, "TOKENS", _WIDTH, *_POOL_FLAGS)]
+Threshold = Annotated[float | None, option(_COMPRESSION, "COSINE", _COSINE, *_COSINE_FLAGS)]
 MaxTokens = Annotated[int, option(_GENERATION, "TOKENS", "Generated at most, in tokens.", min=1)]
 _GO_ON = "Go on to --max-tokens when the model ends."
 IgnoreEos = Annotated[bool, option(_GENERATION, "", _GO_ON, "--ignore-eos")]
@@ -130,7 +130,7 @@ def show_trace(
         trace_input.check_output(output)
         trace_input.check_temperature(temperature)
         try:
-            of_rkv = {"lam": lam, "pool": pool, "threshold": threshold}
+            own = {"lam": lam, "pool": pool, "threshold": threshold}
             # One request is watched, so one seat serves.
             config = ServerOptions(
                 method=method,
@@ -138,7 +138,7 @@ def show_trace(
                 buffer=buffer,
                 window=window,
                 seats=1,
-                options={name: value for name, value in of_rkv.items() if value is not None},
+                **{name: value for name, value in own.items() if value is not None},
             )
         except ValueError as error:
             raise CommandError(str(error)) from error
@@ -158,8 +158,9 @@ def show_trace(
             options["block_size"] = block_size
         # Elements of four bytes, which no supported dtype exceeds.
         captured = _run(found.parent, request, config, 4 * decoder.elements_per_token, options)
-        shown = {name: getattr(config, name) for name in ("method", "budget", "buffer", "window")}
-        shown |= asdict(config.method_options)
+        shown = {"method": method, "budget": budget, "buffer": buffer, "window": window}
+        for name, value in asdict(config.method_options).items():
+            shown["lambda" if name == "lam" else name] = value
         shown |= {"max_tokens": max_tokens, "temperature": temperature, **options}
         trace = _trace(Path(model).name, shown, prompt_ids, captured, tokenizer)
         num_bytes = _write(output, trace)

@@ -4,9 +4,9 @@ import pytest
 
 from rkv_vllm.bench.prompts import PROBES, TASKS, own_prompts, read_prompts
 from rkv_vllm.bench.workload import SCENARIOS, num_compactions
-from rkv_vllm.options import ServerOptions
-from rkv_vllm.request_options import RequestOptions
-from rkv_vllm.scheduling.planner import CompressionPlanner, ScheduledRequest
+from rkv_vllm.policy import EveryBuffer, Terms
+from rkv_vllm.scheduling.directive import StepPlan
+from rkv_vllm.scheduling.planner import GroupPlanner, ScheduledRequest, Seats
 from tests.bench.results import new_workload
 
 
@@ -14,44 +14,41 @@ class FreeBooks:
     """A pool that never lacks a block."""
 
     def __init__(self) -> None:
-        self.evicted = 0
+        self.num_evicted: dict[str, int] = {}
 
-    def num_evicted(self, req_id: str) -> int:
-        return self.evicted
-
-    def compact(self, req_id: str, num_evict: int, total_len: int) -> tuple[list[int], list[int]]:
-        self.evicted += num_evict
+    def evict(self, req_id, num_evict, total_len, prefix_len) -> tuple[list[int], list[int]]:
+        self.num_evicted[req_id] = self.num_evicted.get(req_id, 0) + num_evict
         return [], []
 
 
-def planned_lengths(config, prompt_len, output_len, in_flight):
+def planned_lengths(terms: Terms, prompt_len: int, output_len: int, in_flight: int):
     """Tokens that one request holds in each step, before its compaction, and their number.
 
     As the planner of an engine decides it.
     """
     books = FreeBooks()
-    planner = CompressionPlanner(config, books)
-    options = RequestOptions(config.budget, config.buffer)
+    planner = GroupPlanner(0, books, EveryBuffer(window=2), Seats(1, window=2))
+    planner.begin("r", terms, prompt_len)
     scheduled, lengths, count = [], [], 0
     for step in range(output_len):
         scheduled.append(1 if step else prompt_len)
         computed = sum(scheduled)
-        lengths.append(computed - books.evicted)
-        unsettled = sum(scheduled[-in_flight:])
-        request = ScheduledRequest("r", computed, scheduled[-1], unsettled, False, options)
-        count += len(planner.plan_step([request]).directives)
+        lengths.append(computed - books.num_evicted.get("r", 0))
+        request = ScheduledRequest("r", computed, scheduled[-1], sum(scheduled[-in_flight:]))
+        plan = StepPlan()
+        planner.plan_step({"r": request}.get, plan)
+        count += len(plan.directives)
     return lengths, count
 
 
 @pytest.mark.parametrize("in_flight", [1, 2])
 @pytest.mark.parametrize(("budget", "buffer"), [(8, 2), (8, 5), (20, 7)])
 def test_expected_compactions_are_those_of_the_planner(budget, buffer, in_flight):
-    config = ServerOptions(budget=budget, buffer=buffer, window=2)
     counts = set()
     for prompt_len in (1, 7, 8, 9, 30):
         for output_len in range(1, 60):
             expected = num_compactions(prompt_len, output_len, budget, buffer, in_flight)
-            _, planned = planned_lengths(config, prompt_len, output_len, in_flight)
+            _, planned = planned_lengths(Terms(budget, buffer), prompt_len, output_len, in_flight)
             assert expected == planned, (prompt_len, output_len)
             counts.add(planned)
     assert len(counts) > 4
