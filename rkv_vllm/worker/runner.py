@@ -28,7 +28,7 @@ from vllm.v1.kv_cache_interface import (
     replace_as,
 )
 
-from rkv_vllm.fit.overrides import check_overrides
+from rkv_vllm.fit.overrides import check_overrides, overrides
 from rkv_vllm.log import init_logger
 from rkv_vllm.methods import get_method
 from rkv_vllm.methods.base import Method
@@ -85,6 +85,10 @@ class CompressionRunner(ABC):
         self.finished_reports: deque[dict[str, int | str]] = deque(maxlen=_FINISHED_REPORTS)
         self._logged_at = time.monotonic()
 
+    @overrides(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.get_kv_cache_spec",
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.get_kv_cache_spec",
+    )
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """Ask for our block manager for the layers that can be compressed.
 
@@ -148,6 +152,10 @@ class CompressionRunner(ABC):
             )
         return {name: budgets[extract_layer_index(name)] for name in names}
 
+    @overrides(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model",
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.load_model",
+    )
     def load_model(self, *args, **kwargs) -> None:
         """Load the model, then make its compressed layers record queries.
 
@@ -160,12 +168,20 @@ class CompressionRunner(ABC):
             for layer in layers.values():
                 observe_queries(layer)
 
+    @overrides(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.profile_run",
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.profile_run",
+    )
     @torch.inference_mode()
     def profile_run(self, *args, **kwargs) -> None:
         """Profile a forward, and the temporaries of a flush, which come in its place."""
         super().profile_run(*args, **kwargs)
         torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device=self.device)
 
+    @overrides(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.initialize_kv_cache",
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.initialize_kv_cache",
+    )
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs
     ) -> None:
@@ -214,6 +230,10 @@ class CompressionRunner(ABC):
         own = self.compression.method_options if options is None else options
         return self._method(own, layer_set.model, layer_set.ops)
 
+    @overrides(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.execute_model",
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model",
+    )
     # A flush writes to caches that vLLM may have allocated in inference mode.
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, *args, **kwargs):

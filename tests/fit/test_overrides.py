@@ -18,14 +18,13 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 import rkv_vllm
 from rkv_vllm.fit import overrides
 from rkv_vllm.fit.overrides import check_overrides, describe, load_table, table_path
 from rkv_vllm.fit.versions import SCHEDULER_CLS, SUPPORTED_VLLM
 from rkv_vllm.patches import PATCHES
-from rkv_vllm.worker import attention_hook, runner_v2
+from rkv_vllm.worker import attention_hook
 from rkv_vllm.worker.runner import compression_runner
 from scripts.vllm_signatures import Source, make_table, named_symbols
 from tests.fit.conftest import OFF
@@ -57,7 +56,6 @@ def our_classes():
     yield compression_runner(CPUModelRunner, use_v2=False)
     yield compression_runner(GPUModelRunner, use_v2=True)
     yield attention_hook._observing_class(CPUAttentionBackendImpl)
-    yield runner_v2._physical_model_state(DefaultModelState)
 
 
 def is_ours(each):
