@@ -41,7 +41,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from rkv_vllm.bench.workload import num_compactions
-from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
+from rkv_vllm.options import CONFIG_KEY, ServerOptions
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE
 from rkv_vllm.scheduling.scheduler import make_scheduler
 from rkv_vllm.scheduling.spec import CompressedAttentionSpec
@@ -140,7 +140,7 @@ def engine_config(
     config.scheduler_config.async_scheduling = args.in_flight > 1
     config.cache_config.num_gpu_blocks = num_requests * (longest // BLOCK_SIZE + 2)
     if compression:
-        config.additional_config[CONFIG_KEY] = KVCompressionConfig(**compression).to_dict()
+        config.additional_config[CONFIG_KEY] = ServerOptions(**compression).to_dict()
     return config
 
 

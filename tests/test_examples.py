@@ -23,9 +23,9 @@ import vllm
 from transformers import AutoTokenizer
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-from rkv_vllm.config import KVCompressionConfig
 from rkv_vllm.kernels.select.naive import largest
 from rkv_vllm.methods import get_method
+from rkv_vllm.options import ServerOptions
 from tests import reference
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
@@ -92,7 +92,7 @@ def keep_first_and_newest(
 def test_method_of_ones_own_says_what_explicit_eviction_says(model, run_here, monkeypatch):
     printed = run_here("keep_most_recent.py")
     tokenizer = AutoTokenizer.from_pretrained(model)
-    config = KVCompressionConfig(budget=128, buffer=64)
+    config = ServerOptions(budget=128, buffer=64)
     prompt = tokenizer("Once upon a time").input_ids
     monkeypatch.setattr(reference, "keep_indices", keep_first_and_newest)
     expected = reference.generate_reference(model, prompt, 300, config)

@@ -67,11 +67,11 @@ def run_reference(args: argparse.Namespace) -> dict[str, Any]:
     """Log-probabilities of an engine's tokens, one request at a time."""
     import torch
 
-    from rkv_vllm.config import KVCompressionConfig
+    from rkv_vllm.options import ServerOptions
     from tests.reference import generate_reference
 
     engine = json.loads(args.forced.read_text())
-    config = KVCompressionConfig(budget=BUDGET, buffer=BUFFER)
+    config = ServerOptions(budget=BUDGET, buffer=BUFFER)
     evicting, full = (
         [
             generate_reference(

@@ -26,7 +26,7 @@ from phases import PHASES, SKIPPED, Plan
 from site_folder import make_site_folder
 
 from rkv_vllm.bench.card import make_card, printed
-from rkv_vllm.versions import installed_version
+from rkv_vllm.fit.versions import installed_version
 
 DISTRIBUTIONS = ("triton", "flashinfer-python")
 REHEARSAL_ENV = {

@@ -192,12 +192,12 @@ struct RedundancyArgs {
 };
 
 struct RedundancyScratch {
-  int64_t columns;            // n plus one tile of slack, padded to kColumns
-  std::vector<float> unit;    // [head_size][columns], unit keys, transposed
-  std::vector<float> norms;   // [n], later each key divided by its norm, then the inverse norms
-  std::vector<float> sums;    // [n]
-  std::vector<float> rows;    // [kRows][head_size]
-  int64_t num_tiles = 0;      // micro tiles that the searches of this thread looked at
+  int64_t columns;           // n plus one tile of slack, padded to kColumns
+  std::vector<float> unit;   // [head_size][columns], unit keys, transposed
+  std::vector<float> norms;  // [n], later each key divided by its norm, then the inverse norms
+  std::vector<float> sums;   // [n]
+  std::vector<float> rows;   // [kRows][head_size]
+  int64_t num_tiles = 0;     // micro tiles that the searches of this thread looked at
 
   static int64_t num_floats(const RedundancyArgs& a) {
     return (a.keys.paged.head_size + 2) * (round_up(a.keys.n, kColumns) + kColumns);

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from rkv_vllm.config import CONFIG_KEY, OPTIONS, KVCompressionConfig
+from rkv_vllm.flags import FLAGS_KEY, OPTION_FLAG, add_flags
+from rkv_vllm.options import CONFIG_KEY, METHOD_KEY, OPTIONS, ServerOptions
 
 STOCK = "stock"
 _OWN_SERVER = "leave it out: bench starts its own server on a free port"
@@ -73,39 +74,43 @@ class _Parser(argparse.ArgumentParser):
     """Takes what begins like a flag for that flag, as vLLM does."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"ENGINE_FLAGS: got {message}, wanted flags of vllm serve; correct it")
+        raise ValueError(message if "; " in message else f"ENGINE_FLAGS: {message}")
 
 
-def split_engine_flags(flags: Sequence[str]) -> tuple[list[str], dict[str, str | int | float]]:
+def split_engine_flags(flags: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Splits what follows `--` into flags of every side and options of the compressed sides.
 
     Args:
         flags: as for `vllm serve`; `--kv-window` and its like only make sense with compression.
 
     Returns:
-        The flags of every side, and values by option, those of the compressed sides.
+        The flags of every side, and the options of the compressed sides as in JSON.
 
     Raises:
         ValueError: a flag that bench itself decides about, also abbreviated, or a value that an
             option of compression does not take.
     """
-    parser = _Parser(add_help=False)
+    parser = _Parser(add_help=False, conflict_handler="resolve")
+    parser.add_argument("--additional-config")
+    add_flags(parser)
+    own = {flag for flag in parser._option_string_actions if flag.startswith("--kv-")}
+    # Goes to every side as it is.
+    del parser._option_string_actions["--additional-config"]
     for name in _TAKEN:
         parser.add_argument(name, action=_Refuse, nargs="?")
-    for option in OPTIONS:
-        if option.flag not in _TAKEN:
-            parser.add_argument(option.flag, dest=option.name, nargs="+", default=argparse.SUPPRESS)
     # vLLM takes underscores for dashes; what follows "=" or "." is a value or a key.
     spelled = [_with_dashes(flag) if flag.startswith("--") else flag for flag in flags]
-    found, common = parser.parse_known_args(spelled)
+    for flag, _, third in zip(spelled, spelled[1:], spelled[2:], strict=False):
+        if flag in own - {OPTION_FLAG} and not third.startswith("-"):
+            raise ValueError(f"ENGINE_FLAGS: got {third!r} after {flag}, wanted a flag; remove it")
+    found, common = parser.parse_known_args(spelled, argparse.Namespace(additional_config={}))
     for i, flag in enumerate(common):
         if flag.startswith("--additional") and CONFIG_KEY in "".join(common[i : i + 2]):
             raise ValueError(
                 f"--additional-config: got {CONFIG_KEY!r} in it, wanted the stock side without "
                 "compression; pass --budget, --buffer or the --kv-... flags"
             )
-    given = vars(found)
-    return common, {o.name: _value(o, *given[o.name]) for o in OPTIONS if given.get(o.name)}
+    return common, vars(found).get(FLAGS_KEY, {})
 
 
 def _with_dashes(flag: str) -> str:
@@ -113,26 +118,15 @@ def _with_dashes(flag: str) -> str:
     return flag[:end].replace("_", "-") + flag[end:]
 
 
-def _value(option: Any, text: str, *more: str) -> str | int | float:
-    if more:
-        raise ValueError(
-            f"ENGINE_FLAGS: got {more[0]!r} after {option.flag}, wanted a flag; remove it"
-        )
-    try:
-        return option.check(option.parse(text))
-    except ValueError as error:
-        raise ValueError(
-            f"{option.flag}: got {text!r}, wanted {option.takes}; correct it"
-        ) from error
-
-
-def make_sides(budgets: Sequence[int], buffer: int, options: dict[str, Any]) -> list[Side]:
+def make_sides(budgets: Sequence[int], buffer: int, compression: dict[str, Any]) -> list[Side]:
     """Returns the stock side and one for each budget, in the order of the tables."""
-    flags = {option.name: option.flag for option in OPTIONS}
     sides = [Side(None, ())]
     for budget in budgets:
-        own = {"method": KVCompressionConfig.method, "budget": budget, "buffer": buffer, **options}
-        sides.append(Side(budget, tuple(f"{flags[name]}={own[name]}" for name in own)))
+        own = {"method": ServerOptions.method, "budget": budget, "buffer": buffer, **compression}
+        pairs = own.pop(METHOD_KEY, {})
+        flags = [f"{OPTIONS[name].flag}={value}" for name, value in own.items()]
+        flags += [OPTION_FLAG, *(f"{name}={pairs[name]}" for name in pairs)] if pairs else []
+        sides.append(Side(budget, tuple(flags)))
     return sides
 
 

@@ -14,7 +14,7 @@ from rkv_vllm.bench.prompts import PROBES, make_renderer, own_prompts, read_prom
 from rkv_vllm.bench.workload import Scenario, Workload
 from rkv_vllm.cli.checkpoint import Decoder, check_dtype, find_config, read_config, read_decoder
 from rkv_vllm.cli.errors import CommandError, check_plot, require_package
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.options import ServerOptions
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def check_options(load: Scenario, compression: dict[str, Any], request_rate: flo
         )
     check_dtype(load.dtype)
     for budget in load.budgets:
-        KVCompressionConfig(**{"budget": budget, "buffer": load.buffer, **compression})
+        ServerOptions(**{"budget": budget, "buffer": load.buffer, **compression})
 
 
 def check_packages(modes: Sequence[str], plot: Path | None) -> None:

@@ -4,7 +4,7 @@ What vLLM does at start, as arithmetic, per GPU and in bytes:
 
     cache           = gpu_memory * gpu_memory_utilization - weights / tensor_parallel - reserved
     cache (R-KV)    = cache - query ring
-    query ring      = slots * layers * (window + in_flight) * query heads * head_size * element
+    query ring      = seats * layers * (window + in_flight) * query heads * head_size * element
     bytes per token = 2 * layers * KV heads * head_size * element        (fp8: one byte per element)
     blocks          = cache // (block_size * bytes per token) - 1        (vLLM keeps one empty)
 
@@ -33,7 +33,7 @@ from rkv_vllm.cli.checkpoint import Decoder
 from rkv_vllm.cli.errors import REFUSED, CommandError
 from rkv_vllm.cli.footprint import Life, num_blocks, rkv_life, stock_life
 from rkv_vllm.cli.sizes import format_size
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.options import ServerOptions
 from rkv_vllm.policy import Terms
 
 # Batches under way with asynchronous scheduling, vLLM's default on GPUs, without pipeline stages.
@@ -134,7 +134,7 @@ class Capacity:
 
 
 def make_capacity(
-    decoder: Decoder, machine: Machine, dtype: str, block_size: int, config: KVCompressionConfig
+    decoder: Decoder, machine: Machine, dtype: str, block_size: int, config: ServerOptions
 ) -> Capacity:
     """Divides the memory.
 
@@ -158,7 +158,7 @@ def make_capacity(
     element = decoder.dtype_bytes(dtype)
     elements = 2 * decoder.num_layers * max(1, kv_heads // ranks) * decoder.head_size
     query = decoder.num_layers * decoder.num_heads // ranks * decoder.head_size * element
-    ring = config.observation_slots * (config.window + IN_FLIGHT) * query
+    ring = config.seats * (config.window + IN_FLIGHT) * query
     rkv = partial(rkv_life, terms=Terms(config.budget, config.buffer), in_flight=IN_FLIGHT)
     plain, reduced = machine.cache_bytes(), machine.cache_bytes(ring)
     capacity = Capacity(
@@ -182,7 +182,7 @@ def _no_room(machine: Machine, ring: int) -> CommandError:
     weights = machine.weights // machine.tensor_parallel
     cure = "raise --gpu-memory or --tensor-parallel-size, or choose a smaller model"
     if ring:
-        cure = "lower --observation-slots or raise --gpu-memory"
+        cure = "lower --seats or raise --gpu-memory"
     return CommandError(
         f"--gpu-memory: got {format_size(machine.gpu_memory)}, of which "
         f"{format_size(machine.gpu_memory * machine.utilization)} may be used, wanted more than "

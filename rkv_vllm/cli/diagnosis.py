@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from rkv_vllm.cli.errors import CommandError
-from rkv_vllm.config import CONFIG_KEY, KVCompressionConfig
 from rkv_vllm.fit.overrides import check_overrides
 from rkv_vllm.fit.refusals import ATTENTION_BACKENDS, REFUSALS
 from rkv_vllm.fit.versions import (
@@ -22,6 +21,7 @@ from rkv_vllm.fit.versions import (
     check_vllm_version,
     platform_worker_cls,
 )
+from rkv_vllm.options import CONFIG_KEY, ServerOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -235,7 +235,7 @@ def _engine_args(folder: str, engine_flags: Sequence[str]) -> "AsyncEngineArgs":
 
     register()
     parser = AsyncEngineArgs.add_cli_args(Parser(prog="vllm serve", add_help=False))
-    arguments = parser.parse_args(["--kv-compression", KVCompressionConfig.method, *engine_flags])
+    arguments = parser.parse_args(["--kv-compression", ServerOptions.method, *engine_flags])
     arguments.model = folder
     # A folder with nothing but config.json is enough.
     arguments.skip_tokenizer_init = True
@@ -285,7 +285,7 @@ def _backend(vllm_config: "VllmConfig") -> Finding:
 
 
 def _compaction(vllm_config: "VllmConfig") -> Finding:
-    config = KVCompressionConfig.from_dict(vllm_config.additional_config[CONFIG_KEY])
+    config = ServerOptions.from_dict(vllm_config.additional_config[CONFIG_KEY])
     max_model_len = vllm_config.model_config.max_model_len
     due = config.budget + config.buffer
     options = f"budget {config.budget}, buffer {config.buffer}, max_model_len {max_model_len}"

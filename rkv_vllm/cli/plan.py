@@ -22,13 +22,13 @@ from rkv_vllm.cli.checkpoint import (
 from rkv_vllm.cli.errors import REFUSED, CommandError, check_plot, one_line_errors
 from rkv_vllm.cli.options import DTYPES, RKV, ModelArgument, option, tokens
 from rkv_vllm.cli.sizes import format_size, parse_size
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.options import ServerOptions
 
 # vLLM's default for --max-num-seqs on GPUs below 70 GiB; above it is larger.
 SMALLEST_MAX_NUM_SEQS = 256
 _LOAD, _MEMORY = "Requests", "Memory"
-_SLOTS = "Watched at once; their memory is counted."
-_SLOT_FLAGS = ("--observation-slots", "--kv-observation-slots")
+_SEATS = "Watched at once; their memory is counted."
+_SEAT_FLAGS = ("--seats", "--kv-seats", "--observation-slots", "--kv-observation-slots")
 _RESERVED = "Activations, CUDA graphs and libraries on one GPU. A guess: vLLM measures it at start."
 _WEIGHTS = "Weights of the whole model, where neither files nor config.json tell."
 _CACHE = "The cache of one GPU as it is, as for vllm serve; then nothing else is counted."
@@ -40,7 +40,7 @@ OutputLen = Annotated[int, tokens(_LOAD, "Tokens of an output.")]
 Budget = Annotated[int, tokens(RKV, "Kept by a compaction.", "--budget", "--kv-budget")]
 Buffer = Annotated[int, tokens(RKV, "Between two compactions.", "--buffer", "--kv-buffer")]
 Window = Annotated[int, tokens(RKV, "Newest, always kept.", "--window", "--kv-window")]
-ObservationSlots = Annotated[int, option(RKV, "REQUESTS", _SLOTS, *_SLOT_FLAGS, min=1)]
+Seats = Annotated[int, option(RKV, "REQUESTS", _SEATS, *_SEAT_FLAGS, min=1)]
 GpuMemory = Annotated[str, option(_MEMORY, "SIZE", "Of one GPU: 80GiB, 24GB or bytes.")]
 Utilization = Annotated[float, option(_MEMORY, "SHARE", _SHARE)]
 Reserved = Annotated[str, option(_MEMORY, "SIZE", _RESERVED)]
@@ -59,10 +59,10 @@ def show_plan(
     gpu_memory: GpuMemory = "",
     prompt_len: PromptLen = 512,
     output_len: OutputLen = 16384,
-    budget: Budget = KVCompressionConfig.budget,
-    buffer: Buffer = KVCompressionConfig.buffer,
-    window: Window = KVCompressionConfig.window,
-    observation_slots: ObservationSlots = KVCompressionConfig.observation_slots,
+    budget: Budget = ServerOptions.budget,
+    buffer: Buffer = ServerOptions.buffer,
+    window: Window = ServerOptions.window,
+    seats: Seats = ServerOptions.seats,
     gpu_memory_utilization: Utilization = 0.92,
     reserved: Reserved = "2GiB",
     weights: Weights = "",
@@ -101,9 +101,7 @@ def show_plan(
     with one_line_errors():
         check_plot(plot)
         try:
-            config = KVCompressionConfig(
-                budget=budget, buffer=buffer, window=window, observation_slots=observation_slots
-            )
+            config = ServerOptions(budget=budget, buffer=buffer, window=window, seats=seats)
         except ValueError as error:
             raise CommandError(str(error)) from error
         check_dtype(dtype)
@@ -127,7 +125,10 @@ def show_plan(
             "model": model,
             "prompt_len": prompt_len,
             "output_len": output_len,
-            **{n: getattr(config, n) for n in ("budget", "buffer", "window", "observation_slots")},
+            "budget": budget,
+            "buffer": buffer,
+            "window": window,
+            "observation_slots": seats,
             "block_size": block_size,
             "tensor_parallel_size": tensor_parallel_size,
             "weight_bytes": size // tensor_parallel_size or None,
@@ -216,11 +217,11 @@ def _notes(document: dict[str, Any], max_positions: int | None, is_guess: bool) 
             "vLLM refuses that without RoPE scaling."
         )
     # A request is watched for `window + in_flight` of every `buffer` steps.
-    slots, steps = document["observation_slots"], document["window"] + IN_FLIGHT
-    if rkv["at_once_peak"] > slots * document["buffer"] // steps:
+    seats, steps = document["observation_slots"], document["window"] + IN_FLIGHT
+    if rkv["at_once_peak"] > (served := seats * document["buffer"] // steps):
         notes.append(
-            f"{slots} observation slots serve about {slots * document['buffer'] // steps} requests "
-            "without a wait: raise --observation-slots, or requests hold a little more than shown."
+            f"{seats} seats serve about {served} requests without a wait: raise --seats, or "
+            "requests hold a little more than shown."
         )
     if rkv["at_once_peak"] > SMALLEST_MAX_NUM_SEQS:
         at_least = rkv["at_once_peak"]
@@ -240,7 +241,7 @@ def _print(document: dict[str, Any], labels: list[str]) -> None:
         table.add_column(label, justify="right")
     size = document["weight_bytes"]
     table.add_row("weights", *[format_size(size) if size else "not counted"] * 3)
-    table.add_row("observation slots", "-", "-", format_size(document["observation_bytes"]))
+    table.add_row("query ring", "-", "-", format_size(document["observation_bytes"]))
     for label, key, form in (
         ("KV cache", "cache_bytes", format_size),
         ("KV bytes per token", "bytes_per_token", "{:,}".format),

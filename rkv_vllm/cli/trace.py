@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,8 +24,8 @@ from rkv_vllm.cli.environment import quieten_vllm
 from rkv_vllm.cli.errors import REFUSED, CommandError, one_line_errors
 from rkv_vllm.cli.options import DTYPES, ModelArgument, option
 from rkv_vllm.cli.version import VERSIONED_DISTRIBUTIONS
-from rkv_vllm.config import OPTIONS_BY_NAME, KVCompressionConfig
 from rkv_vllm.fit.versions import installed_version
+from rkv_vllm.options import OPTIONS, ServerOptions
 
 if TYPE_CHECKING:
     from rkv_vllm.trace.capture import Capture, TracedRequest
@@ -38,7 +39,7 @@ _GENERATION, _COMPRESSION = "Generation", "Compression (as for vllm serve)"
 
 def _compression(name: str, short: str) -> Any:
     """An option of compression, under its own name and under a short one."""
-    known = OPTIONS_BY_NAME[name]
+    known = OPTIONS[name]
     return option(_COMPRESSION, known.metavar, known.meaning, short, known.flag)
 
 
@@ -52,9 +53,15 @@ Method = Annotated[str, option(_COMPRESSION, "METHOD", _CHOOSES, *_METHOD_FLAGS)
 Budget = Annotated[int, _compression("budget", "--budget")]
 Buffer = Annotated[int, _compression("buffer", "--buffer")]
 Window = Annotated[int, _compression("window", "--window")]
-Lambda = Annotated[float, _compression("lam", "--lambda")]
-Pool = Annotated[int, _compression("pool", "--pool")]
-Threshold = Annotated[float, _compression("threshold", "--threshold")]
+_WEIGHT_FLAGS, _POOL_FLAGS = ("--lambda", "--kv-lambda"), ("--pool", "--kv-pool")
+_COSINE_FLAGS = ("--threshold", "--kv-threshold")
+# Their table is the method's, which is not imported for --help.
+_WEIGHT = "Weight of importance against redundancy (rkv). Default: 0.1."
+_WIDTH = "Width of the max-pooling over importance, odd (rkv). Default: 7."
+_COSINE = "Cosine above which two keys count as similar (rkv). Default: 0.5."
+Lambda = Annotated[float | None, option(_COMPRESSION, "WEIGHT", _WEIGHT, *_WEIGHT_FLAGS)]
+Pool = Annotated[int | None, option(_COMPRESSION, "TOKENS", _WIDTH, *_POOL_FLAGS)]
+Threshold = Annotated[float | None, option(_COMPRESSION, "COSINE", _COSINE, *_COSINE_FLAGS)]
 MaxTokens = Annotated[int, option(_GENERATION, "TOKENS", "Generated at most, in tokens.", min=1)]
 _GO_ON = "Go on to --max-tokens when the model ends."
 IgnoreEos = Annotated[bool, option(_GENERATION, "", _GO_ON, "--ignore-eos")]
@@ -78,13 +85,13 @@ def show_trace(
     model: ModelArgument,
     prompt: PromptArgument,
     output: Output = Path("trace.html"),
-    method: Method = KVCompressionConfig.method,
-    budget: Budget = KVCompressionConfig.budget,
-    buffer: Buffer = KVCompressionConfig.buffer,
-    window: Window = KVCompressionConfig.window,
-    lam: Lambda = KVCompressionConfig.lam,
-    pool: Pool = KVCompressionConfig.pool,
-    threshold: Threshold = KVCompressionConfig.threshold,
+    method: Method = ServerOptions.method,
+    budget: Budget = ServerOptions.budget,
+    buffer: Buffer = ServerOptions.buffer,
+    window: Window = ServerOptions.window,
+    lam: Lambda = None,
+    pool: Pool = None,
+    threshold: Threshold = None,
     max_tokens: MaxTokens = 2048,
     ignore_eos: IgnoreEos = False,
     chat: Chat = None,
@@ -123,9 +130,15 @@ def show_trace(
         trace_input.check_output(output)
         trace_input.check_temperature(temperature)
         try:
-            # One request is watched, so one slot serves.
-            config = KVCompressionConfig(
-                method, budget, buffer, window, lam, pool, threshold, observation_slots=1
+            own = {"lam": lam, "pool": pool, "threshold": threshold}
+            # One request is watched, so one seat serves.
+            config = ServerOptions(
+                method=method,
+                budget=budget,
+                buffer=buffer,
+                window=window,
+                seats=1,
+                **{name: value for name, value in own.items() if value is not None},
             )
         except ValueError as error:
             raise CommandError(str(error)) from error
@@ -145,8 +158,9 @@ def show_trace(
             options["block_size"] = block_size
         # Elements of four bytes, which no supported dtype exceeds.
         captured = _run(found.parent, request, config, 4 * decoder.elements_per_token, options)
-        names = ("method", "budget", "buffer", "window", "pool", "threshold")
-        shown = {**{name: getattr(config, name) for name in names}, "lambda": lam}
+        shown = {"method": method, "budget": budget, "buffer": buffer, "window": window}
+        for name, value in asdict(config.method_options).items():
+            shown["lambda" if name == "lam" else name] = value
         shown |= {"max_tokens": max_tokens, "temperature": temperature, **options}
         trace = _trace(Path(model).name, shown, prompt_ids, captured, tokenizer)
         num_bytes = _write(output, trace)
@@ -177,7 +191,7 @@ def _interruptible() -> Iterator[None]:
 def _run(
     folder: Path,
     request: "TracedRequest",
-    config: KVCompressionConfig,
+    config: ServerOptions,
     bytes_per_token: int,
     options: dict[str, Any],
 ) -> "Capture":

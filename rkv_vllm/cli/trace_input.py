@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rkv_vllm.cli.errors import REFUSED, CommandError
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.options import ServerOptions
 from rkv_vllm.policy import EveryBuffer, Terms
 from rkv_vllm.trace.capture import TracedRequest
 
@@ -92,12 +92,12 @@ def encode(tokenizer: Any, prompt: str, chat: bool | None) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def first_due_at(prompt_len: int, config: KVCompressionConfig) -> int:
+def first_due_at(prompt_len: int, config: ServerOptions) -> int:
     """Tokens of a text at which its first compaction is due."""
     return EveryBuffer(config.window).first_due_at(Terms(config.budget, config.buffer), prompt_len)
 
 
-def check_lengths(request: TracedRequest, config: KVCompressionConfig, context: int | None) -> None:
+def check_lengths(request: TracedRequest, config: ServerOptions, context: int | None) -> None:
     """Raise CommandError where the text does not fit the model, or nothing would be evicted.
 
     Args:

@@ -11,8 +11,8 @@ from vllm.v1.metrics.buckets import histogram_buckets
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
-from rkv_vllm.config import CONFIG_KEY
 from rkv_vllm.fit.overrides import overrides
+from rkv_vllm.options import CONFIG_KEY
 from rkv_vllm.scheduling.step_stats import StepStats
 
 _LABELS = ("model_name", "engine")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import rkv_vllm
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.options import ServerOptions
 from rkv_vllm.trace.record import Evictions
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def prepare_vllm() -> None:
 
 @contextmanager
 def running_engine(
-    model: str, config: KVCompressionConfig, max_len: int, bytes_per_token: int, **options: Any
+    model: str, config: ServerOptions, max_len: int, bytes_per_token: int, **options: Any
 ) -> Iterator["LLM"]:
     """Start an eager engine for one request and take it down again.
 
@@ -115,7 +115,7 @@ def running_engine(
 
 def capture(
     llm: "LLM",
-    config: KVCompressionConfig,
+    config: ServerOptions,
     request: TracedRequest,
     on_token: Callable[[int], None],
 ) -> Capture:

@@ -134,6 +134,7 @@ class PhysicalBlockTables(BlockTables):
             )
         return slot_mappings[:, :num_tokens_padded]
 
+    @calls("vllm.utils.torch_utils:async_tensor_h2d")
     def exchange_rows(
         self, group_id: int, directives: list[EvictionDirective], state_idx: list[int]
     ) -> None:

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from rkv_vllm.fit.overrides import calls
-
 
 class GroupRows:
     """The rows of one compressed group.
@@ -71,7 +69,6 @@ class GroupRows:
             ring_idx = (first_position + recorded) % self.ring_len
             token_rows[first_token + recorded] = seat * self.ring_len + ring_idx
 
-    @calls("vllm.v1.attention.backend:CommonAttentionMetadata.replace")
     def apply(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """The same metadata with this group's lengths, for attention alone."""
         seq_lens = self.seq_lens[: common.seq_lens.shape[0]]

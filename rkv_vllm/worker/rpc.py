@@ -13,7 +13,8 @@ class CompressionRPC:
     model_runner: CompressionRunner
 
     @overrides(
-        "vllm.v1.worker.gpu_worker:Worker.sleep", "vllm.v1.worker.cpu_worker:CPUWorker.sleep"
+        "vllm.v1.worker.cpu_worker:CPUWorker.sleep",
+        "vllm.v1.worker.gpu_worker:Worker.sleep",
     )
     def sleep(self, level: int = 1) -> None:
         """Carry out what is pending while there is a cache."""
@@ -21,7 +22,8 @@ class CompressionRPC:
         super().sleep(level)
 
     @overrides(
-        "vllm.v1.worker.gpu_worker:Worker.wake_up", "vllm.v1.worker.cpu_worker:CPUWorker.wake_up"
+        "vllm.v1.worker.cpu_worker:CPUWorker.wake_up",
+        "vllm.v1.worker.gpu_worker:Worker.wake_up",
     )
     def wake_up(self, tags: list[str] | None = None) -> None:
         """Wake up with nobody watched."""

@@ -51,21 +51,18 @@ _FINISHED_REPORTS = 256
 _KEPT_SPECS = (SlidingWindowSpec, MambaSpec)
 
 
-def compression_runner(base: type, use_v2: bool) -> type["CompressionRunner"]:
+def compression_runner(mixin: type["CompressionRunner"], base: type) -> type["CompressionRunner"]:
     """The subclass of one of vLLM's model runners that records queries and compacts its cache.
 
     Args:
+        mixin: what compression adds to runners of that kind.
         base: a model runner of vLLM.
-        use_v2: whether that is a V2 runner.
+
+    Raises:
+        ValueError: a vLLM function is not what ours was written against.
     """
-    # Imported here: V2 needs Triton, which a CPU build of vLLM may lack.
-    if use_v2:
-        from rkv_vllm.worker.runner_v2 import CompressionRunnerV2 as Compression
-    else:
-        from rkv_vllm.worker.runner_v1 import CompressionRunnerV1 as Compression
     check_overrides()
-    name = f"Compression{base.__name__}"
-    return type(name, (Compression, base), {"__module__": Compression.__module__})
+    return type(f"Compression{base.__name__}", (mixin, base), {"__module__": mixin.__module__})
 
 
 class CompressionRunner(ABC):
@@ -230,11 +227,11 @@ class CompressionRunner(ABC):
         own = self.compression.method_options if options is None else options
         return self._method(own, layer_set.model, layer_set.ops)
 
+    # A flush writes to caches that vLLM may have allocated in inference mode.
     @overrides(
         "vllm.v1.worker.cpu_model_runner:CPUModelRunner.execute_model",
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model",
     )
-    # A flush writes to caches that vLLM may have allocated in inference mode.
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, *args, **kwargs):
         """Flush what the last step left, then run this step."""

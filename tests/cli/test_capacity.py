@@ -7,7 +7,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from rkv_vllm.cli.capacity import IN_FLIGHT, Machine, make_capacity
 from rkv_vllm.cli.checkpoint import read_decoder
 from rkv_vllm.cli.errors import CommandError
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.options import ServerOptions
 from tests.checkpoint_configs import LLAMA, write_config
 from tests.scheduling.simulation import BLOCK_SIZE, Setting, SimulatedEngine
 
@@ -31,9 +31,7 @@ def machine(cache=None, memory=0, **changes):
 
 def capacity(fields=LLAMA, block_size=16, dtype="auto", on=None, **options):
     on = on or machine(cache=2**24)
-    return make_capacity(
-        read_decoder(fields), on, dtype, block_size, KVCompressionConfig(**options)
-    )
+    return make_capacity(read_decoder(fields), on, dtype, block_size, ServerOptions(**options))
 
 
 def test_pool_is_the_one_that_vllm_logs():
@@ -72,7 +70,7 @@ def test_heads_that_cannot_be_shared_are_refused(ranks):
 
 def test_the_query_ring_is_taken_from_the_cache_of_rkv_alone():
     on = machine(memory=2**26, weights=1000, reserved=500)
-    found = capacity(on=on, window=6, buffer=8, budget=96, observation_slots=3)
+    found = capacity(on=on, window=6, buffer=8, budget=96, seats=3)
     assert found.ring_bytes == 3 * 2 * (6 + IN_FLIGHT) * 2 * 32 * 2
     assert found.stock.cache_bytes == found.fp8.cache_bytes == 2**26 - 1500
     assert found.rkv.cache_bytes == 2**26 - 1500 - found.ring_bytes
@@ -87,13 +85,13 @@ def test_a_given_cache_is_taken_as_it_is():
     ("on", "message"),
     [
         (machine(memory=2**20, weights=2**21), "--gpu-memory: got 1.0 MiB, .* smaller model"),
-        (machine(memory=2**20), "--gpu-memory: got 1.0 MiB, .* lower --observation-slots"),
+        (machine(memory=2**20), "--gpu-memory: got 1.0 MiB, .* lower --seats"),
         (machine(cache=100), "--kv-cache-memory-bytes: got 100 B"),
     ],
 )
 def test_memory_without_room_for_a_cache_is_refused(on, message):
     with pytest.raises(CommandError, match=message) as error:
-        capacity(on=on, observation_slots=1024)
+        capacity(on=on, seats=1024)
     assert error.value.exit_code == 1
 
 

@@ -57,10 +57,9 @@ def test_table_says_what_json_says(model):
 
 
 def test_both_spellings_of_an_option_hold(model):
-    assert (
-        document(model, *ROOM, "--kv-budget", "64", "--kv-buffer", "16")["sides"]
-        == (document(model, *ROOM, "--budget", "64", "--buffer", "16")["sides"])
-    )
+    assert document(
+        model, *ROOM, "--kv-budget", "64", "--kv-buffer", "16", "--kv-seats", "3"
+    ) == document(model, *ROOM, "--budget", "64", "--buffer", "16", "--observation-slots", "3")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +68,7 @@ def test_both_spellings_of_an_option_hold(model):
         ([], "Weights are estimated"),
         (["--budget", "2000"], "No request grows long enough"),
         (["--output-len", "2000"], "the model was made for 2048"),
-        ([*SMALL, "--observation-slots", "1"], "raise --observation-slots"),
+        ([*SMALL, "--observation-slots", "1"], "raise --seats"),
         (SMALL, "--max-num-seqs"),
     ],
 )
@@ -102,7 +101,7 @@ BAD = {
         "--tensor-parallel-size: got 3",
     ),
     "weights": (["{model}", *ROOM, "--weights", "1GiB"], 1, "1.0 GiB of weights"),
-    "slots": (["{model}", *ROOM, "--observation-slots", "99999"], 1, "lower --observation-slots"),
+    "slots": (["{model}", *ROOM, "--observation-slots", "99999"], 1, "lower --seats"),
     "output": (["{model}", *ROOM, "--output-len", "999999"], 1, "--output-len: got 999999"),
     "prompt": (["{model}", *ROOM, "--prompt-len", "999999"], 1, "--prompt-len: got 999999"),
     "plot": (["{model}", *ROOM, "--plot", "x.svg"], 2, "--plot: got 'x.svg'"),

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from rkv_vllm.cli import app
 from rkv_vllm.cli.errors import CommandError
 from rkv_vllm.cli.trace_input import check_lengths
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.options import ServerOptions
 from rkv_vllm.trace.capture import TracedRequest
 from rkv_vllm.trace.record import NEVER
 from tests import reference
@@ -79,7 +79,7 @@ def test_the_page_says_what_explicit_eviction_does(random_model_dir, tmp_path, m
     assert result.exit_code == 0, result.output
     tokenizer = AutoTokenizer.from_pretrained(model)
     prompt_ids = tokenizer.encode(PROMPT)
-    config = KVCompressionConfig(budget=64, buffer=32)
+    config = ServerOptions(budget=64, buffer=32)
     expected, evicted_at = explicit_evictions(monkeypatch, model, prompt_ids, 120, config)
     assert len(expected.compactions) >= 3
     found = json.loads(result.stdout.splitlines()[-1])
@@ -167,7 +167,7 @@ def test_prompts_and_lengths_that_do_not_fit_are_refused(random_model_dir, tmp_p
 
 def test_the_smallest_number_of_tokens_still_sees_a_compaction(random_model_dir):
     model = random_model_dir("qwen3", 3)
-    config = KVCompressionConfig(budget=24, buffer=8)
+    config = ServerOptions(budget=24, buffer=8)
     for prompt_len in (10, 60):
         prompt = list(range(20, 20 + prompt_len))
         smallest = next(n for n in range(1, 99) if not refuses(prompt, n, config))

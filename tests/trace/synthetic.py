@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from rkv_vllm.config import KVCompressionConfig
 from rkv_vllm.methods import Heads
+from rkv_vllm.options import ServerOptions
 from rkv_vllm.scheduling.directive import EvictionDirective
 from rkv_vllm.trace.record import Piece, Trace
 from rkv_vllm.trace.recorder import TraceRecorder
@@ -22,7 +22,7 @@ class Keys:
         self.num_heads = num_heads
 
 
-def directive(config: KVCompressionConfig, settled_len: int, evicted: int) -> EvictionDirective:
+def directive(config: ServerOptions, settled_len: int, evicted: int) -> EvictionDirective:
     """A compaction with one token behind the settled ones, in blocks of 16."""
     num_blocks = -(-(settled_len + 1) // 16)
     left = -(-(config.budget + 1) // 16)
@@ -43,7 +43,7 @@ def synthetic_trace(
     prompt_len: int = 40,
     num_layers: int = 4,
     num_heads: int = 2,
-    config: KVCompressionConfig | None = None,
+    config: ServerOptions | None = None,
     pieces: list[Piece] | None = None,
     with_scores: bool = True,
     **changes: object,
@@ -60,7 +60,7 @@ def synthetic_trace(
         with_scores: whether the method has scores.
         changes: other fields of `Trace`.
     """
-    config = config or KVCompressionConfig(budget=64, buffer=32)
+    config = config or ServerOptions(budget=64, buffer=32)
     generator = torch.Generator().manual_seed(0)
     heads = num_layers * num_heads
     common = torch.randn(num_tokens, generator=generator)

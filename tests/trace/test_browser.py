@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.options import ServerOptions
 from rkv_vllm.trace.page import render
 from rkv_vllm.trace.record import NEVER, Piece, Trace
 from tests.trace.synthetic import synthetic_trace
@@ -278,7 +278,7 @@ MOVES = """async () => {
 
 
 def test_the_slider_is_smooth_with_4000_tokens_of_288_heads(open_page):
-    page = open_page(synthetic_trace(4096, 96, 36, 8, KVCompressionConfig()))
+    page = open_page(synthetic_trace(4096, 96, 36, 8, ServerOptions()))
     times = sorted(page.evaluate(MOVES))
     # 60 to 180 ms on a busy machine without a GPU, frame included, 10 of them script. The second
     # fastest forgives what other processes take.

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.options import ServerOptions
 from rkv_vllm.trace.page import render
 from rkv_vllm.trace.record import NEVER, Piece
 from tests.trace.synthetic import synthetic_trace
@@ -30,7 +30,7 @@ def document(page: bytes) -> dict:
 
 @pytest.mark.parametrize(("num_layers", "num_heads"), [(30, 3), (36, 8)])
 def test_4000_tokens_stay_below_5_mb(num_layers, num_heads):
-    config = KVCompressionConfig()
+    config = ServerOptions()
     trace = synthetic_trace(4096, 96, num_layers, num_heads, config)
     assert len(trace.evictions.steps) == 23
     page = render(trace)
@@ -46,7 +46,7 @@ def test_4000_tokens_stay_below_5_mb(num_layers, num_heads):
 
 
 def test_more_than_254_compactions_take_two_bytes_each():
-    config = KVCompressionConfig(budget=12, buffer=8)
+    config = ServerOptions(budget=12, buffer=8)
     trace = synthetic_trace(2200, 10, 1, 2, config)
     assert len(trace.evictions.steps) > 255
     data = document(render(trace))

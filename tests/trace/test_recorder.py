@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from rkv_vllm.config import KVCompressionConfig
 from rkv_vllm.methods import Heads
+from rkv_vllm.options import ServerOptions
 from rkv_vllm.trace.record import NEVER
 from rkv_vllm.trace.recorder import TraceRecorder, rank
 from rkv_vllm.worker.flush import Choice
 from tests.trace.synthetic import Keys, directive
 
-CONFIG = KVCompressionConfig(budget=20, buffer=10, window=4)
+CONFIG = ServerOptions(budget=20, buffer=10, window=4)
 LAYERS, HEADS, MAX_LEN = 3, 2, 80
 
 
