@@ -45,7 +45,7 @@ class FlushTimes:
         self._events: list[tuple[torch.Event, torch.Event]] = []
         self._host_seconds = 0.0
         self._inner = Compactor.flush
-        Compactor.flush = lambda compactor: self._timed(compactor)
+        Compactor.flush = lambda *args: self._timed(*args)
 
     def take(self, seconds: float) -> dict[str, float]:
         """Times since the last call, and the device's share of a run of `seconds`."""
@@ -61,13 +61,13 @@ class FlushTimes:
         self._events, self._host_seconds = [], 0.0
         return found
 
-    def _timed(self, compactor: object) -> bool:
+    def _timed(self, *args: object) -> object:
         events = ()
         if torch.cuda.is_available():
             events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
             events[0].record()
         started = time.perf_counter()
-        done = self._inner(compactor)
+        done = self._inner(*args)
         if done:
             self._host_seconds += time.perf_counter() - started
             if events:

@@ -28,11 +28,16 @@ def directive(config: ServerOptions, settled_len: int, evicted: int) -> Eviction
     left = -(-(config.budget + 1) // 16)
     return EvictionDirective(
         req_id="trace",
+        group_id=0,
         num_evicted_before=evicted,
+        prefix_len=0,
         settled_len=settled_len,
         total_len=settled_len + 1,
         num_evict=settled_len - config.budget,
-        slot=0,
+        seat=0,
+        prompt_len=1,
+        seed=0,
+        method_options=None,
         old_block_ids=list(range(num_blocks)),
         new_block_ids=list(range(left)),
     )
@@ -80,7 +85,9 @@ def synthetic_trace(
         keep = torch.cat((best, window), dim=1).sort(dim=1).values
         found = directive(config, cached.shape[1], evicted)
         shown = Heads(slice(0, num_layers), Keys(num_heads), None, None)
-        recorder.chosen(Choice([found], shown, None, scores.unsqueeze(0), keep.int().unsqueeze(0)))
+        recorder.chosen(
+            Choice([found], shown, None, scores.unsqueeze(0), keep.int().unsqueeze(0), ())
+        )
         cached = cached.gather(1, keep)
         evicted += found.num_evict
         logical_len += config.buffer

@@ -19,7 +19,7 @@ LAYERS, HEADS, MAX_LEN = 3, 2, 80
 
 def choice(found, keep: torch.Tensor, scores: torch.Tensor, first_layer: int = 0) -> Choice:
     heads = Heads(slice(first_layer, first_layer + len(keep) // HEADS), Keys(HEADS), None, None)
-    return Choice([found], heads, None, scores.unsqueeze(0), keep.int().unsqueeze(0))
+    return Choice([found], heads, None, scores.unsqueeze(0), keep.int().unsqueeze(0), ())
 
 
 def compactions(seed: int = 0):
