@@ -38,13 +38,13 @@ def stock_life(prompt_len: int, output_len: int) -> Life:
 def rkv_life(prompt_len: int, output_len: int, terms: Terms, in_flight: int) -> Life:
     """A request with R-KV.
 
-    It grows until its first compaction, shrinks to `budget + in_flight`, and grows from there by
-    `buffer` tokens, again and again. A prompt above the budget makes it longest before the first.
+    It grows until its first compaction, shrinks to `prefix + budget + in_flight`, and grows from
+    there by `buffer` tokens, again and again. A prompt above the budget makes it longest before.
 
     Args:
         prompt_len: tokens, at least 1.
         output_len: tokens, at least 1.
-        terms: budget and buffer.
+        terms: budget, buffer and protected prefix.
         in_flight: tokens of a request that are computed but not settled, that of the step itself
             included: 1 with synchronous scheduling, 2 with asynchronous scheduling.
 
@@ -52,7 +52,7 @@ def rkv_life(prompt_len: int, output_len: int, terms: Terms, in_flight: int) -> 
     """
     stock = stock_life(prompt_len, output_len)
     longest = EveryBuffer(window=0).bound(terms, prompt_len, stock.held[-1], in_flight)
-    lowest = terms.budget + in_flight
+    lowest = terms.prefix_len + terms.budget + in_flight
     since_first = stock.held - longest
     is_compacted = since_first > 0
     return Life(

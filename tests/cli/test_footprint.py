@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rkv_vllm.cli.footprint import num_blocks, rkv_life, stock_life
-from rkv_vllm.options import ServerOptions
 from rkv_vllm.policy import Terms
 from tests.bench.test_workload import planned_lengths
 
@@ -15,12 +14,15 @@ from tests.bench.test_workload import planned_lengths
     output_len=st.integers(1, 200),
     budget=st.integers(3, 40),
     buffer=st.integers(2, 20),
+    prefix_len=st.integers(0, 70),
     in_flight=st.integers(1, 2),
 )
-def test_lengths_are_those_of_the_planner(prompt_len, output_len, budget, buffer, in_flight):
-    config = ServerOptions(budget=budget, buffer=buffer, window=2)
-    expected, _ = planned_lengths(config, prompt_len, output_len, in_flight)
-    life = rkv_life(prompt_len, output_len, Terms(budget, buffer), in_flight)
+def test_lengths_are_those_of_the_planner(
+    prompt_len, output_len, budget, buffer, prefix_len, in_flight
+):
+    terms = Terms(budget, buffer, prefix_len)
+    expected, _ = planned_lengths(terms, prompt_len, output_len, in_flight)
+    life = rkv_life(prompt_len, output_len, terms, in_flight)
     assert life.held.tolist() == expected
     # Room for what is reserved is room for what it holds then and later.
     assert (life.reserved >= np.maximum.accumulate(life.held[::-1])[::-1]).all()
