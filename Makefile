@@ -9,10 +9,10 @@ MODEL := .models/SmolLM2-135M-Instruct
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv model demo test lint bench clean
+.PHONY: help venv model demo test test-all lint bench clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 10
 
 venv:  ## build .venv: vLLM for CPUs and this project, editable
 	@$(PYTHON) scripts/install.py
@@ -26,6 +26,9 @@ demo: model  ## serve SmolLM2 with compression, chat with it, show the books
 # Engines of the tests run on one thread each, so two files at a time fill a small machine.
 test: model  ## run the tests; PYTEST_ARGS="-n 0 -k name -x" narrows them down
 	@$(BIN)/python -m pytest -v -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+test-all: model  ## run the tests and those that a daily run has no time for
+	@$(BIN)/python -m pytest -v -n 2 --dist loadfile --no-loadscope-reorder -m "nightly or not nightly" $(PYTEST_ARGS)
 
 lint: venv  ## check format and style
 	@$(BIN)/ruff format --check .

@@ -286,7 +286,7 @@ def pairs_of(kind: str, keys: Tensor) -> dict[str, Any]:
         "similar": statistics.mean(similar),
         "similar_range": [min(similar), max(similar)],
         "visited": {
-            name: statistics.mean(share_visited(newest, *tile) for _, newest in counted)
+            name: statistics.mean(share_visited(newest, tile) for _, newest in counted)
             for name, tile in TILES.items()
         },
     }

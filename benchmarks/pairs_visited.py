@@ -1,10 +1,27 @@
 """How many pairs of keys the search for the newest similar key looks at, counted without timing."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-# (rows, columns) of a tile: those of csrc/cpu/rkv.cpp and of kernels/rkv/triton.py.
-TILES = {"cpu": (4, 32), "triton": (64, 64)}
+
+class Tile(NamedTuple):
+    """How a search goes through the pairs.
+
+    Attributes:
+        rows: keys that are served together; they stop together.
+        columns: keys per step, from the newest backwards.
+        is_aligned: whether steps end at multiples of `columns`, else at the newest key.
+    """
+
+    rows: int
+    columns: int
+    is_aligned: bool
+
+
+# Those of csrc/cpu/rkv.cpp and of kernels/rkv/triton.py; tests/kernels/test_early_stop.py compares.
+TILES = {"cpu": Tile(4, 32, False), "triton": Tile(64, 64, True)}
 _ROWS_AT_ONCE = 512
 _NORM_EPSILON = 1e-8
 
@@ -34,18 +51,29 @@ def similar_and_newest(keys: Tensor, threshold: float = 0.5) -> tuple[float, Ten
     return num_similar / max(n * (n - 1), 1), torch.cat(newest)
 
 
-def share_visited(newest: Tensor, rows: int, columns: int) -> float:
-    """Share of all pairs that a search in tiles visits before its last row is served.
+def tiles_visited(newest: Tensor, tile: Tile) -> Tensor:
+    """Steps that a search takes for each group of rows before its last row is served.
 
     Args:
         newest: as `similar_and_newest` returns it.
-        rows: keys that are served together; they stop together.
-        columns: keys per step, from the newest backwards.
+        tile: how the search goes.
+
+    Returns:
+        int64 [groups of rows].
     """
     n = len(newest)
     # A row without a similar key goes all the way to key 0.
-    farthest = torch.stack([part.min() for part in newest.clamp(min=0).split(rows)])
-    steps = (n - farthest + columns - 1) // columns
-    visited = (steps * columns).clamp(max=n)
-    sizes = torch.tensor([len(part) for part in newest.split(rows)], device=newest.device)
+    farthest = torch.stack([part.min() for part in newest.clamp(min=0).split(tile.rows)])
+    if tile.is_aligned:
+        return (n - 1) // tile.columns - farthest // tile.columns + 1
+    return (n - farthest + tile.columns - 1) // tile.columns
+
+
+def share_visited(newest: Tensor, tile: Tile) -> float:
+    """Share of all pairs that a search in tiles visits before its last row is served."""
+    n = len(newest)
+    # The newest tile of an aligned search is not full.
+    start = n % tile.columns - tile.columns if tile.is_aligned and n % tile.columns else 0
+    visited = (start + tiles_visited(newest, tile) * tile.columns).clamp(max=n)
+    sizes = torch.tensor([len(part) for part in newest.split(tile.rows)], device=newest.device)
     return float((visited * sizes).sum()) / n**2

@@ -13,7 +13,7 @@ from rkv_vllm.kernels.paged import PagedStates
 
 
 class Strides(NamedTuple):
-    """Element strides of a plain view, in the order in which the kernels take them.
+    """Element strides of a plain view, as the kernels take them.
 
     Attributes:
         layer: from layer to layer.
@@ -63,9 +63,7 @@ def token_places(
     p_row,
     o_token,
     m_token,
-    block_stride,
-    kernel_block_stride,
-    token_stride,
+    strides,
     BLOCK_SIZE: tl.constexpr,
     KERNEL_BLOCK_SIZE: tl.constexpr,
 ):
@@ -74,7 +72,7 @@ def token_places(
     inside = o_token % BLOCK_SIZE
     kernel_block = (inside // KERNEL_BLOCK_SIZE).to(tl.int64)
     token = (inside % KERNEL_BLOCK_SIZE).to(tl.int64)
-    return block * block_stride + kernel_block * kernel_block_stride + token * token_stride
+    return block * strides.block + kernel_block * strides.kernel_block + token * strides.token
 
 
 @triton.jit
@@ -83,10 +81,7 @@ def load_tile(
     p_row,
     o_token,
     m_token,
-    block_stride,
-    kernel_block_stride,
-    token_stride,
-    dim_stride,
+    strides,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -97,15 +92,13 @@ def load_tile(
         p_row,
         o_token,
         m_token,
-        block_stride,
-        kernel_block_stride,
-        token_stride,
+        strides,
         BLOCK_SIZE,
         KERNEL_BLOCK_SIZE,
     )
     o_dim = tl.arange(0, BLOCK_D)
     m_dim = o_dim < HEAD_SIZE
-    p_keys = p_head + places[:, None] + o_dim[None, :] * dim_stride
+    p_keys = p_head + places[:, None] + o_dim[None, :] * strides.dim
     return tl.load(p_keys, mask=m_token[:, None] & m_dim[None, :], other=0.0)
 
 

@@ -243,22 +243,6 @@ class ServerOptions:
         return cls(**given)
 
 
-class _Former:
-    """Until the other rooms say `seats` and `method_options`."""
-
-    def __init__(self, default, read):
-        self.default, self.read = default, read
-
-    def __get__(self, instance, owner):
-        return self.default if instance is None else self.read(instance)
-
-
-ServerOptions.observation_slots = _Former(64, lambda options: options.seats)
-ServerOptions.lam = _Former(0.1, lambda options: options.method_options.lam)
-ServerOptions.pool = _Former(7, lambda options: options.method_options.pool)
-ServerOptions.threshold = _Former(0.5, lambda options: options.method_options.threshold)
-
-
 OPTIONS = options_of(ServerOptions)
 
 

@@ -57,14 +57,6 @@ class RequestOptions(NamedTuple):
         """Returns the number of protected tokens at the front of the request's cache."""
         return prefix_len(self.protect, num_prompt_tokens)
 
-    def first_due_at(self, prefill_len: int) -> int:
-        """Tokens at which a request is compacted first, if it decodes that far.
-
-        Args:
-            prefill_len: tokens that are computed before the first one is decoded.
-        """
-        return max(self.budget, prefill_len) + self.buffer
-
 
 def read_request_options(
     extra_args: Mapping[str, Any] | None, server: ServerOptions, num_prompt_tokens: int = 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.options import ServerOptions
 from tests.reference import ReferenceRequest, load_model, single_thread
 
 
@@ -31,7 +31,7 @@ class LayeredResult:
 class _Layer:
     """Lengths of one layer's cache, which only grows by decoding here."""
 
-    def __init__(self, config: KVCompressionConfig | None, prefill_len: int) -> None:
+    def __init__(self, config: ServerOptions | None, prefill_len: int) -> None:
         self.config = config
         self.physical_len = self.counted_from = prefill_len
         self.compactions = 0
@@ -59,7 +59,7 @@ def generate_layered_reference(
     model_dir: Path,
     prompt_ids: Sequence[int],
     num_tokens: int,
-    configs: Sequence[KVCompressionConfig | None],
+    configs: Sequence[ServerOptions | None],
     unprocessed_steps: int = 0,
 ) -> LayeredResult:
     """Generates greedily for one request.

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.options import ServerOptions
 from tests.methods.dense import keep_indices
 
 ATTENTION_NAME = "explicit_eviction"
@@ -81,7 +81,7 @@ class LayerCache:
         self.queries = queries[:, -self.num_queries :]
         self.keys, self.values = keys, values
 
-    def evict(self, settled_len: int, config: KVCompressionConfig) -> None:
+    def evict(self, settled_len: int, config: ServerOptions) -> None:
         """Shrinks the settled tokens to the budget; those behind them follow unchanged."""
         behind = self.keys.shape[1] - settled_len
         end = self.queries.shape[1] - behind
@@ -90,9 +90,9 @@ class LayerCache:
             self.queries[:, end - config.window : end],
             config.budget,
             window=config.window,
-            lam=config.lam,
-            pool=config.pool,
-            threshold=config.threshold,
+            lam=config.method_options.lam,
+            pool=config.method_options.pool,
+            threshold=config.method_options.threshold,
         )
         self.keys = _survivors(self.keys, kept, settled_len)
         self.values = _survivors(self.values, kept, settled_len)
@@ -163,7 +163,7 @@ class ReferenceRequest:
     """One request: its caches, its lengths and the rule when it is compacted."""
 
     def __init__(
-        self, model: PreTrainedModel, config: KVCompressionConfig | None, unprocessed_steps: int = 0
+        self, model: PreTrainedModel, config: ServerOptions | None, unprocessed_steps: int = 0
     ) -> None:
         self.model = model
         self.config = config
@@ -234,7 +234,7 @@ def generate_reference(
     model_dir: str | Path,
     prompt_ids: Sequence[int],
     num_tokens: int,
-    config: KVCompressionConfig | None,
+    config: ServerOptions | None,
     *,
     dtype: torch.dtype = torch.float32,
     forced_ids: Sequence[int] | None = None,

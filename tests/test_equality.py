@@ -7,15 +7,15 @@ import torch
 from vllm.exceptions import VLLMValidationError
 
 import rkv_vllm
-from rkv_vllm.config import KVCompressionConfig
 from rkv_vllm.kernels.ops import triton_ops
+from rkv_vllm.options import ServerOptions
 from tests.engine import Engine, running_engine
 from tests.models import assert_varied, random_prompt
 from tests.reference import ReferenceResult, generate_reference
 
 pytestmark = pytest.mark.engine
 
-CONFIG = KVCompressionConfig(budget=64, buffer=32)
+CONFIG = ServerOptions(budget=64, buffer=32)
 OPTIONS = rkv_vllm.engine_args(budget=64, buffer=32)
 LOGPROB_TOLERANCE = 1e-3
 SHARED = random_prompt(64, seed=1)
@@ -129,7 +129,7 @@ def test_each_request_is_evicted_by_its_own_budget_or_not_at_all(
     assert stats["requests_compacted"] == len(own) - 1
 
 
-def extra_args(config: KVCompressionConfig | None) -> dict[str, int | str] | None:
+def extra_args(config: ServerOptions | None) -> dict[str, int | str] | None:
     """What a request sends to get this config from a server that runs `CONFIG`."""
     if config is None:
         return {"kv_compression": "off"}

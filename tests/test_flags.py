@@ -295,6 +295,14 @@ def test_engine_config_leaves_the_callers_dict_alone_and_keeps_other_keys(model)
     assert made["gdn_prefill_backend"] == "triton"
 
 
+def test_protected_tokens_without_room_for_a_compaction_end_the_start(cli, model):
+    lengths = ["--kv-budget=64", "--kv-buffer=32", "--kv-protect=16", "--max-model-len"]
+    flags = ["--kv-compression=rkv", *lengths]
+    from_command_line(cli, model, *flags, "113").create_engine_config()
+    with pytest.raises(ValueError, match=r"--kv-protect .*got 16, .* below --max-model-len 112; "):
+        from_command_line(cli, model, *flags, "112").create_engine_config()
+
+
 def test_making_the_engine_config_twice_changes_nothing(cli, model):
     arguments = from_command_line(cli, model, *FLAGS)
     assert engine_config(arguments) == engine_config(arguments)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import rkv_vllm
-from rkv_vllm.config import KVCompressionConfig
 from rkv_vllm.fit import refusals
 from rkv_vllm.methods.rkv import RKV
+from rkv_vllm.options import ServerOptions
 from rkv_vllm.scheduling.spec import CompressedAttentionSpec
 from tests.engine import Engine, running_engine
 from tests.layered_reference import generate_layered_reference
@@ -17,7 +17,7 @@ from tests.models import assert_varied, random_prompt
 
 pytestmark = pytest.mark.engine
 
-CONFIG = KVCompressionConfig(budget=64, buffer=32)
+CONFIG = ServerOptions(budget=64, buffer=32)
 LOGPROB_TOLERANCE = 1e-3
 SHARED = random_prompt(32, seed=1)
 PROMPTS = {f"r{i}": [*SHARED, *random_prompt(6 + 7 * i, seed=i)] for i in range(4)}

@@ -3,14 +3,14 @@
 import pytest
 
 import rkv_vllm
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.options import ServerOptions
 from tests.engine import Engine, running_engine
 from tests.models import random_prompt
 from tests.reference import generate_reference
 
 pytestmark = pytest.mark.engine
 
-CONFIG = KVCompressionConfig(budget=64, buffer=32)
+CONFIG = ServerOptions(budget=64, buffer=32)
 OPTIONS = rkv_vllm.engine_args(budget=64, buffer=32)
 
 

@@ -27,7 +27,7 @@ from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 import rkv_vllm
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.options import ServerOptions
 from tests.engine import BLOCK_SIZE, Engine, Output, running_engine
 from tests.models import assert_varied, kv_cache_bytes, random_model, random_prompt
 from tests.reference import generate_reference
@@ -35,7 +35,7 @@ from tests.server import Server, serving
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
-CONFIG = KVCompressionConfig(budget=64, buffer=32)
+CONFIG = ServerOptions(budget=64, buffer=32)
 OPTIONS = rkv_vllm.engine_args(budget=64, buffer=32)
 LOGPROB_TOLERANCE = 1e-3
 NUM_BLOCKS = 64

@@ -6,15 +6,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rkv_vllm.config import KVCompressionConfig
+from rkv_vllm.options import ServerOptions
 from tests.methods.dense import keep_indices
 from tests.models import EOS_TOKEN_ID, assert_varied, random_model, random_prompt
 from tests.reference import ReferenceRequest, generate_reference, load_model, single_thread
 
 NUM_KV_HEADS = 2
 SHAPES = [(family, heads) for family in ("qwen3", "llama") for heads in (2, 6, 16)]
-SMALL = KVCompressionConfig(budget=64, buffer=32)
-AMPLE = KVCompressionConfig(budget=1024, buffer=128)
+SMALL = ServerOptions(budget=64, buffer=32)
+AMPLE = ServerOptions(budget=1024, buffer=128)
 # Plain transformers and the reference order their sums differently; float32 leaves about 1e-5.
 LOGPROB_TOLERANCE = 1e-4
 

@@ -11,7 +11,6 @@ import pytest
 import requests
 
 import rkv_vllm
-from rkv_vllm import methods
 from rkv_vllm.options import ServerOptions
 from rkv_vllm.request_options import RequestOptionError, read_request_options
 from tests.checkpoint_configs import LLAMA, write_config
@@ -74,15 +73,7 @@ BAD_REQUESTS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("elsewhere")
-    source = SOURCE
-    if not hasattr(methods, "DenseMethod"):
-        source = source.replace(
-            "from rkv_vllm.methods import DenseMethod, option",
-            "from rkv_vllm.methods import CompressionMethod as DenseMethod\n"
-            "from rkv_vllm.option_field import option",
-        )
-        source += "KeepSpread.__abstractmethods__ = frozenset()\n"
-    (folder / "keep_spread.py").write_text(source)
+    (folder / "keep_spread.py").write_text(SOURCE)
     return folder
 
 
@@ -173,8 +164,6 @@ def test_serve_with_a_bad_option_exits_before_the_model_is_looked_at(folder, tmp
 
 @pytest.fixture(scope="module")
 def server(random_model_dir, folder) -> Iterator[Server]:
-    if not hasattr(methods, "DenseMethod"):
-        pytest.skip("the worker does not serve score-only methods with options of their own yet")
     flags = (f"--kv-compression={NAME}", "--kv-option", "stride=3", "oldest=true")
     lengths = ("--kv-budget=64", "--kv-buffer=32", "--kv-max-request-tokens=400")
     model, env = random_model_dir("qwen3", 3), {"PYTHONPATH": str(folder)}

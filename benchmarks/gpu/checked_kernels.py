@@ -199,7 +199,7 @@ def _steps(device: torch.device) -> Iterator[Run]:
             state_idx=torch.tensor([2, 0, -1]),
             query_start_loc=torch.tensor([0, 1, 13, 14], dtype=torch.int32),
             num_evicted=torch.tensor([5, 0, 40], dtype=torch.int32),
-            slots=torch.tensor([1, -1, 0], dtype=torch.int32),
+            seats=torch.tensor([1, -1, 0], dtype=torch.int32),
             ring_len=10,
         )
         positions = torch.cat([torch.tensor([99]), torch.arange(30, 42), torch.tensor([0])])
@@ -221,7 +221,7 @@ def _steps(device: torch.device) -> Iterator[Run]:
     yield "slots of a padded step", run
 
 
-_STEP_TENSORS = ("state_idx", "query_start_loc", "num_evicted", "slots")
+_STEP_TENSORS = ("state_idx", "query_start_loc", "num_evicted", "seats")
 
 
 def _check_whole(case: Case, device: torch.device) -> None:

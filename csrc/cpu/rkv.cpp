@@ -55,19 +55,29 @@ RKV_INLINE void load_row(const void* source, int64_t offset, int64_t count, int3
     return;
   }
   const uint16_t* halves = static_cast<const uint16_t*>(source) + offset;
-  for (int64_t i = 0; i < count; ++i) target[i] = to_float(halves[i], dtype);
+  if (dtype == kBFloat16) {
+    for (int64_t i = 0; i < count; ++i) target[i] = to_float(halves[i], kBFloat16);
+  } else {
+    for (int64_t i = 0; i < count; ++i) target[i] = to_float(halves[i], kFloat16);
+  }
 }
 
 // Keys [start, start + count) of one head into target[k * stride + i], count <= kColumns.
 RKV_INLINE void load_columns(const Keys& keys, int64_t head, int64_t start, int64_t count,
                              float* target, int64_t stride) {
   int64_t places[kColumns];
-  for (int64_t i = 0; i < count; ++i)
+  bool are_neighbours = true;
+  for (int64_t i = 0; i < count; ++i) {
     places[i] = token_place(keys.paged, keys.block_ids, head, keys.first + start + i);
+    are_neighbours &= places[i] == places[0] + i;
+  }
   for (int64_t k = 0; k < keys.paged.head_size; ++k) {
     const int64_t dim = keys.paged.dim_offsets[k];
     float* row = target + k * stride;
-    if (keys.dtype == kFloat32) {
+    if (are_neighbours) {
+      // Packings for vector units hold a dimension of all tokens of a block side by side.
+      load_row(keys.paged.base, places[0] + dim, count, keys.dtype, row);
+    } else if (keys.dtype == kFloat32) {
       const float* base = static_cast<const float*>(keys.paged.base) + dim;
       for (int64_t i = 0; i < count; ++i) row[i] = base[places[i]];
     } else {
@@ -192,12 +202,12 @@ struct RedundancyArgs {
 };
 
 struct RedundancyScratch {
-  int64_t columns;            // n plus one tile of slack, padded to kColumns
-  std::vector<float> unit;    // [head_size][columns], unit keys, transposed
-  std::vector<float> norms;   // [n], later each key divided by its norm, then the inverse norms
-  std::vector<float> sums;    // [n]
-  std::vector<float> rows;    // [kRows][head_size]
-  int64_t num_tiles = 0;      // micro tiles that the searches of this thread looked at
+  int64_t columns;           // n plus one tile of slack, padded to kColumns
+  std::vector<float> unit;   // [head_size][columns], unit keys, transposed
+  std::vector<float> norms;  // [n], later each key divided by its norm, then the inverse norms
+  std::vector<float> sums;   // [n]
+  std::vector<float> rows;   // [kRows][head_size]
+  int64_t num_tiles = 0;     // micro tiles that the searches of this thread looked at
 
   static int64_t num_floats(const RedundancyArgs& a) {
     return (a.keys.paged.head_size + 2) * (round_up(a.keys.n, kColumns) + kColumns);
@@ -274,6 +284,7 @@ RKV_CLONES bool redundancy(const RedundancyArgs& a, int64_t head, RedundancyScra
   for (int64_t k = 0; k < head_size; ++k) {
     const float* key = &s.unit[k * s.columns];
     double exact = 0;
+#pragma omp simd reduction(+ : exact)
     for (int64_t i = 0; i < n; ++i) exact += key[i];
     const float total = static_cast<float>(exact);
 #pragma omp simd

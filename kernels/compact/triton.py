@@ -41,12 +41,7 @@ VARYING = (
 @triton.jit(do_not_specialize=VARYING)
 def compact_kernel(
     p_states,
-    layer_stride,
-    head_stride,
-    block_stride,
-    kernel_block_stride,
-    token_stride,
-    dim_stride,
+    strides,
     p_old_block_table,
     old_table_stride,
     p_new_block_table,
@@ -73,7 +68,7 @@ def compact_kernel(
     prefix_len = tl.load(p_prefix_lens + i_request)
     kept_len = prefix_len + tl.load(p_budgets + i_request)
     new_len = kept_len + tl.load(p_total_lens + i_request) - settled_len
-    p_head = p_states + i_layer * layer_stride + i_head * head_stride
+    p_head = p_states + i_layer * strides.layer + i_head * strides.head
     p_old_row = p_old_block_table + i_request * old_table_stride
     p_new_row = p_new_block_table + i_request * new_table_stride
     p_kept = p_keep + i_row * max_budget
@@ -91,9 +86,7 @@ def compact_kernel(
             p_old_row,
             source,
             m_token,
-            block_stride,
-            kernel_block_stride,
-            token_stride,
+            strides,
             BLOCK_SIZE,
             KERNEL_BLOCK_SIZE,
         )
@@ -101,15 +94,13 @@ def compact_kernel(
             p_new_row,
             o_token,
             m_token,
-            block_stride,
-            kernel_block_stride,
-            token_stride,
+            strides,
             BLOCK_SIZE,
             KERNEL_BLOCK_SIZE,
         )
         # Nothing to do for the oldest tokens, as long as none before them was evicted.
         m_moved = (m_token & (old_places != new_places))[:, None] & m_dim[None, :]
-        o_cells = o_dim[None, :] * dim_stride
+        o_cells = o_dim[None, :] * strides.dim
         states = tl.load(p_head + old_places[:, None] + o_cells, mask=m_moved)
         tl.debug_barrier()
         tl.store(p_head + new_places[:, None] + o_cells, states, mask=m_moved)
@@ -123,7 +114,7 @@ def compact_triton(states: PagedStates, batch: EvictionBatch, keep: Tensor) -> N
         return
     compact_kernel[(keep.shape[0] * keep.shape[1],)](
         states.cells,
-        *strides_of(states),
+        strides_of(states),
         batch.old_block_table,
         batch.old_block_table.stride(0),
         batch.new_block_table,

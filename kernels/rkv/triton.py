@@ -19,6 +19,8 @@ atomic and come in any order, so they are made on integers of 2**-40, where the 
 matter: ranks of tensor parallelism that hold copies of one head, and repeated runs, choose alike.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -68,6 +70,22 @@ VARYING = (
 )
 
 
+class RingStrides(NamedTuple):
+    """Element strides of the query ring, whose last dimension is contiguous.
+
+    Attributes:
+        seat: from seat to seat.
+        layer: from layer to layer.
+        ring: from position to position of a ring.
+        head: from query head to query head.
+    """
+
+    seat: int
+    layer: int
+    ring: int
+    head: int
+
+
 def scratch_bytes(head_size: int, window: int) -> int:
     """Bytes of temporaries per token, head and layer while a batch is scored, results included."""
     importance = 4 * window + 4
@@ -105,9 +123,9 @@ def importance_triton(
     lengths = (batch.settled_lens, batch.prefix_lens)
     logits_kernel[(num_rows * num_tiles,)](
         keys.cells,
-        *strides_of(keys),
+        strides_of(keys),
         queries,
-        *queries.stride()[:4],
+        RingStrides(*queries.stride()[:4]),
         batch.old_block_table,
         batch.old_block_table.stride(0),
         *lengths,
@@ -167,7 +185,7 @@ def redundancy_triton(keys: PagedStates, batch: EvictionBatch, *, threshold: flo
     lengths = (batch.settled_lens, batch.prefix_lens)
     cache = (
         keys.cells,
-        *strides_of(keys),
+        strides_of(keys),
         batch.old_block_table,
         batch.old_block_table.stride(0),
         *lengths,
@@ -235,17 +253,9 @@ def _soft_capped(logits, cap):
 @triton.jit(do_not_specialize=VARYING)
 def logits_kernel(
     p_keys,
-    layer_stride,
-    head_stride,
-    block_stride,
-    kernel_block_stride,
-    token_stride,
-    dim_stride,
+    strides,
     p_queries,
-    query_seat_stride,
-    query_layer_stride,
-    query_ring_stride,
-    query_head_stride,
+    query_strides,
     p_block_table,
     table_stride,
     p_settled_lens,
@@ -282,14 +292,11 @@ def logits_kernel(
     o_token = i_tile * TILE + tl.arange(0, TILE)
     m_token = o_token < m
     b_keys = load_tile(
-        p_keys + i_layer.to(tl.int64) * layer_stride + i_head.to(tl.int64) * head_stride,
+        p_keys + i_layer.to(tl.int64) * strides.layer + i_head.to(tl.int64) * strides.head,
         p_block_table + i_request.to(tl.int64) * table_stride,
         prefix_len + o_token,
         m_token,
-        block_stride,
-        kernel_block_stride,
-        token_stride,
-        dim_stride,
+        strides,
         HEAD_SIZE,
         BLOCK_D,
         BLOCK_SIZE,
@@ -302,10 +309,10 @@ def logits_kernel(
     ring_idx = (tl.load(p_window_ends + i_request) - WINDOW + o_window) % ring_len
     p_rows = (
         p_queries
-        + seat * query_seat_stride
-        + i_layer.to(tl.int64) * query_layer_stride
-        + (i_head * GROUP).to(tl.int64) * query_head_stride
-        + ring_idx[:, None].to(tl.int64) * query_ring_stride
+        + seat * query_strides.seat
+        + i_layer.to(tl.int64) * query_strides.layer
+        + (i_head * GROUP).to(tl.int64) * query_strides.head
+        + ring_idx[:, None].to(tl.int64) * query_strides.ring
         + o_dim[None, :]
     )
     m_rows = (o_window < WINDOW)[:, None] & (o_dim < HEAD_SIZE)[None, :]
@@ -314,7 +321,7 @@ def logits_kernel(
     b_logits = tl.full((BLOCK_W, TILE), float("-inf"), tl.float32)
     b_bad = tl.zeros((BLOCK_W, TILE), tl.int32)
     for i_group in range(GROUP):
-        b_queries = tl.load(p_rows + i_group * query_head_stride, mask=m_rows, other=0.0)
+        b_queries = tl.load(p_rows + i_group * query_strides.head, mask=m_rows, other=0.0)
         b_part = product(b_queries.to(b_keys.dtype), b_keys_t, IN_FLOAT32) * scale
         # Maximum and cap would hide what is not finite. False for NaN as well.
         b_bad += ((tl.abs(b_part) < float("inf")) == 0).to(tl.int32)
@@ -397,12 +404,7 @@ def pool_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def norms_kernel(
     p_keys,
-    layer_stride,
-    head_stride,
-    block_stride,
-    kernel_block_stride,
-    token_stride,
-    dim_stride,
+    strides,
     p_block_table,
     table_stride,
     p_settled_lens,
@@ -432,14 +434,11 @@ def norms_kernel(
     o_token = i_tile * TILE + tl.arange(0, TILE)
     m_token = o_token < n
     b_keys = load_tile(
-        p_keys + i_layer.to(tl.int64) * layer_stride + i_head.to(tl.int64) * head_stride,
+        p_keys + i_layer.to(tl.int64) * strides.layer + i_head.to(tl.int64) * strides.head,
         p_block_table + i_request.to(tl.int64) * table_stride,
         prefix_len + o_token,
         m_token,
-        block_stride,
-        kernel_block_stride,
-        token_stride,
-        dim_stride,
+        strides,
         HEAD_SIZE,
         BLOCK_D,
         BLOCK_SIZE,
@@ -486,12 +485,7 @@ def total_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def search_kernel(
     p_keys,
-    layer_stride,
-    head_stride,
-    block_stride,
-    kernel_block_stride,
-    token_stride,
-    dim_stride,
+    strides,
     p_block_table,
     table_stride,
     p_settled_lens,
@@ -522,7 +516,7 @@ def search_kernel(
     first_row = i_tile * TILE
     if first_row >= n:
         return
-    p_head = p_keys + i_layer.to(tl.int64) * layer_stride + i_head.to(tl.int64) * head_stride
+    p_head = p_keys + i_layer.to(tl.int64) * strides.layer + i_head.to(tl.int64) * strides.head
     p_row = p_block_table + i_request.to(tl.int64) * table_stride
     o_tile = tl.arange(0, TILE)
     o_token = first_row + o_tile
@@ -532,10 +526,7 @@ def search_kernel(
         p_row,
         prefix_len + o_token,
         m_token,
-        block_stride,
-        kernel_block_stride,
-        token_stride,
-        dim_stride,
+        strides,
         HEAD_SIZE,
         BLOCK_D,
         BLOCK_SIZE,
@@ -566,10 +557,7 @@ def search_kernel(
             p_row,
             prefix_len + o_column,
             m_column,
-            block_stride,
-            kernel_block_stride,
-            token_stride,
-            dim_stride,
+            strides,
             HEAD_SIZE,
             BLOCK_D,
             BLOCK_SIZE,
@@ -591,10 +579,7 @@ def search_kernel(
         p_row,
         prefix_len + b_newest,
         m_token,
-        block_stride,
-        kernel_block_stride,
-        token_stride,
-        dim_stride,
+        strides,
         HEAD_SIZE,
         BLOCK_D,
         BLOCK_SIZE,

@@ -1,8 +1,42 @@
-"""Reference for slots: a loop over requests."""
+"""What the slots kernel reads and writes of one step, and its reference: a loop over requests."""
+
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from rkv_vllm.kernels.slots.step import StepRows, StepSlots
+
+@dataclass(frozen=True)
+class StepRows:
+    """The requests of a step.
+
+    Attributes:
+        state_idx: int64 [num_reqs], row of each request in the per-request tensors; -1 is padding.
+        query_start_loc: int32 [>= num_reqs + 1], first token of each request in the step.
+        num_evicted: int32 [max_num_reqs], by request state; physical = logical - this.
+        seats: int32 [max_num_reqs], by request state: place in the query ring, -1 = not watched.
+        ring_len: positions per seat.
+    """
+
+    state_idx: Tensor
+    query_start_loc: Tensor
+    num_evicted: Tensor
+    seats: Tensor
+    ring_len: int
+
+
+@dataclass(frozen=True)
+class StepSlots:
+    """Persistent outputs; captured graphs hold their addresses.
+
+    Attributes:
+        slot_mapping: int64 [max_num_tokens], cache slot of each token, -1 = write nothing.
+        token_rows: int32 [max_num_tokens], see `observe_naive`.
+        seq_lens: int32 [max_num_reqs], physical length of each request of the step.
+    """
+
+    slot_mapping: Tensor
+    token_rows: Tensor
+    seq_lens: Tensor
 
 
 def slots_naive(
@@ -29,8 +63,8 @@ def slots_naive(
         physical = logical - num_evicted
         block_ids = block_table[state, physical // block_size]
         out.slot_mapping[start:end] = block_ids.long() * block_size + physical % block_size
-        slot = int(rows.slots[state])
-        if slot >= 0:
+        seat = int(rows.seats[state])
+        if seat >= 0:
             first = max(start, end - rows.ring_len)
             ring_idx = positions[first:end] % rows.ring_len
-            out.token_rows[first:end] = (slot * rows.ring_len + ring_idx).int()
+            out.token_rows[first:end] = (seat * rows.ring_len + ring_idx).int()

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rkv_vllm.kernels.slots.step import StepRows, StepSlots
+from rkv_vllm.kernels.slots.naive import StepRows, StepSlots
 
 # Tokens per inner step. A decode has one token, a prefill chunk thousands; 1024 lanes serve both
 # because the launch, not the loop, is what this kernel costs.
@@ -20,7 +20,7 @@ def slots_triton(
         rows.state_idx,
         rows.query_start_loc,
         rows.num_evicted,
-        rows.slots,
+        rows.seats,
         positions,
         block_table,
         block_table.stride(0),
@@ -40,7 +40,7 @@ def slots_kernel(
     p_state_idx,
     p_query_start_loc,
     p_num_evicted,
-    p_slots,
+    p_seats,
     p_positions,
     p_block_table,
     table_stride,
@@ -75,7 +75,7 @@ def slots_kernel(
     # Row 0 is read in place of none; what comes of it is thrown away.
     state = tl.maximum(state, 0)
     num_evicted = tl.where(is_real, tl.load(p_num_evicted + state), 0)
-    slot = tl.where(is_real, tl.load(p_slots + state), -1)
+    seat = tl.where(is_real, tl.load(p_seats + state), -1)
     last_position = tl.load(p_positions + end - 1)
     tl.store(p_seq_lens + i_req, (last_position + 1 - num_evicted).to(tl.int32))
     for first in range(start, end, TILE):
@@ -91,6 +91,6 @@ def slots_kernel(
         cache_slot = tl.where(is_real, block_id * BLOCK_SIZE + physical % BLOCK_SIZE, -1)
         tl.store(p_slot_mapping + o_token, cache_slot, mask=m_token)
         # Of a row longer than the ring only the newest tokens: each ring place is written once.
-        is_watched = (slot >= 0) & (o_token >= end - RING_LEN)
-        row = tl.where(is_watched, slot * RING_LEN + (logical % RING_LEN).to(tl.int32), -1)
+        is_watched = (seat >= 0) & (o_token >= end - RING_LEN)
+        row = tl.where(is_watched, seat * RING_LEN + (logical % RING_LEN).to(tl.int32), -1)
         tl.store(p_token_rows + o_token, row, mask=m_token)

@@ -137,7 +137,7 @@ class Workload:
                     f"--budget, --buffer: got {budget} and {self.buffer} for prompts of at most "
                     f"{longest} and outputs of {self.output_len} tokens, wanted less: no request "
                     f"outgrows max(budget, prompt) + buffer = {max(budget, longest) + self.buffer}"
-                    " tokens, to which --kv-protect adds, so nothing would ever be compacted; raise "
+                    " tokens and --kv-protect, so nothing would ever be compacted; raise "
                     "--output-len or lower them"
                 )
 

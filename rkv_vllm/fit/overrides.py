@@ -52,7 +52,8 @@ calls = overrides
 def check_overrides(also: str | None = None) -> None:
     """Compares the vLLM functions that this process may use with the table of the installed vLLM.
 
-    Functions of modules that nobody has imported yet are left out.
+    Functions of modules that nobody has imported yet are left out: whatever imports one later
+    compares again.
 
     Args:
         also: qualified name in a module of ours that is imported first.

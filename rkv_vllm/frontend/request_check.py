@@ -9,6 +9,7 @@ from collections.abc import Sized
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from rkv_vllm.fit.overrides import calls
 from rkv_vllm.options import CONFIG_KEY, ServerOptions
 from rkv_vllm.request_options import RequestOptionError, read_request_options
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
+@calls("vllm.exceptions:VLLMValidationError.__init__")
 def check_request(
     params: "SamplingParams | PoolingParams", vllm_config: "VllmConfig", num_prompt_tokens: int = 0
 ) -> None:

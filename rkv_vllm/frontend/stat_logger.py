@@ -11,8 +11,8 @@ from vllm.v1.metrics.buckets import histogram_buckets
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
-from rkv_vllm.config import CONFIG_KEY
-from rkv_vllm.fit.overrides import overrides
+from rkv_vllm.fit.overrides import check_overrides, overrides
+from rkv_vllm.options import CONFIG_KEY
 from rkv_vllm.scheduling.step_stats import StepStats
 
 _LABELS = ("model_name", "engine")
@@ -42,6 +42,8 @@ class CompressionStatLogger(AggregateStatLoggerBase):
         additional = self._vllm_config.additional_config
         if not isinstance(additional, dict) or CONFIG_KEY not in additional:
             return
+        # vLLM imports this module after the engine config was checked.
+        check_overrides()
         self._make_counters()
         self._make_gauges()
         self._make_histogram()

@@ -4,13 +4,21 @@ Source: R-KV: Redundancy-aware KV Cache Compression for Reasoning Models (arXiv:
 section 3; docs/method.md explains the formulas. Next: kernels/rkv/naive.py, which computes them.
 """
 
+import logging
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from rkv_vllm.kernels.batch import EvictionBatch
-from rkv_vllm.methods.base import Heads, Method, Need
+from rkv_vllm.kernels.ops import Ops
+from rkv_vllm.methods.base import Heads, Method, ModelFacts, Need
 from rkv_vllm.option_field import option
+
+# Below vLLM's own name, because vLLM configures its loggers only; methods do not import it.
+logger = logging.getLogger(f"vllm.{__name__}")
+
+# Neighbours in real text have cosines around 0.8; above this few keys have a similar one.
+_RARE_COSINE = 0.9
 
 
 class RKV(Method):
@@ -54,6 +62,16 @@ class RKV(Method):
     def need(cls, options: Options) -> Need:
         """Importance is what the window's queries look at."""
         return Need(queries=True)
+
+    def __init__(self, options: Options, model: ModelFacts, ops: Ops) -> None:
+        super().__init__(options, model, ops)
+        if options.threshold > _RARE_COSINE:
+            logger.warning(
+                "--kv-threshold %g: hardly any key has another one this similar, so each search "
+                "looks at nearly all pairs and a compaction's time grows with the square of its "
+                "tokens; lower it for long prompts",
+                options.threshold,
+            )
 
     def score(self, heads: Heads, batch: EvictionBatch) -> Tensor:
         """Weigh importance against redundancy. See the base class."""

@@ -9,7 +9,7 @@ import functools
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
-from rkv_vllm.fit.overrides import overrides
+from rkv_vllm.fit.overrides import check_overrides, overrides
 from rkv_vllm.frontend.request_check import check_request, prompt_len
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ def apply() -> None:
     """Puts the replacement in place; a second call does nothing."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    # It may have been imported only now.
+    check_overrides()
     original = AsyncLLM.generate
 
     @functools.wraps(original)

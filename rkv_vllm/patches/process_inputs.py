@@ -7,7 +7,7 @@ every prompt known.
 import functools
 from typing import TYPE_CHECKING, Any
 
-from rkv_vllm.fit.overrides import overrides
+from rkv_vllm.fit.overrides import check_overrides, overrides
 from rkv_vllm.frontend.request_check import check_request, prompt_len
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ def apply() -> None:
     """Puts the replacement in place; a second call does nothing."""
     from vllm.v1.engine.input_processor import InputProcessor
 
+    # It may have been imported only now.
+    check_overrides()
     original = InputProcessor.process_inputs
 
     @functools.wraps(original)

@@ -11,6 +11,8 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
+from rkv_vllm.fit.overrides import calls, overrides
+
 
 class GroupBooks(FullAttentionManager):
     """FullAttentionManager for requests whose cache is shorter than their text.
@@ -37,6 +39,9 @@ class GroupBooks(FullAttentionManager):
         first, stop = prefix_len // self.block_size, cdiv(num_tokens, self.block_size)
         return sum(block.ref_cnt > 1 for block in self.req_to_blocks.get(req_id, ())[first:stop])
 
+    @overrides(
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.get_num_blocks_to_allocate"
+    )
     def get_num_blocks_to_allocate(
         self,
         request_id: str,
@@ -53,9 +58,10 @@ class GroupBooks(FullAttentionManager):
         When vLLM asks whether to admit a request (`apply_admission_cap`), the blocks that the
         running requests will grow into are asked for as well.
         """
-        num_evicted = self.num_evicted.get(request_id)
-        if num_evicted is not None:
-            num_required = cdiv(num_tokens - num_evicted, self.block_size)
+        num_evicted = self.num_evicted.get(request_id, 0)
+        if num_evicted or (request_id in self.num_cached_block and not apply_admission_cap):
+            # A running request hits no further prefix: a thousand of these are asked for per step.
+            num_required = -((num_evicted - num_tokens) // self.block_size)
             return max(num_required - len(self.req_to_blocks[request_id]), 0)
         num_blocks = super().get_num_blocks_to_allocate(
             request_id,
@@ -71,15 +77,20 @@ class GroupBooks(FullAttentionManager):
             return self.required_at_admission(request_id, num_blocks)
         return num_blocks
 
+    @overrides("vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.allocate_new_blocks")
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """Allocate up to `num_tokens` logical tokens of this request."""
         num_evicted = self.num_evicted.get(request_id, 0)
+        held = len(self.req_to_blocks[request_id]) * self.block_size
+        if num_tokens - num_evicted <= held and request_id not in self._partial_hit_reqs:
+            return []
         return super().allocate_new_blocks(
             request_id, num_tokens - num_evicted, num_tokens_main_model - num_evicted
         )
 
+    @overrides("vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.pop_blocks_for_free")
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request; a later resume starts with physical = logical."""
         self.total_evicted -= self.num_evicted.pop(request_id, 0)
@@ -125,6 +136,7 @@ class GroupBooks(FullAttentionManager):
         self._emptied.extend(reversed(replaced + blocks[len(row) :]))
         return old_block_ids, [block.block_id for block in row]
 
+    @calls("vllm.v1.core.block_pool:BlockPool.free_blocks")
     def reclaim(self) -> None:
         """Give the blocks that this step's evictions emptied back to the pool.
 
@@ -134,6 +146,12 @@ class GroupBooks(FullAttentionManager):
         emptied, self._emptied = self._emptied, []
         self.block_pool.free_blocks(emptied)
 
+    @calls(
+        "vllm.v1.core.block_pool:BlockPool.is_block_writable",
+        "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks",
+        "vllm.v1.core.block_pool:BlockPool.evict_blocks",
+        "vllm.v1.core.block_pool:BlockPool.get_new_blocks",
+    )
     def _make_private(self, blocks: list[KVCacheBlock]) -> list[KVCacheBlock] | None:
         """Replace every block that others can see; None when that is impossible now."""
         pool = self.block_pool

@@ -11,6 +11,8 @@ from functools import cache
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.request import Request
 
+from rkv_vllm.fit.overrides import overrides
+
 
 def publish_until_evicted(
     coordinator: KVCacheCoordinator, evicted: tuple[Mapping[str, int], ...]
@@ -25,6 +27,7 @@ def publish_until_evicted(
     coordinator.evicted = evicted
 
 
+@overrides("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.cache_blocks")
 @cache
 def _guarded(base: type[KVCacheCoordinator]) -> type[KVCacheCoordinator]:
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:

@@ -17,6 +17,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from rkv_vllm.fit import refusals
+from rkv_vllm.fit.overrides import calls, overrides
 from rkv_vllm.log import init_logger
 from rkv_vllm.options import CONFIG_KEY, ServerOptions, find_method
 from rkv_vllm.policy import EveryBuffer, Terms, floor_blocks
@@ -110,6 +111,7 @@ class CompressionSchedulerMixin:
                 f"{total} blocks of the pool; protect fewer tokens or give the cache more memory"
             )
 
+    @overrides("vllm.v1.core.sched.scheduler:Scheduler.add_request")
     def add_request(self, request: Request) -> None:
         """Take a request in, with the lengths that hold for it."""
         # The further inputs of a session come under the id of the first.
@@ -134,6 +136,10 @@ class CompressionSchedulerMixin:
             )
             return read_request_options(None, self._server)
 
+    @overrides(
+        "vllm.v1.core.sched.scheduler:Scheduler._update_after_schedule",
+        "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule",
+    )
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         # Every allocation of the step is done here, so blocks given back now cannot be handed
         # out before the workers have read them (they flush first thing in the next step).
@@ -194,6 +200,7 @@ class CompressionSchedulerMixin:
             known.seed = int.from_bytes(blake2b(said, digest_size=8).digest(), "little")
         return known.seed
 
+    @overrides("vllm.v1.core.sched.scheduler:Scheduler._free_request_blocks")
     def _free_request_blocks(self, request: Request) -> None:
         req_id = request.request_id
         self._admission.note_end(request)
@@ -204,6 +211,7 @@ class CompressionSchedulerMixin:
         for track in self._tracks:
             track.planner.forget(req_id)
 
+    @overrides("vllm.v1.core.sched.scheduler:Scheduler.make_stats")
     def make_stats(self, *args, **kwargs) -> SchedulerStats | None:
         """The statistics that vLLM makes of a step, with ours; None when nobody asked for any."""
         stats = super().make_stats(*args, **kwargs)
@@ -234,6 +242,7 @@ class CompressionSchedulerMixin:
             return budget
         return max(self._server.window + 1, round(budget * of_group / self._server.budget))
 
+    @calls("vllm.v1.core.block_pool:BlockPool.get_num_free_blocks")
     def _required_at_admission(self, req_id: str, num_blocks: int) -> int:
         newcomer = self.requests[req_id]
         num_free = self.kv_cache_manager.block_pool.get_num_free_blocks()

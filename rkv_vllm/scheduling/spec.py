@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
+from rkv_vllm.fit.overrides import overrides
 from rkv_vllm.scheduling.books import GroupBooks
 
 # vLLM registers its own specs only while its registry is empty, so they have to come first.
@@ -28,6 +29,7 @@ class CompressedAttentionSpec(FullAttentionSpec):
     layer_budget: int | None = None
 
     @classmethod
+    @overrides("vllm.v1.kv_cache_interface:FullAttentionSpec.merge")
     def merge(cls, specs: list["CompressedAttentionSpec"]) -> "CompressedAttentionSpec":
         """Merge the specs of one group's layers.
 
@@ -42,6 +44,7 @@ class CompressedAttentionSpec(FullAttentionSpec):
             )
         return replace_as(FullAttentionSpec.merge(specs), cls, layer_budget=specs[0].layer_budget)
 
+    @overrides("vllm.v1.kv_cache_interface:FullAttentionSpec.is_uniform_with_collection")
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         """Whether one group can hold all these layers."""
         return super().is_uniform_with_collection(kv_cache_specs) and all(

@@ -10,6 +10,7 @@ from typing import Any
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
+from rkv_vllm.fit.overrides import overrides
 from rkv_vllm.worker.lengths import GroupRows
 
 
@@ -21,6 +22,7 @@ class PhysicalAttentionGroup(AttentionGroup):
 
     rows: GroupRows
 
+    @overrides("vllm.v1.worker.utils:AttentionGroup.build_metadata")
     def build_metadata(
         self,
         common_attn_metadata: CommonAttentionMetadata,
@@ -32,6 +34,7 @@ class PhysicalAttentionGroup(AttentionGroup):
         common = self.rows.apply(common_attn_metadata)
         return super().build_metadata(common, ubatch_idx, common_prefix_len, **kwargs)
 
+    @overrides("vllm.v1.worker.utils:AttentionGroup.build_metadata_for_cudagraph_capture")
     def build_metadata_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata, ubatch_idx: int = 0
     ) -> Any:

@@ -7,7 +7,7 @@ slots earlier. Next: runner_v1.py, which fills `num_evicted` before each step.
 import torch
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 
-from rkv_vllm.fit.overrides import overrides
+from rkv_vllm.fit.overrides import calls, overrides
 
 
 class PhysicalBlockTable(MultiGroupBlockTable):
@@ -21,6 +21,7 @@ class PhysicalBlockTable(MultiGroupBlockTable):
     num_evicted: dict[int, torch.Tensor]
 
     @overrides("vllm.v1.worker.block_table:MultiGroupBlockTable.compute_slot_mapping")
+    @calls("vllm.v1.worker.block_table:BlockTable.compute_slot_mapping")
     def compute_slot_mapping(
         self, num_reqs: int, query_start_loc: torch.Tensor, positions: torch.Tensor
     ) -> None:

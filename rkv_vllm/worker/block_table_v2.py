@@ -14,6 +14,7 @@ from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.block_table import BlockTables
 
+from rkv_vllm.fit.overrides import calls, overrides
 from rkv_vllm.kernels.slots import StepRows, StepSlots
 from rkv_vllm.kernels.slots.triton import slots_triton
 from rkv_vllm.scheduling.directive import EvictionDirective
@@ -48,6 +49,7 @@ class StateRows:
         # Written in place of the step's own buffers, which attention reads.
         self._unread: dict[int, tuple[Tensor, Tensor]] = {}
 
+    @calls("vllm.utils.torch_utils:async_tensor_h2d")
     def begin_step(self, state_idx: np.ndarray) -> None:
         """Send the host's rows to the device; the next metadata is that of a real step.
 
@@ -96,6 +98,7 @@ class PhysicalBlockTables(BlockTables):
 
     rows: StateRows
 
+    @overrides("vllm.v1.worker.gpu.block_table:BlockTables.compute_slot_mappings")
     def compute_slot_mappings(
         self,
         idx_mapping: torch.Tensor,
@@ -131,6 +134,7 @@ class PhysicalBlockTables(BlockTables):
             )
         return slot_mappings[:, :num_tokens_padded]
 
+    @calls("vllm.utils.torch_utils:async_tensor_h2d")
     def exchange_rows(
         self, group_id: int, directives: list[EvictionDirective], state_idx: list[int]
     ) -> None:

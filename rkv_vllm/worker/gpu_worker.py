@@ -12,6 +12,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from rkv_vllm.fit.overrides import overrides
 from rkv_vllm.worker.rpc import CompressionRPC
 from rkv_vllm.worker.runner import compression_runner
+from rkv_vllm.worker.runner_v2 import CompressionRunnerV2
 
 
 class CompressionGPUWorker(CompressionRPC, Worker):
@@ -20,7 +21,8 @@ class CompressionGPUWorker(CompressionRPC, Worker):
     @overrides("vllm.v1.worker.gpu_worker:Worker._make_model_runner")
     def _make_model_runner(self) -> Any:
         # A V1 runner on a GPU is refused before the engine starts (fit/refusals.py).
-        return compression_runner(GPUModelRunner, use_v2=True)(self.vllm_config, self.device)
+        runner_class = compression_runner(CompressionRunnerV2, GPUModelRunner)
+        return runner_class(self.vllm_config, self.device)
 
     @overrides("vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model")
     def compile_or_warm_up_model(self) -> Any:

@@ -3,6 +3,7 @@
 Next: runner.py.
 """
 
+from rkv_vllm.fit.overrides import overrides
 from rkv_vllm.worker.runner import CompressionRunner
 
 
@@ -11,11 +12,19 @@ class CompressionRPC:
 
     model_runner: CompressionRunner
 
+    @overrides(
+        "vllm.v1.worker.cpu_worker:CPUWorker.sleep",
+        "vllm.v1.worker.gpu_worker:Worker.sleep",
+    )
     def sleep(self, level: int = 1) -> None:
         """Carry out what is pending while there is a cache."""
         self.model_runner.flush_compaction()
         super().sleep(level)
 
+    @overrides(
+        "vllm.v1.worker.cpu_worker:CPUWorker.wake_up",
+        "vllm.v1.worker.gpu_worker:Worker.wake_up",
+    )
     def wake_up(self, tags: list[str] | None = None) -> None:
         """Wake up with nobody watched."""
         super().wake_up(tags)

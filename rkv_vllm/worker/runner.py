@@ -28,7 +28,7 @@ from vllm.v1.kv_cache_interface import (
     replace_as,
 )
 
-from rkv_vllm.fit.overrides import check_overrides
+from rkv_vllm.fit.overrides import check_overrides, overrides
 from rkv_vllm.log import init_logger
 from rkv_vllm.methods import get_method
 from rkv_vllm.methods.base import Method
@@ -51,21 +51,18 @@ _FINISHED_REPORTS = 256
 _KEPT_SPECS = (SlidingWindowSpec, MambaSpec)
 
 
-def compression_runner(base: type, use_v2: bool) -> type["CompressionRunner"]:
+def compression_runner(mixin: type["CompressionRunner"], base: type) -> type["CompressionRunner"]:
     """The subclass of one of vLLM's model runners that records queries and compacts its cache.
 
     Args:
+        mixin: what compression adds to runners of that kind.
         base: a model runner of vLLM.
-        use_v2: whether that is a V2 runner.
+
+    Raises:
+        ValueError: a vLLM function is not what ours was written against.
     """
-    # Imported here: V2 needs Triton, which a CPU build of vLLM may lack.
-    if use_v2:
-        from rkv_vllm.worker.runner_v2 import CompressionRunnerV2 as Compression
-    else:
-        from rkv_vllm.worker.runner_v1 import CompressionRunnerV1 as Compression
     check_overrides()
-    name = f"Compression{base.__name__}"
-    return type(name, (Compression, base), {"__module__": Compression.__module__})
+    return type(f"Compression{base.__name__}", (mixin, base), {"__module__": mixin.__module__})
 
 
 class CompressionRunner(ABC):
@@ -85,6 +82,10 @@ class CompressionRunner(ABC):
         self.finished_reports: deque[dict[str, int | str]] = deque(maxlen=_FINISHED_REPORTS)
         self._logged_at = time.monotonic()
 
+    @overrides(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.get_kv_cache_spec",
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.get_kv_cache_spec",
+    )
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """Ask for our block manager for the layers that can be compressed.
 
@@ -100,7 +101,8 @@ class CompressionRunner(ABC):
                     "model without --kv-compression"
                 )
         compressed = [name for name, spec in specs.items() if _is_compressed(spec)]
-        if not compressed:
+        # A pipeline stage may have layers of other kinds only.
+        if not compressed and self.parallel_config.pipeline_parallel_size == 1:
             raise ValueError(
                 f"KV cache compression found no layer of full attention among {list(specs)}; serve "
                 "this model without --kv-compression"
@@ -147,24 +149,41 @@ class CompressionRunner(ABC):
             )
         return {name: budgets[extract_layer_index(name)] for name in names}
 
+    @overrides(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model",
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.load_model",
+    )
     def load_model(self, *args, **kwargs) -> None:
         """Load the model, then make its compressed layers record queries.
 
         The query ring is allocated here, where vLLM's memory profiling counts it.
+
+        Raises:
+            ValueError: the attention backend is not what ours was written against.
         """
         super().load_model(*args, **kwargs)
+        # vLLM imports an attention backend when a model asks for it.
+        check_overrides()
         layers = self._compressed_layers()
         if self._method.need(self.compression.method_options).queries:
             self._ring_memory = self._allocate_rings(layers)
             for layer in layers.values():
                 observe_queries(layer)
 
+    @overrides(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.profile_run",
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.profile_run",
+    )
     @torch.inference_mode()
     def profile_run(self, *args, **kwargs) -> None:
         """Profile a forward, and the temporaries of a flush, which come in its place."""
         super().profile_run(*args, **kwargs)
         torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device=self.device)
 
+    @overrides(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.initialize_kv_cache",
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.initialize_kv_cache",
+    )
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs
     ) -> None:
@@ -214,6 +233,10 @@ class CompressionRunner(ABC):
         return self._method(own, layer_set.model, layer_set.ops)
 
     # A flush writes to caches that vLLM may have allocated in inference mode.
+    @overrides(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.execute_model",
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model",
+    )
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, *args, **kwargs):
         """Flush what the last step left, then run this step."""

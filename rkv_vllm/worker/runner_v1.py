@@ -66,7 +66,7 @@ class CompressionRunnerV1(CompressionRunner):
         super()._end_step()
         self.input_batch.block_table.num_evicted.clear()
 
-    @calls("vllm.v1.worker.block_table:MultiGroupBlockTable.add_row")
+    @calls("vllm.v1.worker.block_table:BlockTable.add_row")
     def _exchange_rows(self, directives: list[EvictionDirective]) -> None:
         for directive in directives:
             state = self.requests.get(directive.req_id)

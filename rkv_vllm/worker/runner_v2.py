@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from rkv_vllm.fit.overrides import overrides
 from rkv_vllm.scheduling.directive import EvictionDirective
 from rkv_vllm.worker.block_table_v2 import PhysicalBlockTables, StateRows
 from rkv_vllm.worker.runner import CompressionRunner
@@ -20,12 +21,14 @@ class CompressionRunnerV2(CompressionRunner):
 
     state_rows: StateRows
 
+    @overrides("vllm.v1.worker.gpu.model_runner:GPUModelRunner.load_model")
     def load_model(self, *args, **kwargs) -> None:
         """Load the model; count the tokens of each request state from then on."""
         super().load_model(*args, **kwargs)
         # As of its last step, the sampled token included.
         self._num_tokens = np.zeros(self.max_num_reqs, dtype=np.int32)
 
+    @overrides("vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_attn")
     def prepare_attn(
         self, input_batch: InputBatch
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
@@ -58,6 +61,7 @@ class CompressionRunnerV2(CompressionRunner):
             for i, directive in zip(idx, running, strict=True):
                 self.state_rows.num_evicted[group_id][i] = group.num_evicted(directive.req_id)
 
+    @overrides("vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests")
     def add_requests(self, scheduler_output) -> None:
         """Admit new and resumed requests: their cache is as long as their text."""
         super().add_requests(scheduler_output)

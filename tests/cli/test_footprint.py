@@ -1,7 +1,7 @@
 """The lengths that `plan` reckons with are those of the planner that decides in an engine."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rkv_vllm.cli.footprint import num_blocks, rkv_life, stock_life
@@ -9,6 +9,8 @@ from rkv_vllm.policy import Terms
 from tests.bench.test_workload import planned_lengths
 
 
+# A busy machine takes its time.
+@settings(deadline=None)
 @given(
     prompt_len=st.integers(1, 60),
     output_len=st.integers(1, 200),

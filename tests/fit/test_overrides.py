@@ -1,5 +1,6 @@
 """Every vLLM function that ours stand in for is named, and compared before anything starts."""
 
+import functools
 import importlib
 import inspect
 import json
@@ -10,29 +11,43 @@ import zipfile
 from abc import ABC
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import vllm
 from packaging.specifiers import SpecifierSet
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 import rkv_vllm
 from rkv_vllm.fit import overrides
 from rkv_vllm.fit.overrides import check_overrides, describe, load_table, table_path
 from rkv_vllm.fit.versions import SCHEDULER_CLS, SUPPORTED_VLLM
-from rkv_vllm.patches import PATCHES
-from rkv_vllm.worker import attention_hook, runner_v2
+from rkv_vllm.frontend.stat_logger import CompressionStatLogger
+from rkv_vllm.patches import PATCHES, generate, process_inputs
+from rkv_vllm.scheduling import publishing
+from rkv_vllm.worker import attention_hook
 from rkv_vllm.worker.runner import compression_runner
+from rkv_vllm.worker.runner_v1 import CompressionRunnerV1
+from rkv_vllm.worker.runner_v2 import CompressionRunnerV2
 from scripts.vllm_signatures import Source, make_table, named_symbols
 from tests.fit.conftest import OFF
 
 PACKAGE = Path(rkv_vllm.__file__).parent
 SITE_PACKAGES = Path(vllm.__file__).parent.parent
 NAMED = {symbol for _, symbol in named_symbols()}
+
+# What compression adds, and the runner it is added to.
+RUNNERS = {
+    "V1": (CompressionRunnerV1, CPUModelRunner),
+    "V2": (CompressionRunnerV2, GPUModelRunner),
+}
 
 # Read from the source text alone: these import what a CPU installation may lack.
 NOT_IMPORTED = ("vllm.v1.attention.backends.flashinfer:", "vllm.v1.attention.backends.flash_attn:")
@@ -54,10 +69,10 @@ def our_classes():
         for each in vars(module).values():
             if inspect.isclass(each) and is_ours(each) and any(map(is_vllms, each.__mro__)):
                 yield each
-    yield compression_runner(CPUModelRunner, use_v2=False)
-    yield compression_runner(GPUModelRunner, use_v2=True)
+    for mixin, base in RUNNERS.values():
+        yield compression_runner(mixin, base)
     yield attention_hook._observing_class(CPUAttentionBackendImpl)
-    yield runner_v2._physical_model_state(DefaultModelState)
+    yield publishing._guarded(HybridKVCacheCoordinator)
 
 
 def is_ours(each):
@@ -76,8 +91,11 @@ def overridden(each):
     """
     for ours in filter(is_ours, each.__mro__):
         for name, value in vars(ours).items():
-            # Whatever Python keeps in every class is data; dataclasses get their methods made.
-            if not inspect.isroutine(value) or "__dataclass_fields__" in vars(ours):
+            # Whatever Python keeps in every class is data.
+            if not inspect.isroutine(value):
+                continue
+            # A dataclass gets its special methods made.
+            if "__dataclass_fields__" in vars(ours) and name.startswith("__"):
                 continue
             # Takes whatever comes and passes it on.
             if name == "__init__" and overrides._spell(value) == "(self, *args, **kwargs)":
@@ -99,7 +117,11 @@ def test_every_override_names_the_function_it_overrides():
     assert found.keys() >= {
         "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule",
         "vllm.v1.core.sched.scheduler:Scheduler._update_after_schedule",
+        "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.cache_blocks",
+        "vllm.v1.kv_cache_interface:FullAttentionSpec.merge",
         "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward",
+        "vllm.v1.worker.utils:AttentionGroup.build_metadata",
+        "vllm.v1.worker.gpu_worker:Worker.sleep",
         "vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model",
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner.load_model",
     }
@@ -288,15 +310,54 @@ def test_every_kind_of_change_is_found(monkeypatch, symbol, replacement):
 @pytest.mark.parametrize(
     ("runner", "changed"),
     [
-        (CPUModelRunner, f"{WORKER}.block_table.MultiGroupBlockTable.compute_slot_mapping"),
-        (GPUModelRunner, f"{WORKER}.gpu.block_table.BlockTables.compute_slot_mappings"),
+        ("V1", f"{WORKER}.block_table.MultiGroupBlockTable.compute_slot_mapping"),
+        ("V2", f"{WORKER}.gpu.block_table.BlockTables.compute_slot_mappings"),
     ],
-    ids=["V1", "V2"],
 )
 def test_worker_refuses_a_changed_function_before_it_builds_a_runner(monkeypatch, runner, changed):
     monkeypatch.setattr(changed, lambda self, rows: None)
     with pytest.raises(ValueError, match=r"slot_mappings? \(needed by .*: got \(self, rows\)"):
-        compression_runner(runner, use_v2=runner is GPUModelRunner)
+        compression_runner(*RUNNERS[runner])
+
+
+@pytest.mark.parametrize(("mixin", "base"), RUNNERS.values(), ids=RUNNERS)
+def test_worker_compares_the_attention_backend_that_its_model_has_brought(monkeypatch, mixin, base):
+    @functools.wraps(base.load_model)
+    def bring_backend(self):
+        changed = type("TritonAttentionImpl", (), {"forward": lambda self, layer: None})
+        backend = SimpleNamespace(TritonAttentionImpl=changed)
+        monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.triton_attn", backend)
+
+    monkeypatch.setattr(base, "load_model", bring_backend)
+    runner = compression_runner(mixin, base)
+    with pytest.raises(ValueError, match=r"Impl\.forward \(needed by .*: got \(self, layer\)"):
+        runner.load_model(runner.__new__(runner))
+
+
+PROCESS = {
+    process_inputs: (InputProcessor, "process_inputs"),
+    generate: (AsyncLLM, "generate"),
+}
+
+
+@pytest.mark.parametrize("patch", PROCESS, ids=lambda patch: patch.__name__)
+def test_function_imported_to_be_replaced_is_compared_first(monkeypatch, patch):
+    owner, name = PROCESS[patch]
+
+    def changed(self, request): ...
+
+    monkeypatch.setattr(owner, name, changed)
+    with pytest.raises(ValueError, match=rf"{name} \(needed by .*: got \(self, request\)"):
+        patch.apply.__wrapped__()
+    assert getattr(owner, name) is changed
+
+
+def test_stat_logger_compares_what_it_overrides(arguments, monkeypatch):
+    stat_logger = CompressionStatLogger(arguments().create_engine_config(), [0])
+    monkeypatch.setattr(AggregateStatLoggerBase, "record", lambda self, stats: None)
+    with pytest.raises(ValueError, match=r"record \(needed by .*: got \(self, stats\)"):
+        stat_logger.log_engine_initialized()
+    assert stat_logger.families == {}
 
 
 def test_lost_module_is_refused_in_the_same_words(monkeypatch):

@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from rkv_vllm.fit.refusals import REFUSALS, check
+from rkv_vllm.fit.versions import SCHEDULER_CLS, WORKER_CLS
 from tests import checkpoint_configs
 from tests.fit.conftest import OFF
 
@@ -169,25 +170,46 @@ def test_all_refusals_are_named_at_once(arguments):
         engine_args.create_engine_config()
 
 
-@pytest.mark.engine
-def test_refusals_hold_where_the_plugin_is_not_loaded(tmp_path):
+def run_without_plugin(tmp_path, statement):
+    """Runs a statement about an engine with drafts in a process that loads other plugins only."""
     script = (
         "import sys, rkv_vllm, vllm\n"
         "drafts = {'method': 'ngram', 'num_speculative_tokens': 2, 'prompt_lookup_max': 3}\n"
-        "vllm.LLM(sys.argv[1], speculative_config=drafts, skip_tokenizer_init=True,\n"
+        "engine = dict(model=sys.argv[1], speculative_config=drafts, skip_tokenizer_init=True,\n"
         "    load_format='dummy', max_model_len=256, enforce_eager=True,\n"
-        "    kv_cache_memory_bytes=2**23, **rkv_vllm.engine_args(budget=96, buffer=32))\n"
+        "    kv_cache_memory_bytes=2**23)\n"
     )
     model = checkpoint_configs.write_config(tmp_path / "model", checkpoint_configs.LLAMA)
-    run = subprocess.run(
-        [sys.executable, "-c", script, model],
+    return subprocess.run(
+        [sys.executable, "-c", script + statement, model],
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "VLLM_PLUGINS": "other"},
     )
+
+
+REFUSED_DRAFTS = "does not support speculative decoding: got method 'ngram'"
+
+
+def test_engine_args_bring_the_refusals_where_the_plugin_is_not_loaded(tmp_path):
+    run = run_without_plugin(
+        tmp_path, "vllm.EngineArgs(**engine, **rkv_vllm.engine_args()).create_engine_config()"
+    )
     assert run.returncode != 0
-    assert "does not support speculative decoding: got method 'ngram'" in run.stderr
+    assert REFUSED_DRAFTS in run.stderr
+
+
+@pytest.mark.engine
+def test_the_scheduler_refuses_where_the_plugin_is_not_loaded(tmp_path):
+    by_name = {
+        "additional_config": {"kv_compression": {"method": "rkv"}},
+        "scheduler_cls": SCHEDULER_CLS,
+        "worker_cls": WORKER_CLS["cpu"],
+    }
+    run = run_without_plugin(tmp_path, f"vllm.LLM(**engine, **{by_name})")
+    assert run.returncode != 0
+    assert REFUSED_DRAFTS in run.stderr
 
 
 def test_a_gpu_is_warned_of_once(arguments, monkeypatch, warnings):

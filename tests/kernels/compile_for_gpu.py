@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from triton import compile as compile_kernel
+from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from rkv_vllm.kernels.batch import EvictionBatch
 from rkv_vllm.kernels.compact.triton import compact_triton
@@ -24,13 +25,7 @@ from rkv_vllm.kernels.slots.triton import slots_triton
 from tests.kernels.cases import new_case, random_keep
 
 H100 = GPUTarget("cuda", 90, 32)
-DTYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
+BACKEND = backends["nvidia"].compiler(H100)
 
 
 def main() -> None:
@@ -50,9 +45,8 @@ def main() -> None:
     half = len(launches) // 2
     for first, second in zip(launches[:half], launches[half:], strict=True):
         kernel, specialization = first[0], specialize(*first)
-        compiled = compile_kernel(
-            ASTSource(kernel, *specialization), target=H100, options=options_of(*first)
-        )
+        options, *rest = specialization
+        compiled = compile_kernel(ASTSource(kernel, *rest), target=H100, options=options)
         print("compiled", kernel.__name__, *sorted(compiled.asm), flush=True)
         if specialization == specialize(*second):
             print("reused", kernel.__name__, flush=True)
@@ -84,35 +78,12 @@ def launch_step(pool: torch.Tensor, layer_idx: int, num_tokens: int) -> None:
     observe_triton(pool, layer_idx, query, out.token_rows)
 
 
-def options_of(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a launch tells the compiler and not the kernel, num_warps for example."""
-    return {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
-
-
-def specialize(
-    kernel: JITFunction, args: tuple, kwargs: dict[str, Any]
-) -> tuple[dict[str, str], dict[str, Any], dict]:
-    """Types, constants and divisibilities that Triton compiles this launch for."""
-    values = dict(zip(kernel.arg_names, args, strict=False))
-    values.update((name, value) for name, value in kwargs.items() if name in kernel.arg_names)
-    signature, constants, attributes = {}, {}, {}
-    for i, param in enumerate(kernel.params):
-        value = values[param.name]
-        may_specialize = not param.do_not_specialize
-        if param.is_constexpr or (isinstance(value, int) and value == 1 and may_specialize):
-            signature[param.name] = "constexpr"
-            constants[param.name] = value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[param.name] = "*" + DTYPES[value.dtype]
-            value = value.data_ptr()
-        elif isinstance(value, int):
-            signature[param.name] = "i32" if value < 2**31 else "i64"
-        else:
-            signature[param.name] = "fp32"
-        if may_specialize and isinstance(value, int) and value % 16 == 0:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes
+def specialize(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Options, types, constants and divisibilities that Triton compiles this launch for."""
+    bind = create_function_from_signature(kernel.signature, kernel.params, BACKEND)
+    bound, specialization, _ = bind(*args, **kwargs)
+    options, *rest = kernel._pack_args(BACKEND, kwargs, bound, specialization, kwargs)
+    return options.__dict__, *rest
 
 
 if __name__ == "__main__":

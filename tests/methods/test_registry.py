@@ -1,8 +1,10 @@
+import ast
 import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -10,6 +12,8 @@ import pytest
 from rkv_vllm import methods
 from rkv_vllm.methods import Method, available_methods, get_method, option
 from rkv_vllm.methods.rkv import RKV
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Newest(Method):
@@ -157,6 +161,42 @@ def test_a_method_must_implement_the_interface():
         type("Half", (Method,), {})(None, None, None)
 
 
-def test_importing_the_method_does_not_import_vllm():
+def imported_by(path: Path) -> set[str]:
+    """Modules that a file imports, at its top or late."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # `from rkv_vllm import x` may name a module.
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+            assert node.level == 0, path
+    return found
+
+
+# The ground floor, and the one above it. What a room may import of the project.
+ROOMS = {
+    "kernels": ("rkv_vllm.kernels",),
+    "rkv_vllm/methods": ("rkv_vllm.kernels", "rkv_vllm.methods", "rkv_vllm.option_field"),
+}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_no_vllm_and_only_the_floors_below_it(room):
+    files = list((ROOT / room).rglob("*.py"))
+    assert len(files) > 2
+    for path in files:
+        for name in imported_by(path):
+            assert name.split(".")[0] != "vllm", (path, name)
+            if name.split(".")[0] == "rkv_vllm":
+                assert any(f"{name}.".startswith(f"{own}.") for own in ROOMS[room]), (path, name)
+
+
+def test_the_field_of_an_option_imports_nothing_but_the_standard_library():
+    imported = imported_by(ROOT / "rkv_vllm" / "option_field.py")
+    assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names
+
+
+def test_importing_a_method_does_not_import_vllm():
     code = "import rkv_vllm.methods.rkv, sys; sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

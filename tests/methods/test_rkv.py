@@ -1,3 +1,5 @@
+from dataclasses import fields
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -6,6 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rkv_vllm.kernels.rkv import naive
 from rkv_vllm.kernels.select.naive import largest
+from rkv_vllm.methods import rkv
+from rkv_vllm.methods.rkv import RKV
 from tests.methods.dense import keep_indices, scores
 from tests.methods.oracle import assert_same_kept, expected_kept, expected_scores
 
@@ -295,3 +299,21 @@ def test_a_non_finite_query_shows_in_all_scores_of_its_kv_head(bad, soft_cap):
     got = scores(keys.bfloat16(), queries.bfloat16(), soft_cap=soft_cap)
     assert got[4].isnan().all()
     assert got[[0, 1, 2, 3, 5]].isfinite().all()
+
+
+@pytest.mark.parametrize(("threshold", "warns"), [(0.5, False), (0.9, False), (0.95, True)])
+def test_a_threshold_that_makes_every_search_long_is_warned_about(monkeypatch, threshold, warns):
+    said = []
+    monkeypatch.setattr(rkv.logger, "warning", lambda *args: said.append(args))
+    RKV(RKV.Options(threshold=threshold), None, None)
+    assert [args[1] for args in said] == [threshold] * warns
+
+
+def test_what_options_accept_is_what_the_kernels_take():
+    accepts = {field.name: field.metadata["accepts"] for field in fields(RKV.Options)}
+    for field in fields(RKV.Options):
+        assert accepts[field.name](field.default)
+        assert not accepts[field.name](float("nan"))
+    assert [pool for pool in range(-2, 70) if accepts["pool"](pool)] == [*range(1, 64, 2)]
+    assert [accepts["lam"](lam) for lam in (-0.1, 0, 1, 1.1)] == [False, True, True, False]
+    assert [accepts["threshold"](t) for t in (-1.1, -1, 1, 1.1)] == [False, True, True, False]

@@ -29,6 +29,7 @@ class Recorder:
             monkeypatch.setattr(AttentionGroup, name, self._noting(getattr(AttentionGroup, name)))
 
     def _noting(self, build):
+        @functools.wraps(build)
         def noting(group, common, *args, **kwargs):
             self.batches.append(
                 {

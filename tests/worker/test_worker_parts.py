@@ -158,6 +158,11 @@ def test_only_full_attention_is_compressed_and_windows_stay():
     assert asked["slide"] is specs["slide"]
 
 
+def test_a_pipeline_stage_may_have_no_compressed_layer():
+    specs = {"a": SlidingWindowSpec(**SIZES, sliding_window=32)}
+    assert SpecCompressionRunner(specs, num_stages=2).get_kv_cache_spec() == specs
+
+
 def budgets_of(runner) -> list[int | None]:
     return [spec.layer_budget for spec in runner.get_kv_cache_spec().values()]
 

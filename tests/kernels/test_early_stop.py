@@ -1,0 +1,56 @@
+"""The search for the newest similar key stops as soon as a tile of rows is served, and no sooner.
+
+What it finds does not show where it stopped, so these tests count the tiles that the kernels
+themselves look at and compare with the model of benchmarks/pairs_visited.py.
+"""
+
+import pytest
+import torch
+
+from benchmarks.pairs_visited import TILES, similar_and_newest, tiles_visited
+from rkv_vllm.kernels.rkv import triton as rkv_triton
+from rkv_vllm.kernels.rkv.cpu import redundancy_cpu
+from tests.kernels.cases import Case, new_case
+
+
+def tiles_of_cpu(case: Case, monkeypatch) -> int:
+    count = torch.zeros(1, dtype=torch.int64)
+    redundancy_cpu(case.states, case.batch, threshold=0.5, num_tiles=count)
+    return int(count)
+
+
+def tiles_of_triton(case: Case, monkeypatch) -> int:
+    products = []
+    product = rkv_triton.product
+
+    def counted(*args):
+        products.append(args)
+        return product(*args)
+
+    monkeypatch.setattr(rkv_triton, "product", counted)
+    rkv_triton.redundancy_triton(case.states, case.batch, threshold=0.5)
+    return len(products)
+
+
+VERSIONS = {"cpu": tiles_of_cpu, "triton": tiles_of_triton}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    ("similar", "most"), [(1.2, 0.5), (0.0, 1.0)], ids=["similar keys", "hardly any"]
+)
+def test_as_many_tiles_are_looked_at_as_the_newest_similar_keys_ask_for(
+    version, similar, most, monkeypatch
+):
+    lengths = [(200, 200, 60), (333, 335, 60, 33)]
+    case = new_case(lengths, similar=similar, num_layers=1, num_heads=2, seed=1)
+    expected, all_tiles = 0, 0
+    tile = TILES[version]
+    for eviction, dense in zip(case.batch.evictions, case.dense, strict=True):
+        n = eviction.num_judged
+        for keys in dense[0, :, eviction.prefix_len : eviction.settled_len]:
+            _, newest = similar_and_newest(keys)
+            expected += int(tiles_visited(newest, tile).sum())
+            all_tiles += -(-n // tile.rows) * -(-n // tile.columns)
+    assert 0 < expected <= most * all_tiles
+    assert VERSIONS[version](case, monkeypatch) == expected
