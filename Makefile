@@ -36,6 +36,7 @@ lint: venv  ## check format and style
 
 bench: model  ## kernels against two baselines, then stock vLLM against compression
 	@$(BIN)/python benchmarks/bench_kernels.py
+	@$(BIN)/python benchmarks/bench_scheduler.py
 	@$(BIN)/rkv-vllm bench $(MODEL) --scenario ample
 	@$(BIN)/rkv-vllm bench $(MODEL) --scenario starved
 

@@ -54,20 +54,19 @@ def read_prompts(path: Path, count: int) -> list[str]:
             f"--dataset-path: got {len(lines)} prompts, wanted at least --num-prompts = {count}; "
             "lower it or add prompts (repeated ones would share their cache)"
         )
-    return [_read_line(path, number, lines[number]) for number in range(count)]
-
-
-def _read_line(path: Path, number: int, line: str) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, TypeError, KeyError):
-        prompt = None
-    if not isinstance(prompt, str) or not prompt:
-        raise ValueError(
-            f"--dataset-path: got {line[:60]!r} as prompt {number + 1} of {path}, wanted a JSON "
-            'object such as {"prompt": "Count to ten."}; correct the line'
-        )
-    return prompt
+    prompts = []
+    for number, line in enumerate(lines[:count], start=1):
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, TypeError, KeyError):
+            prompt = None
+        if not isinstance(prompt, str) or not prompt:
+            raise ValueError(
+                f"--dataset-path: got {line[:60]!r} as prompt {number} of {path}, wanted a JSON "
+                'object such as {"prompt": "Count to ten."}; correct the line'
+            )
+        prompts.append(prompt)
+    return prompts
 
 
 def make_renderer(folder: Path) -> tuple[Callable[[str], str], Callable[[str], int]]:

@@ -5,6 +5,7 @@ Knows no process and no vLLM. Next: sides.py.
 
 from dataclasses import dataclass
 
+from rkv_vllm.options import prefix_len
 from rkv_vllm.policy import EveryBuffer, Terms
 
 PROBE_LEN = 32
@@ -22,6 +23,7 @@ class Scenario:
         buffer: `--kv-buffer` of the compressed sides.
         block_size: tokens per block.
         dtype: of weights and cache.
+        protect: `--kv-protect` of the compressed sides.
     """
 
     num_prompts: int
@@ -32,6 +34,7 @@ class Scenario:
     block_size: int = 32
     # A CPU without bf16 instructions is bound by computing in bf16 and by memory in float32.
     dtype: str = "float32"
+    protect: str | int = "none"
 
 
 # For SmolLM2-135M on two to four cores. Starved: the pool holds two whole requests, or eight that
@@ -55,6 +58,7 @@ class Workload:
         probe_lens: of each of `prompts.PROBES`.
         output_len: forced output of every request.
         buffer: `--kv-buffer` of the compressed sides.
+        protect: `--kv-protect` of the compressed sides.
         pool_tokens: what the pool holds; 0 leaves its size to vLLM.
         block_size: tokens per block.
         bytes_per_token: of the whole model's KV cache.
@@ -77,6 +81,7 @@ class Workload:
     seed: int
     request_rate: float
     max_concurrency: int | None
+    protect: str | int = "none"
 
     @property
     def probe_len(self) -> int:
@@ -132,7 +137,8 @@ class Workload:
                     f"--budget, --buffer: got {budget} and {self.buffer} for prompts of at most "
                     f"{longest} and outputs of {self.output_len} tokens, wanted less: no request "
                     f"outgrows max(budget, prompt) + buffer = {max(budget, longest) + self.buffer}"
-                    " tokens, so nothing would ever be compacted; raise --output-len or lower them"
+                    " tokens and --kv-protect, so nothing would ever be compacted; raise "
+                    "--output-len or lower them"
                 )
 
     def expected_compactions(self, budget: int) -> tuple[int, int]:
@@ -143,7 +149,12 @@ class Workload:
         """
         fewest, most = (
             sum(
-                num_compactions(prompt_len, self.output_len, budget, self.buffer, in_flight)
+                num_compactions(
+                    prompt_len,
+                    self.output_len,
+                    Terms(budget, self.buffer, prefix_len(self.protect, prompt_len)),
+                    in_flight,
+                )
                 for prompt_len in self.prompt_lens
             )
             for in_flight in (2, 1)
@@ -151,19 +162,16 @@ class Workload:
         return fewest, most
 
 
-def num_compactions(
-    prompt_len: int, output_len: int, budget: int, buffer: int, in_flight: int
-) -> int:
+def num_compactions(prompt_len: int, output_len: int, terms: Terms, in_flight: int) -> int:
     """Compactions of one request that is never preempted and never waits; lengths in tokens.
 
     Args:
         prompt_len: at least 1.
         output_len: at least 1; its last token is never computed.
-        budget: kept by a compaction.
-        buffer: decoded between two compactions.
+        terms: budget, buffer and prefix.
         in_flight: tokens computed but not settled: 1, with asynchronous scheduling 2.
     """
-    policy, terms = EveryBuffer(window=0), Terms(budget, buffer)
+    policy = EveryBuffer(window=0)
     due, count = policy.first_due_at(terms, prompt_len), 0
     while due <= prompt_len + output_len - 1 - in_flight:
         due, count = policy.next_due_at(terms, due), count + 1

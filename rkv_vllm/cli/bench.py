@@ -157,6 +157,7 @@ def run_benchmark(
         try:
             with ended_by_signals():
                 with usage_errors():
+                    common, compression = split_engine_flags(engine_flags or ())
                     load = override(
                         SCENARIOS[scenario.value],
                         budgets=read_budgets(budget or ()),
@@ -166,8 +167,8 @@ def run_benchmark(
                         pool_tokens=pool_tokens,
                         block_size=block_size,
                         dtype=dtype,
+                        protect=compression.get("protect"),
                     )
-                    common, compression = split_engine_flags(engine_flags or ())
                     modes = ("offline", "served") if mode is ModeName.both else (mode.value,)
                     check_options(load, compression, request_rate)
                     check_packages(modes, plot)

@@ -100,6 +100,7 @@ def make_workload(
         seed=seed,
         request_rate=request_rate,
         max_concurrency=max_concurrency,
+        protect=load.protect,
     )
     _check_context(workload, decoder)
     workload.check(load.budgets)

@@ -25,7 +25,6 @@ pipeline parallelism, padding of blocks by some backends, the limit `--max-num-s
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -33,7 +32,7 @@ from rkv_vllm.cli.checkpoint import Decoder
 from rkv_vllm.cli.errors import REFUSED, CommandError
 from rkv_vllm.cli.footprint import Life, num_blocks, rkv_life, stock_life
 from rkv_vllm.cli.sizes import format_size
-from rkv_vllm.options import ServerOptions
+from rkv_vllm.options import ServerOptions, prefix_len
 from rkv_vllm.policy import Terms
 
 # Batches under way with asynchronous scheduling, vLLM's default on GPUs, without pipeline stages.
@@ -159,7 +158,11 @@ def make_capacity(
     elements = 2 * decoder.num_layers * max(1, kv_heads // ranks) * decoder.head_size
     query = decoder.num_layers * decoder.num_heads // ranks * decoder.head_size * element
     ring = config.seats * (config.window + IN_FLIGHT) * query
-    rkv = partial(rkv_life, terms=Terms(config.budget, config.buffer), in_flight=IN_FLIGHT)
+
+    def rkv(prompt_len: int, output_len: int) -> Life:
+        terms = Terms(config.budget, config.buffer, prefix_len(config.protect, prompt_len))
+        return rkv_life(prompt_len, output_len, terms, IN_FLIGHT)
+
     plain, reduced = machine.cache_bytes(), machine.cache_bytes(ring)
     capacity = Capacity(
         stock=Pool("stock", "stock", elements * element, plain, block_size, stock_life),

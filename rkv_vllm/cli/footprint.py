@@ -38,9 +38,8 @@ def stock_life(prompt_len: int, output_len: int) -> Life:
 def rkv_life(prompt_len: int, output_len: int, terms: Terms, in_flight: int) -> Life:
     """A request with R-KV.
 
-    It grows until its first compaction, shrinks to `prefix_len + budget + in_flight`, and grows
-    from there by `buffer` tokens, again and again. A prompt above the budget makes it longest
-    before the first.
+    It grows until its first compaction, shrinks to `prefix + budget + in_flight`, and grows from
+    there by `buffer` tokens, again and again. A prompt above the budget makes it longest before.
 
     Args:
         prompt_len: tokens, at least 1.

@@ -22,7 +22,7 @@ from rkv_vllm.cli.checkpoint import (
 from rkv_vllm.cli.errors import REFUSED, CommandError, check_plot, one_line_errors
 from rkv_vllm.cli.options import DTYPES, RKV, ModelArgument, option, tokens
 from rkv_vllm.cli.sizes import format_size, parse_size
-from rkv_vllm.options import ServerOptions
+from rkv_vllm.options import OPTIONS, ServerOptions
 
 # vLLM's default for --max-num-seqs on GPUs below 70 GiB; above it is larger.
 SMALLEST_MAX_NUM_SEQS = 256
@@ -41,6 +41,9 @@ Budget = Annotated[int, tokens(RKV, "Kept by a compaction.", "--budget", "--kv-b
 Buffer = Annotated[int, tokens(RKV, "Between two compactions.", "--buffer", "--kv-buffer")]
 Window = Annotated[int, tokens(RKV, "Newest, always kept.", "--window", "--kv-window")]
 Seats = Annotated[int, option(RKV, "REQUESTS", _SEATS, *_SEAT_FLAGS, min=1)]
+_PROTECT = "Never evicted: none, the prompt, or so many first tokens."
+_PROTECT_FLAGS = ("--protect", "--kv-protect")
+Protect = Annotated[str, option(RKV, "none|prompt|TOKENS", _PROTECT, *_PROTECT_FLAGS)]
 GpuMemory = Annotated[str, option(_MEMORY, "SIZE", "Of one GPU: 80GiB, 24GB or bytes.")]
 Utilization = Annotated[float, option(_MEMORY, "SHARE", _SHARE)]
 Reserved = Annotated[str, option(_MEMORY, "SIZE", _RESERVED)]
@@ -63,6 +66,7 @@ def show_plan(
     buffer: Buffer = ServerOptions.buffer,
     window: Window = ServerOptions.window,
     seats: Seats = ServerOptions.seats,
+    protect: Protect = ServerOptions.protect,
     gpu_memory_utilization: Utilization = 0.92,
     reserved: Reserved = "2GiB",
     weights: Weights = "",
@@ -101,7 +105,13 @@ def show_plan(
     with one_line_errors():
         check_plot(plot)
         try:
-            config = ServerOptions(budget=budget, buffer=buffer, window=window, seats=seats)
+            config = ServerOptions(
+                budget=budget,
+                buffer=buffer,
+                window=window,
+                seats=seats,
+                protect=OPTIONS["protect"].parse(protect),
+            )
         except ValueError as error:
             raise CommandError(str(error)) from error
         check_dtype(dtype)
@@ -129,6 +139,7 @@ def show_plan(
             "buffer": buffer,
             "window": window,
             "observation_slots": seats,
+            "protect": config.protect,
             "block_size": block_size,
             "tensor_parallel_size": tensor_parallel_size,
             "weight_bytes": size // tensor_parallel_size or None,

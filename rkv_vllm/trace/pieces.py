@@ -12,14 +12,14 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 _MAX_PARTS = 4
 
 
-class Decoder(Protocol):
+class Detokenizer(Protocol):
     """The part of a tokenizer that is used here."""
 
     def decode(self, ids: list[int], skip_special_tokens: bool = ...) -> str:
         """Return the text of some tokens."""
 
 
-def split_text(tokenizer: Decoder, token_ids: Sequence[int]) -> list[Piece]:
+def split_text(tokenizer: Detokenizer, token_ids: Sequence[int]) -> list[Piece]:
     """Find the text of every token.
 
     A token is decoded behind the piece before it, because many tokenizers drop the blank at the
@@ -44,7 +44,7 @@ def split_text(tokenizer: Decoder, token_ids: Sequence[int]) -> list[Piece]:
 
 
 def _shortest_text(
-    tokenizer: Decoder, context: Sequence[int], ahead: Sequence[int]
+    tokenizer: Detokenizer, context: Sequence[int], ahead: Sequence[int]
 ) -> tuple[int, str]:
     """Returns how many of the next tokens make whole characters, and these; else the first one."""
     start = len(tokenizer.decode(list(context), skip_special_tokens=False))

@@ -1,7 +1,7 @@
 """The lengths that `plan` reckons with are those of the planner that decides in an engine."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rkv_vllm.cli.footprint import num_blocks, rkv_life, stock_life
@@ -9,12 +9,14 @@ from rkv_vllm.policy import Terms
 from tests.bench.test_workload import planned_lengths
 
 
+# A busy machine takes its time.
+@settings(deadline=None)
 @given(
     prompt_len=st.integers(1, 60),
     output_len=st.integers(1, 200),
     budget=st.integers(3, 40),
     buffer=st.integers(2, 20),
-    prefix_len=st.sampled_from([0, 0, 5, 70]),
+    prefix_len=st.integers(0, 70),
     in_flight=st.integers(1, 2),
 )
 def test_lengths_are_those_of_the_planner(

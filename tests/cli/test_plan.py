@@ -47,6 +47,17 @@ def test_json_adds_up(model):
         assert rkv["at_once_peak"] > fp8[f"at_once_{basis}"] > stock[f"at_once_{basis}"]
 
 
+def test_a_protected_prompt_is_held_by_every_request(model):
+    asked = [*ROOM, *SMALL, "--prompt-len", "100"]
+    plain, protected = (
+        document(model, *asked, "--protect", what)["sides"]["rkv"] for what in ("none", "prompt")
+    )
+    # 64 of budget come on top of the prompt, and nothing is evicted before.
+    assert plain["request_peak_tokens"] == 100 + 16 + 2
+    assert protected["request_peak_tokens"] == 100 + 64 + 16 + 2
+    assert protected["at_once_peak"] < plain["at_once_peak"]
+
+
 def test_table_says_what_json_says(model):
     found = document(model, *ROOM, *SMALL)
     printed = run(model, *ROOM, *SMALL).stdout
@@ -94,6 +105,7 @@ BAD = {
     "nan": (["{model}", *ROOM, "--gpu-memory-utilization", "nan"], 2, "utilization: got nan"),
     "budget": (["{model}", *ROOM, "--budget", "8"], 2, "--kv-budget (budget): got 8"),
     "buffer": (["{model}", *ROOM, "--buffer", "4"], 2, "--kv-buffer (buffer): got 4"),
+    "protect": (["{model}", *ROOM, "--protect", "all"], 2, "--kv-protect (protect): got 'all'"),
     "dtype": (["{model}", *ROOM, "--dtype", "int8"], 2, "--dtype: got 'int8'"),
     "ranks": (
         ["{model}", *ROOM, "--tensor-parallel-size", "3"],
