@@ -172,7 +172,8 @@ def compare(
                 side.step()
     gc.unfreeze()
     num_steps = 1 + len(sides["ours"].microseconds)
-    due = [num_compactions(length, num_steps, budget, buffer, args.in_flight) for length in lengths]
+    terms = Terms(budget, buffer)
+    due = [num_compactions(length, num_steps, terms, args.in_flight) for length in lengths]
     found: dict[str, Any] = {"requests": num_requests, "phase": label.split(", ")[1]}
     for name, side in sides.items():
         # The first steps of a run have no outputs to take in.
