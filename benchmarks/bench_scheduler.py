@@ -42,6 +42,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from rkv_vllm.bench.workload import num_compactions
 from rkv_vllm.options import CONFIG_KEY, ServerOptions
+from rkv_vllm.policy import Terms
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE
 from rkv_vllm.scheduling.scheduler import make_scheduler
 from rkv_vllm.scheduling.spec import CompressedAttentionSpec
