@@ -18,16 +18,15 @@ class KeepMostRecent(DenseMethod):
 
     @dataclass(frozen=True)
     class Options:
-        """What users can set, as --kv-option num_first=8."""
+        """What users can set: --kv-option num_first=8."""
 
         num_first: int = option(4, "First tokens that always stay.", per_request=True)
 
     def score_dense(self, keys, values, queries, layer):
         """Later is better, and the first are the best."""
-        num_heads, n, _ = keys.shape
-        scores = torch.arange(float(n), device=keys.device)
-        scores[: self.options.num_first] += n
-        return scores.expand(num_heads, -1)
+        scores = torch.arange(float(keys.shape[1]), device=keys.device)
+        scores[: self.options.num_first] += len(scores)
+        return scores.expand(len(keys), -1)
 
 
 if __name__ == "__main__":
@@ -37,5 +36,4 @@ if __name__ == "__main__":
     llm = LLM(sys.argv[1], enforce_eager=True, kv_cache_memory_bytes=2**28, **method)
     sampling = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
     print(llm.generate("Once upon a time", sampling)[0].outputs[0].text)
-    stats = rkv_vllm.stats(llm)
-    print(f"{stats['compactions']} compactions evicted {stats['evicted_tokens']} tokens")
+    print("{compactions} compactions evicted {evicted_tokens} tokens".format(**rkv_vllm.stats(llm)))

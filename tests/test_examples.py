@@ -130,6 +130,7 @@ def test_every_request_gets_the_budget_that_it_asks_for(run_here):
 
 
 # Five processes that import vLLM or Ray: 68 to 175 s, measured on two busy cores.
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_ray_data_job_writes_what_was_evicted_and_ends_its_cluster(model, tmp_path):
     # Not tmp_path: names of Ray's sockets may have 107 characters.
@@ -257,6 +258,7 @@ def test_ctrl_c_during_a_chat_leaves_no_process_behind(model, tmp_path):
         assert demo.interrupt() == 130
 
 
+@pytest.mark.nightly
 def test_ctrl_c_while_the_server_starts_leaves_no_process_behind(model, tmp_path):
     with running_demo(model, tmp_path) as demo:
         # The API server, multiprocessing's resource tracker, the engine that still imports.

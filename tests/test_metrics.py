@@ -165,6 +165,7 @@ def test_two_api_servers_show_what_the_workers_did(model, tmp_path):
     assert last["evicted_tokens_per_compaction_bucket:+Inf"] == last["compactions_total"]
 
 
+@pytest.mark.nightly
 def test_installed_but_off_the_page_is_as_empty_as_the_user_asked_for(model):
     # Any plugin in vLLM's group for stat loggers would switch statistics on again.
     with serving(model, "--disable-log-stats") as server:

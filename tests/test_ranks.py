@@ -189,6 +189,7 @@ def one_rank(model) -> Run:
     return run
 
 
+@pytest.mark.nightly
 def test_more_ranks_than_kv_heads_compact_their_own_copies(tmp_path):
     """A rank judges a replicated head by its own query heads, as if every rank had a head."""
     model = random_model(tmp_path / "one", num_kv_heads=1, num_heads=4, layers=2)
@@ -285,6 +286,7 @@ def home(worker: WorkerWrapperBase) -> tuple[str, str, str]:
     return type(worker.worker).__name__, type(worker.model_runner).__name__, actor
 
 
+@pytest.mark.nightly
 def test_ray_actors_say_what_one_rank_says(model, one_rank, monkeypatch):
     with (
         local_ray(monkeypatch),
@@ -313,6 +315,7 @@ def wait_for_compactions(server: Server, count: int) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.nightly
 def test_two_engines_of_a_server_compact_their_requests(model):
     """Two engines behind one HTTP server; `collective_rpc` asks the first one only."""
     chats = [Chat(0, random_prompt(40 + 9 * i, seed=i), 80) for i in range(8)]
@@ -339,6 +342,7 @@ def test_two_engines_of_a_server_compact_their_requests(model):
     assert 0 < first_engine["compactions"] < sum(map(num_compactions, chats))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("runner", "share", "ranks", "steps_ahead"),
     [

@@ -357,6 +357,7 @@ def other_server(model, tmp_path_factory):
         yield server
 
 
+@pytest.mark.nightly
 def test_compiled_and_behind_two_api_servers_it_says_the_same(other_server, reference):
     assert_says_what_the_reference_says(other_server, reference)
     assert "Started 2 API server processes" in other_server.log

@@ -43,6 +43,7 @@ def watch_compactions(manager, lengths: list[int]) -> None:
     manager.evict = noting
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_a_starved_pool_runs_more_requests_at_once_than_stock(random_model_dir):
     model = random_model_dir("qwen3", 3)

@@ -76,7 +76,9 @@ def check(vllm_config: "VllmConfig") -> None:
     check_vllm_version()
     check_overrides(SCHEDULER_CLS)
     _raise_if_any(rule.find(vllm_config) for rule in REFUSALS)
-    _warn_if_never_due(vllm_config)
+    options = ServerOptions.from_dict(vllm_config.additional_config[CONFIG_KEY])
+    options.check_room(vllm_config.model_config.max_model_len)
+    _warn_if_never_due(vllm_config, options)
     _warn_if_unproven()
 
 
@@ -85,15 +87,14 @@ def _raise_if_any(sentences: Iterable[str | None]) -> None:
         raise ValueError("\n".join(found))
 
 
-def _warn_if_never_due(vllm_config: "VllmConfig") -> None:
-    config = ServerOptions.from_dict(vllm_config.additional_config[CONFIG_KEY])
+def _warn_if_never_due(vllm_config: "VllmConfig", options: ServerOptions) -> None:
     max_model_len = vllm_config.model_config.max_model_len
-    if config.budget + config.buffer >= max_model_len:
+    if options.budget + options.buffer >= max_model_len:
         init_logger(__name__).warning_once(
             "--kv-budget %d plus --kv-buffer %d reach --max-model-len %d: no request will ever be "
             "compacted unless it sets a smaller budget itself; lower the budget",
-            config.budget,
-            config.buffer,
+            options.budget,
+            options.buffer,
             max_model_len,
             scope="process",
         )

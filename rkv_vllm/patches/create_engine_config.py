@@ -36,9 +36,8 @@ def apply() -> None:
             show_stat_logger(not self.disable_log_stats)
         if not switched_on:
             return original(self, *args, **kwargs)
-        options = switch_on(self)
+        switch_on(self)
         vllm_config = original(self, *args, **kwargs)
-        options.check_room(vllm_config.model_config.max_model_len)
         refusals.check(vllm_config)
         process_inputs.apply()
         generate.apply()
@@ -69,15 +68,12 @@ def is_switched_on(engine_args: "EngineArgs") -> bool:
     return False
 
 
-def switch_on(engine_args: "EngineArgs") -> ServerOptions:
+def switch_on(engine_args: "EngineArgs") -> None:
     """Checks the options and completes the arguments in place.
 
     Args:
         engine_args: their `additional_config` gets every option spelled out, so that equal options
             make equal engines on every route; `scheduler_cls` and `worker_cls` are filled in.
-
-    Returns:
-        The options.
 
     Raises:
         ValueError: bad options, another scheduler or worker class, or an unsupported feature.
@@ -94,7 +90,6 @@ def switch_on(engine_args: "EngineArgs") -> ServerOptions:
         **engine_args.additional_config,
         CONFIG_KEY: options.to_dict(),
     }
-    return options
 
 
 def _require_class(name: str, got: object, default: str | None, ours: str) -> None:

@@ -127,7 +127,9 @@ class CompressionSchedulerMixin:
         if request.sampling_params is None or request.resumable:
             return None
         try:
-            return read_request_options(request.sampling_params.extra_args, self._server)
+            return read_request_options(
+                request.sampling_params.extra_args, self._server, request.num_prompt_tokens
+            )
         except RequestOptionError as error:
             # Not by a front end of vLLM's Python servers, which would have refused it. Raising
             # would end the engine for everybody.

@@ -6,7 +6,6 @@ the notes are brought to the host, counted and logged. Next: flush.py, which sta
 
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -53,18 +52,27 @@ class FiniteChecks:
             calls: what was judged in each call.
             req_ids: the requests.
         """
-        is_done = _at_once
+        event = None
         if flags.device.type != "cpu":
             on_host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
             on_host.copy_(flags, non_blocking=True)
             event = torch.Event(flags.device)
             event.record()
-            flags, is_done = on_host, event.query
-        self._on_their_way.append(_Check(flags, is_done, calls, req_ids))
+            flags = on_host
+        self._on_their_way.append(_Check(flags, event, calls, req_ids))
 
-    def examine(self) -> None:
-        """Take note of the flags that have arrived."""
-        while self._on_their_way and self._on_their_way[0].is_done():
+    def examine(self, wait: bool = False) -> None:
+        """Take note of the flags that have arrived.
+
+        Args:
+            wait: for those on their way as well.
+        """
+        while self._on_their_way:
+            event = self._on_their_way[0].event
+            if event is not None and wait:
+                event.synchronize()
+            elif event is not None and not event.query():
+                return
             self._take_note(self._on_their_way.popleft())
 
     def drop(self) -> None:
@@ -99,21 +107,17 @@ class FiniteChecks:
         self._warned_at, self._num_told = now, self.num_found
 
 
-def _at_once() -> bool:
-    return True
-
-
 class _Check(NamedTuple):
     """Flags on their way from the device.
 
     Attributes:
-        flags: int32 [calls, requests]; valid once `is_done`.
-        is_done: whether the copy has arrived.
+        flags: int32 [calls, requests]; valid behind the event.
+        event: the copy's end; None where nothing had to be copied.
         calls: what was judged in each call.
         req_ids: the requests.
     """
 
     flags: Tensor
-    is_done: Callable[[], bool]
+    event: torch.Event | None
     calls: list[JudgedLayers]
     req_ids: list[str]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from vllm.utils.math_utils import cdiv
 
 from rkv_vllm.kernels.batch import ALL_FINITE, Eviction, EvictionBatch
 from rkv_vllm.log import init_logger
@@ -133,7 +134,7 @@ class Compactor:
 
     def _warm_up_directive(self, group: CompressedGroup) -> EvictionDirective:
         settled_len = self._window + 2
-        row = [_NULL_BLOCK] * -(-settled_len // group.block_size)
+        row = [_NULL_BLOCK] * cdiv(settled_len, group.block_size)
         return EvictionDirective(
             req_id="warm-up",
             group_id=group.group_id,
@@ -155,8 +156,8 @@ class Compactor:
         return self._compactions.get(req_id, 0)
 
     def stats(self) -> dict[str, int]:
-        """The counters as plain integers."""
-        self._checks.examine()
+        """The counters as plain integers; waits for the device."""
+        self._checks.examine(wait=True)
         self._stats.non_finite = self._checks.num_found
         return asdict(self._stats)
 
@@ -188,7 +189,7 @@ class Compactor:
         directives = [directive for directive in self.pending if directive.req_id not in gone]
         self._stats.skipped += len(self.pending) - len(directives)
         self.pending = []
-        for wave in _waves(directives):
+        for wave in self._waves(directives):
             scored_together: dict[tuple[int, Any], list[EvictionDirective]] = {}
             for directive in wave:
                 key = directive.group_id, directive.method_options
@@ -198,6 +199,29 @@ class Compactor:
         for directive in directives:
             self._count(directive)
         return directives
+
+    def _waves(self, directives: list[EvictionDirective]) -> Iterator[list[EvictionDirective]]:
+        """Cut the directives, in order, where one touches blocks that an earlier one still needs.
+
+        The scheduler books one compaction after the other, so a block that the first gives back may
+        be a fresh one of the next, of another group even. A wave's requests are compacted at the
+        same time. Blocks full of protected tokens, which many may share, are not touched.
+        """
+        wave: list[EvictionDirective] = []
+        read: set[int] = set()
+        written: set[int] = set()
+        for directive in directives:
+            untouched = directive.prefix_len // self.groups[directive.group_id].block_size
+            old_block_ids = directive.old_block_ids[untouched:]
+            new_block_ids = directive.new_block_ids[untouched:]
+            if not read.isdisjoint(new_block_ids) or not written.isdisjoint(old_block_ids):
+                yield wave
+                wave, read, written = [], set(), set()
+            wave.append(directive)
+            read.update(old_block_ids)
+            written.update(new_block_ids)
+        if wave:
+            yield wave
 
     def _evict(self, group: CompressedGroup, directives: list[EvictionDirective]) -> None:
         """Compact requests of one group and equal options, of which none writes another's cache."""
@@ -306,26 +330,3 @@ def _eviction(directive: EvictionDirective) -> Eviction:
         prompt_len=directive.prompt_len,
         seed=directive.seed,
     )
-
-
-def _waves(directives: list[EvictionDirective]) -> Iterator[list[EvictionDirective]]:
-    """Cut the directives, in order, wherever one touches blocks that an earlier one still needs.
-
-    The scheduler books one compaction after the other, so a block that the first gives back may be
-    a fresh one of the next, of another group even. A wave's requests are compacted at the same
-    time.
-    """
-    wave: list[EvictionDirective] = []
-    read: set[int] = set()
-    written: set[int] = set()
-    for directive in directives:
-        if not read.isdisjoint(directive.new_block_ids) or not written.isdisjoint(
-            directive.old_block_ids
-        ):
-            yield wave
-            wave, read, written = [], set(), set()
-        wave.append(directive)
-        read.update(directive.old_block_ids)
-        written.update(directive.new_block_ids)
-    if wave:
-        yield wave

@@ -21,11 +21,13 @@ class CompressedGroup:
 
     Args:
         group_id: index of the group in vLLM's configuration.
+        block_size: tokens per block.
         layer_sets: its layers on this rank; none when a pipeline stage holds none of them.
         make_method: makes a method object for a layer set, of given options or the server's.
 
     Attributes:
         group_id: see above.
+        block_size: see above.
         layer_sets: see above.
         num_compactions: carried out so far.
     """
@@ -33,21 +35,18 @@ class CompressedGroup:
     def __init__(
         self,
         group_id: int,
+        block_size: int,
         layer_sets: Sequence[LayerSet],
         make_method: Callable[[LayerSet, Any | None], Method],
     ) -> None:
         self.group_id = group_id
+        self.block_size = block_size
         self.layer_sets = layer_sets
         self.num_compactions = 0
         self._num_evicted: dict[str, int] = {}
         self._methods = lru_cache(_MAX_METHOD_OBJECTS)(
             lambda options: [make_method(layer_set, options) for layer_set in layer_sets]
         )
-
-    @property
-    def block_size(self) -> int:
-        """Tokens per block."""
-        return self.layer_sets[0].keys.block_size
 
     @property
     def records_queries(self) -> bool:

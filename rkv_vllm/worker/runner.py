@@ -207,7 +207,7 @@ class CompressionRunner(ABC):
             self._ring_memory.take_back()
         groups = {
             group_id: CompressedGroup(
-                group_id, self._view_layers(group_id, block_size), self._make_method
+                group_id, block_size, self._view_layers(group_id, block_size), self._make_method
             )
             for group_id, block_size in block_sizes.items()
         }

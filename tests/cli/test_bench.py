@@ -309,6 +309,7 @@ def test_offline_measures_both_sides(offline):
     assert "run 2 of 2: stock, offline" in progress
 
 
+@pytest.mark.nightly
 @pytest.mark.engine
 @pytest.mark.timeout(2 * WAIT_SECONDS)
 def test_served_counts_what_offline_counts(model, offline, tmp_path):

@@ -1,11 +1,13 @@
 """Caches, batches and comparisons that the tests of all kernels share. Imports no vLLM."""
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rkv_vllm.kernels.batch import Eviction, EvictionBatch
 from rkv_vllm.kernels.ops import Ops, cpu_ops, naive_ops
@@ -247,3 +249,25 @@ def assert_equivalent_choice(keep: Tensor, reference: Tensor, batch: EvictionBat
         is_kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, kept, True)
         assert not (is_kept & (scores < cut - slack)).any()
         assert not (~is_kept & (scores > cut + slack)).any()
+
+
+class TorchCalls(TorchDispatchMode):
+    """Which torch operations run, and how much of what they make lives at a time at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.num_bytes = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__)
+        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in known:
+            self._count(result.nbytes)
+            weakref.finalize(result, self._count, -result.nbytes)
+        return result
+
+    def _count(self, num_bytes: int) -> None:
+        self.num_bytes += num_bytes
+        self.peak = max(self.peak, self.num_bytes)

@@ -5,11 +5,8 @@ threads at once, so races stay unseen here; test_triton_compiles.py shows that a
 takes the kernels.
 """
 
-import weakref
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rkv_vllm.kernels.batch import ALL_FINITE, Eviction, EvictionBatch
 from rkv_vllm.kernels.compact.triton import compact_triton
@@ -24,6 +21,7 @@ from tests.kernels.cases import (
     NAIVE,
     PLAIN,
     SMALL_STATES,
+    TorchCalls,
     adversarial_keys,
     assert_equivalent_choice,
     assert_same_scores,
@@ -180,28 +178,6 @@ def test_an_empty_batch_is_no_work():
     keep = select_triton(scores, case.batch)
     compact_triton(case.states, case.batch, keep)
     assert keep.shape == (0, 6, 0)
-
-
-class TorchCalls(TorchDispatchMode):
-    """Which torch operations run, and how much of what they make lives at a time at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-        self.num_bytes = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.names.add(func.overloadpacket.__name__)
-        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in known:
-            self._count(result.nbytes)
-            weakref.finalize(result, self._count, -result.nbytes)
-        return result
-
-    def _count(self, num_bytes: int) -> None:
-        self.num_bytes += num_bytes
-        self.peak = max(self.peak, self.num_bytes)
 
 
 @pytest.mark.parametrize(("window", "head_size"), [(8, 64), (8, 128), (40, 64)])

@@ -15,7 +15,7 @@ from rkv_vllm.methods.rkv import RKV
 from rkv_vllm.scheduling.directive import EvictionDirective, StepPlan
 from rkv_vllm.worker import flush as flush_module
 from rkv_vllm.worker.checks import FiniteChecks, JudgedLayers
-from rkv_vllm.worker.flush import Compactor, _waves
+from rkv_vllm.worker.flush import Compactor
 from rkv_vllm.worker.group import CompressedGroup
 from rkv_vllm.worker.layer_set import LayerSet
 from rkv_vllm.worker.query_ring import QueryRing
@@ -51,7 +51,7 @@ def make_rkv(layer_set: LayerSet, options) -> Method:
 
 def new_compactor(*layer_sets: LayerSet, make_method=make_rkv, **options) -> Compactor:
     """One group of these layer sets, or of one made with `options`."""
-    group = CompressedGroup(0, layer_sets or [new_layer_set(**options)], make_method)
+    group = CompressedGroup(0, BLOCK_SIZE, layer_sets or [new_layer_set(**options)], make_method)
     return Compactor({0: group}, WINDOW)
 
 
@@ -214,19 +214,33 @@ def test_a_block_given_back_by_one_request_is_written_after_it_was_read():
     first = directive("a", (3, 1), (3,))
     takes_it = directive("b", (2, 4), (1,))
     apart = directive("c", (0, 5), (0,))
-    waves = [[d.req_id for d in wave] for wave in _waves([first, takes_it, apart])]
-    assert waves == [["a"], ["b", "c"]]
+    assert waves_of(first, takes_it, apart) == [["a"], ["b", "c"]]
     # A block that is written and then read, and one that two requests read.
-    assert len(list(_waves([takes_it, directive("d", (1, 5), (5,))]))) == 2
-    assert len(list(_waves([directive("a", (3, 1), (0,)), directive("b", (3, 2), (4,))]))) == 1
-    assert list(_waves([])) == []
+    assert waves_of(takes_it, directive("d", (1, 5), (5,))) == [["b"], ["d"]]
+    assert waves_of(directive("a", (3, 1), (0,)), directive("b", (3, 2), (4,))) == [["a", "b"]]
+    assert waves_of() == []
+
+
+def waves_of(*directives: EvictionDirective) -> list[list[str]]:
+    waves = new_compactor()._waves(list(directives))
+    return [[directive.req_id for directive in wave] for wave in waves]
+
+
+def test_a_shared_prefix_that_nobody_touches_does_not_part_requests():
+    shared = {"prefix_len": BLOCK_SIZE + 5, "settled_len": 80, "total_len": 81}
+    both = directive("a", (9, 1, 2), (9, 1), **shared), directive("b", (9, 3, 4), (9, 3), **shared)
+    assert waves_of(*both) == [["a", "b"]]
+    # The block behind it is full of nobody's prefix.
+    assert waves_of(both[0], directive("b", (9, 1, 4), (9, 5), **shared)) == [["a"], ["b"]]
 
 
 def test_waves_go_over_all_groups_together():
     """Groups overlay each other in one allocation: a block of one may become one of another."""
     group_0 = new_layer_set()
     group_1 = replace(new_layer_set(seed=3), keys=group_0.keys, values=group_0.values)
-    groups = {i: CompressedGroup(i, [s], make_rkv) for i, s in enumerate((group_0, group_1))}
+    groups = {
+        i: CompressedGroup(i, BLOCK_SIZE, [s], make_rkv) for i, s in enumerate((group_0, group_1))
+    }
     compactor = Compactor(groups, WINDOW)
     first = directive("a", (3, 1), (3,))
     takes_it = directive("a", (2, 4), (1,), group_id=1)
@@ -255,19 +269,31 @@ def test_requests_that_left_are_skipped_and_counted():
     assert not after[:, 5].equal(untouched[:, 5])
 
 
+class Event:
+    """A copy that arrives when somebody waits for it."""
+
+    has_arrived = False
+
+    def query(self):
+        return self.has_arrived
+
+    def synchronize(self):
+        self.has_arrived = True
+
+
 def test_flags_are_told_once_they_have_arrived(caplog):
     checks = FiniteChecks()
     layers = [JudgedLayers(("layers.0", "layers.1"), HEADS), JudgedLayers(("layers.2",), 1)]
     flags = torch.full((2, 3), ALL_FINITE, dtype=torch.int32)
     flags[0, 1], flags[1, 1], flags[1, 2] = 4, 0, 0
     checks.start(flags, layers, ["a", "b", "c"])
-    arrived = []
-    checks._on_their_way[0] = checks._on_their_way[0]._replace(is_done=lambda: bool(arrived))
+    event = Event()
+    checks._on_their_way[0] = checks._on_their_way[0]._replace(event=event)
     checks.examine()
     assert checks.num_found == 0
-    arrived.append(True)
+    checks.examine(wait=True)
     checks.examine()
-    checks.examine()
+    assert event.has_arrived
     assert checks.num_found == 2
     (record,) = caplog.records
     assert record.getMessage().startswith("request b: scores of layer layers.1, KV head 1 are not")

@@ -25,7 +25,7 @@ class Runner(CompressionRunner, Base):
     _follow_physical_positions = _exchange_rows = None
 
     def __init__(self) -> None:
-        group = CompressedGroup(0, [new_layer_set()], make_rkv)
+        group = CompressedGroup(0, 32, [new_layer_set()], make_rkv)
         self.compactor = Compactor({0: group}, 8)
         self.finished_reports = deque()
         self.cache_config = SimpleNamespace(block_size=32)
