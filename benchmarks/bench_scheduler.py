@@ -42,6 +42,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from rkv_vllm.bench.workload import num_compactions
 from rkv_vllm.options import CONFIG_KEY, ServerOptions
+from rkv_vllm.policy import Terms
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE
 from rkv_vllm.scheduling.scheduler import make_scheduler
 from rkv_vllm.scheduling.spec import CompressedAttentionSpec
@@ -172,7 +173,8 @@ def compare(
                 side.step()
     gc.unfreeze()
     num_steps = 1 + len(sides["ours"].microseconds)
-    due = [num_compactions(length, num_steps, budget, buffer, args.in_flight) for length in lengths]
+    terms = Terms(budget, buffer)
+    due = [num_compactions(length, num_steps, terms, args.in_flight) for length in lengths]
     found: dict[str, Any] = {"requests": num_requests, "phase": label.split(", ")[1]}
     for name, side in sides.items():
         # The first steps of a run have no outputs to take in.

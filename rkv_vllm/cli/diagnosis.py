@@ -31,14 +31,26 @@ DISTRIBUTIONS = ("rkv-vllm", "vllm", "torch", "triton")
 PLUGIN_GROUP = "vllm.general_plugins"
 
 
+class Verdict(NamedTuple):
+    """What came of one look.
+
+    Attributes:
+        status: "ok", "note" (works, but worth knowing) or "refused" (a start would fail).
+        message: what was found; for a refusal with the cure.
+    """
+
+    status: Literal["ok", "note", "refused"]
+    message: str
+
+
 class Finding(NamedTuple):
     """One thing looked at.
 
     Attributes:
         topic: heading that it belongs to.
         name: what was looked at.
-        status: "ok", "note" (works, but worth knowing) or "refused" (a start would fail).
-        message: what was found; for a refusal with the cure.
+        status: as in `Verdict`.
+        message: as in `Verdict`.
     """
 
     topic: str
@@ -57,24 +69,24 @@ def examine(folder: str | None, engine_flags: Sequence[str]) -> Iterator[Finding
     Raises:
         CommandError: a flag that `vllm serve` does not take.
     """
-    yield from _versions()
+    yield Finding("versions", "python", "ok", sys.version.split()[0])
+    for name in DISTRIBUTIONS:
+        yield Finding("versions", name, *_installed(name))
     try:
         import vllm  # noqa: F401
     # A library that does not fit shows as any of these.
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        yield Finding(
-            "versions",
-            "import vllm",
-            "refused",
-            f"{type(error).__name__}: {error}; install vLLM and its requirements again",
-        )
+        why = f"{type(error).__name__}: {error}; install vLLM and its requirements again"
+        yield Finding("versions", "import vllm", "refused", why)
         return
-    yield _passes("vLLM's version", check_vllm_version, f"in {SUPPORTED_VLLM}")
-    yield _passes("vLLM's functions", lambda: check_overrides(SCHEDULER_CLS), "as expected")
-    yield _plugin()
+    known = _passes(check_vllm_version, f"in {SUPPORTED_VLLM}")
+    yield Finding("versions", "vLLM's version", *known)
+    functions = _passes(lambda: check_overrides(SCHEDULER_CLS), "as expected")
+    yield Finding("versions", "vLLM's functions", *functions)
+    yield Finding("plugin", "entry point", *_plugin())
     yield from _platform()
-    yield _cpp_kernels()
-    yield _triton_kernels()
+    yield Finding("kernels", "C++ (CPU)", *_cpp_kernels())
+    yield Finding("kernels", "Triton (GPU)", *_triton_kernels())
     if folder is not None:
         yield from _model(folder, engine_flags)
 
@@ -89,137 +101,102 @@ def _model(folder: str, engine_flags: Sequence[str]) -> Iterator[Finding]:
         for line in _message(error):
             yield Finding("model", "engine config", "refused", line)
         return
+    backend = vllm_config.attention_config.backend
+    chosen = "vLLM chooses, checked when the cache is allocated"
     yield Finding("model", "architecture", "ok", ", ".join(vllm_config.model_config.architectures))
-    yield _runner(vllm_config)
-    yield _backend(vllm_config)
-    yield _compaction(vllm_config)
+    yield Finding("model", "model runner", "ok", _runner(vllm_config))
+    yield Finding("model", "attention backend", "ok", chosen if backend is None else backend.name)
+    yield Finding("model", "compaction", *_compaction(vllm_config))
     for rule in REFUSALS:
         sentence = rule.find(vllm_config)
-        if sentence is None:
-            yield Finding("features", rule.feature, "ok", "not in use")
-        else:
-            yield Finding("features", rule.feature, "refused", sentence)
+        status = "ok" if sentence is None else "refused"
+        yield Finding("features", rule.feature, status, sentence or "not in use")
 
 
-def _versions() -> Iterator[Finding]:
-    yield Finding("versions", "python", "ok", sys.version.split()[0])
-    for name in DISTRIBUTIONS:
-        yield _installed(name)
-
-
-def _installed(name: str) -> Finding:
+def _installed(name: str) -> Verdict:
     try:
-        return Finding("versions", name, "ok", version(name))
+        return Verdict("ok", version(name))
     except PackageNotFoundError:
         pass
     if name == "triton":
-        return Finding("versions", name, "note", "not installed; GPUs need it")
+        return Verdict("note", "not installed; GPUs need it")
     cure = {"vllm": f'pip install "vllm{SUPPORTED_VLLM}"'}.get(name, f"pip install {name}")
-    return Finding("versions", name, "refused", f"not installed; run: {cure}")
+    return Verdict("refused", f"not installed; run: {cure}")
 
 
-def _passes(name: str, check: Callable[[], object], otherwise: str) -> Finding:
-    """Turn a check that raises ValueError into a finding."""
+def _passes(check: Callable[[], object], otherwise: str) -> Verdict:
+    """The verdict of a check that raises ValueError."""
     try:
         check()
     except ValueError as error:
-        return Finding("versions", name, "refused", str(error))
-    return Finding("versions", name, "ok", otherwise)
+        return Verdict("refused", str(error))
+    return Verdict("ok", otherwise)
 
 
-def _plugin() -> Finding:
+def _plugin() -> Verdict:
     """Whether vLLM's processes will find the plugin by themselves."""
     found = [entry for entry in entry_points(group=PLUGIN_GROUP) if entry.name == "rkv"]
     if not found:
-        return Finding(
-            "plugin",
-            "entry point",
+        return Verdict(
             "refused",
             f"no 'rkv' in the group {PLUGIN_GROUP}: vLLM cannot find the plugin; install this "
             "package with pip instead of putting its folder on the path",
         )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "rkv" not in allowed.split(","):
-        return Finding(
-            "plugin",
-            "entry point",
-            "refused",
-            f"VLLM_PLUGINS: got {allowed!r}, wanted 'rkv' in it; add it or unset the variable",
-        )
-    return Finding("plugin", "entry point", "ok", f"{found[0].name} = {found[0].value}")
+        wanted = "wanted 'rkv' in it; add it or unset the variable"
+        return Verdict("refused", f"VLLM_PLUGINS: got {allowed!r}, {wanted}")
+    return Verdict("ok", f"{found[0].name} = {found[0].value}")
 
 
 def _platform() -> Iterator[Finding]:
     from vllm.platforms import current_platform
 
     name = current_platform.device_name or "none"
-    if name in WORKER_CLS:
-        device = f"{name}: {current_platform.get_device_name()}"
-        yield Finding("device", "platform", "ok", device)
-        yield Finding("device", "worker", "ok", WORKER_CLS[name])
-        backends = ", ".join(ATTENTION_BACKENDS)
-        yield Finding("device", "attention backends known", "ok", backends)
-        yield _default_runner()
+    if name not in WORKER_CLS:
+        yield Finding("device", "platform", *_passes(platform_worker_cls, name))
         return
-    try:
-        platform_worker_cls()
-    except ValueError as error:
-        yield Finding("device", "platform", "refused", str(error))
+    yield Finding("device", "platform", "ok", f"{name}: {current_platform.get_device_name()}")
+    yield Finding("device", "worker", "ok", WORKER_CLS[name])
+    yield Finding("device", "attention backends known", "ok", ", ".join(ATTENTION_BACKENDS))
+    yield Finding("device", "model runner", "ok", _default_runner())
 
 
-def _default_runner() -> Finding:
+def _default_runner() -> str:
     """The runner as far as it follows from the environment; a model may change it."""
     from vllm import envs
     from vllm.triton_utils import HAS_TRITON
 
     if envs.VLLM_USE_V2_MODEL_RUNNER is not None:
         runner = "V2" if envs.VLLM_USE_V2_MODEL_RUNNER else "V1"
-        value = os.environ["VLLM_USE_V2_MODEL_RUNNER"]
-        return Finding(
-            "device", "model runner", "ok", f"{runner}: VLLM_USE_V2_MODEL_RUNNER={value}"
-        )
+        return f"{runner}: VLLM_USE_V2_MODEL_RUNNER={os.environ['VLLM_USE_V2_MODEL_RUNNER']}"
     if not HAS_TRITON:
-        return Finding("device", "model runner", "ok", "V1: vLLM finds no Triton for this device")
-    return Finding(
-        "device", "model runner", "ok", "V2: vLLM's default; V1 for features that V2 lacks"
-    )
+        return "V1: vLLM finds no Triton for this device"
+    return "V2: vLLM's default; V1 for features that V2 lacks"
 
 
-def _cpp_kernels() -> Finding:
+def _cpp_kernels() -> Verdict:
     from rkv_vllm.kernels import native
 
     try:
         library = native.library()
     except (OSError, AttributeError) as error:
-        return Finding(
-            "kernels",
-            "C++ (CPU)",
-            "refused",
-            f"built, but not usable: {error}; reinstall rkv-vllm",
-        )
+        return Verdict("refused", f"built, but not usable: {error}; reinstall rkv-vllm")
     if library is None:
-        return Finding(
-            "kernels",
-            "C++ (CPU)",
-            "note",
-            "not built: torch serves on CPUs, several times slower; reinstall where g++ is found",
-        )
-    return Finding("kernels", "C++ (CPU)", "ok", library._name)
+        slow = "torch serves on CPUs, several times slower; reinstall where g++ is found"
+        return Verdict("note", f"not built: {slow}")
+    return Verdict("ok", library._name)
 
 
-def _triton_kernels() -> Finding:
+def _triton_kernels() -> Verdict:
     from vllm.platforms import current_platform
 
     if current_platform.device_type == "cpu":
-        return Finding("kernels", "Triton (GPU)", "ok", "not needed on this device")
+        return Verdict("ok", "not needed on this device")
     if find_spec("triton") is None:
-        return Finding(
-            "kernels",
-            "Triton (GPU)",
-            "note",
-            "not installed: torch serves on the GPU, slower; run: pip install triton",
-        )
-    return Finding("kernels", "Triton (GPU)", "ok", f"compiled by Triton {version('triton')}")
+        cure = "torch serves on the GPU, slower; run: pip install triton"
+        return Verdict("note", f"not installed: {cure}")
+    return Verdict("ok", f"compiled by Triton {version('triton')}")
 
 
 def _engine_args(folder: str, engine_flags: Sequence[str]) -> "AsyncEngineArgs":
@@ -267,29 +244,19 @@ def _message(error: Exception) -> list[str]:
     return [f"{type(error).__name__}: {' '.join(str(error).split())}"]
 
 
-def _runner(vllm_config: "VllmConfig") -> Finding:
-    default = _default_runner().message
+def _runner(vllm_config: "VllmConfig") -> str:
+    default = _default_runner()
     runner = "V2" if vllm_config.use_v2_model_runner else "V1"
     if default.startswith(runner):
-        return Finding("model", "model runner", "ok", default)
-    why = "a feature of this start decides; vLLM's log names it"
-    return Finding("model", "model runner", "ok", f"{runner}: {why}")
+        return default
+    return f"{runner}: a feature of this start decides; vLLM's log names it"
 
 
-def _backend(vllm_config: "VllmConfig") -> Finding:
-    backend = vllm_config.attention_config.backend
-    chosen = (
-        "vLLM chooses, checked when the cache is allocated" if backend is None else backend.name
-    )
-    return Finding("model", "attention backend", "ok", chosen)
-
-
-def _compaction(vllm_config: "VllmConfig") -> Finding:
+def _compaction(vllm_config: "VllmConfig") -> Verdict:
     config = ServerOptions.from_dict(vllm_config.additional_config[CONFIG_KEY])
     max_model_len = vllm_config.model_config.max_model_len
-    due = config.budget + config.buffer
+    due = config.least_room
     options = f"budget {config.budget}, buffer {config.buffer}, max_model_len {max_model_len}"
     if due >= max_model_len:
-        cure = "no request will ever be compacted; lower --kv-budget"
-        return Finding("model", "compaction", "note", f"{options}: {cure}")
-    return Finding("model", "compaction", "ok", f"{options}: from {due} tokens of a request on")
+        return Verdict("note", f"{options}: no request will ever be compacted; lower --kv-budget")
+    return Verdict("ok", f"{options}: from {due} tokens of a request on")

@@ -138,7 +138,7 @@ def test_a_vllm_that_cannot_be_imported_is_refused(monkeypatch, model):
 
 def test_the_runner_that_the_environment_asks_for_is_named(monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    assert diagnosis._default_runner().message == "V2: VLLM_USE_V2_MODEL_RUNNER=1"
+    assert diagnosis._default_runner() == "V2: VLLM_USE_V2_MODEL_RUNNER=1"
 
 
 @pytest.mark.parametrize(
