@@ -2,6 +2,7 @@
 
 import pytest
 
+from rkv_vllm.worker.flush import _waves
 from tests.models import random_model
 from tests.scheduling.simulation import BLOCK_SIZE, Group, Setting, SimulatedEngine
 
@@ -81,6 +82,7 @@ def test_first_compactions_of_one_step_neither_read_nor_write_each_others_blocks
     fresh = {i for d in directives for i in set(d.new_block_ids) - set(d.old_block_ids)}
     assert len(fresh) == 23 * 3
     assert read.isdisjoint(fresh)
+    assert len(list(_waves(directives))) == 1
     engine.run()
 
 
