@@ -33,7 +33,7 @@ INPUTS = (
     METADATA_DIST / "pyproject.toml",
     ROOT / "pyproject.toml",
     ROOT / "setup.py",
-    *sorted((ROOT / "csrc").rglob("*.cpp")),
+    *sorted((ROOT / "csrc").rglob("*.*")),
     ROOT / "scripts" / "check_env.py",
     Path(__file__).resolve(),
 )

@@ -30,13 +30,14 @@ def keep_smallest(keys, queries, budget, *, window=8, **_):
 
 
 @pytest.mark.parametrize(
-    ("runner", "num_tokens"), [("v1", 150), ("v2-async", 75)], indirect=["runner"]
+    ("runner", "num_tokens"), [("v1", 130), ("v2-async", 75)], indirect=["runner"]
 )
 def test_output_equals_explicit_eviction_with_nothing_recorded(
     random_model_dir, runner, num_tokens, monkeypatch
 ):
     monkeypatch.setattr(reference, "keep_indices", keep_smallest)
-    model = random_model_dir("qwen3", 3)
+    # Qwen3 gives all keys of a head one norm.
+    model = random_model_dir("llama", 3)
     prompts = {f"r{i}": random_prompt(60 + 5 * i, seed=i) for i in range(2)}
     method = f"{Smallest.__module__}.{Smallest.__qualname__}"
     options = rkv_vllm.engine_args(method=method, budget=48, buffer=16)
