@@ -24,7 +24,7 @@ from rkv_vllm.policy import EveryBuffer, Terms, floor_blocks
 from rkv_vllm.request_options import RequestOptionError, RequestOptions, read_request_options
 from rkv_vllm.scheduling.admission import Admission, Limits, Track
 from rkv_vllm.scheduling.books import GroupBooks
-from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, StepPlan
+from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, EvictionDirective, StepPlan
 from rkv_vllm.scheduling.planner import GroupPlanner, ScheduledRequest, Seats
 from rkv_vllm.scheduling.publishing import publish_until_evicted
 from rkv_vllm.scheduling.step_stats import StepStats
@@ -65,6 +65,8 @@ class CompressionSchedulerMixin:
         # Requests whose prefill has not ended; an ordered set.
         self._prefilling: dict[str, None] = {}
         self._step_stats = StepStats()
+        # Of the last step; the workers skip those of requests that leave before the next one.
+        self._booked: list[EvictionDirective] = []
         server_terms = self._terms(read_request_options(None, self._server), prompt_len=0)
         limits = Limits(
             self.max_model_len,
@@ -159,7 +161,10 @@ class CompressionSchedulerMixin:
         for directive in plan.directives:
             self._admission.note_compaction(is_first=directive.num_evicted_before == 0)
         if self.log_stats:
-            self._step_stats.add(plan)
+            # Those of the step before: the workers carry them out first thing in this one.
+            self._step_stats.add_compactions(self._booked)
+            self._step_stats.add_waits(plan)
+        self._booked = plan.directives
         setattr(scheduler_output, STEP_PLAN_ATTRIBUTE, plan)
 
     def _begin_decoding(self, scheduler_output: SchedulerOutput) -> None:
@@ -207,6 +212,7 @@ class CompressionSchedulerMixin:
         req_id = request.request_id
         self._admission.note_end(request)
         self._prefilling.pop(req_id, None)
+        self._booked = [each for each in self._booked if each.req_id != req_id]
         if request.is_finished():
             del self._known[req_id]
         super()._free_request_blocks(request)

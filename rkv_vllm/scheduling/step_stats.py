@@ -5,11 +5,12 @@ Prometheus. Next: stat_logger.py.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from vllm.v1.metrics.stats import SchedulerStats
 
-from rkv_vllm.scheduling.directive import StepPlan
+from rkv_vllm.scheduling.directive import EvictionDirective, StepPlan
 
 _PREFIX = "kv_compression "
 
@@ -36,13 +37,16 @@ class StepStats:
     physical_tokens: int = 0
     seats_in_use: int = 0
 
-    def add(self, plan: StepPlan) -> None:
-        """Count what a plan books; the workers will do exactly that, whoever finishes meanwhile."""
-        for directive in plan.directives:
-            self.evicted_tokens.append(directive.num_evict)
-            self.freed_blocks += directive.num_freed_blocks
+    def add_waits(self, plan: StepPlan) -> None:
+        """Count the compactions that begin to wait in a step."""
         self.deferred_for_seat += plan.num_waiting_for_seat
         self.deferred_for_blocks += plan.num_waiting_for_blocks
+
+    def add_compactions(self, directives: Iterable[EvictionDirective]) -> None:
+        """Count compactions that the workers carry out."""
+        for directive in directives:
+            self.evicted_tokens.append(directive.num_evict)
+            self.freed_blocks += directive.num_freed_blocks
 
     def attach_to(self, stats: SchedulerStats) -> None:
         """Write this message into vLLM's own, where `take_from` finds it.

@@ -162,11 +162,15 @@ class SimulatedWorker:
         self.ring: dict[tuple[int, int, int], Hashable] = {}
         self.requests: dict[str, WorkerRequest] = {}
         self.pending: list[EvictionDirective] = []
-        self.compactions = 0
+        self.carried_out: list[EvictionDirective] = []
         self.skipped = 0
         self.watched_steps = 0
         self.admissions = 0
         self.resumes = 0
+
+    @property
+    def compactions(self) -> int:
+        return len(self.carried_out)
 
     def execute(self, output: SchedulerOutput) -> None:
         self.flush(output.finished_req_ids | (output.preempted_req_ids or set()))
@@ -275,7 +279,7 @@ class SimulatedWorker:
             assert needed <= len(row) <= needed + spare
 
     def _compact(self, directive: EvictionDirective) -> None:
-        self.compactions += 1
+        self.carried_out.append(directive)
         old_ids, new_ids = directive.old_block_ids, directive.new_block_ids
         # Behind a rejection that the scheduler had not seen lie cells that nobody has written.
         cells = [

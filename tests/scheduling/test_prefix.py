@@ -1,8 +1,10 @@
 """What stays shared: protected prefixes, published blocks, and launches of one step."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from rkv_vllm.worker.flush import _waves
+from rkv_vllm.worker.flush import Compactor
 from tests.models import random_model
 from tests.scheduling.simulation import BLOCK_SIZE, Group, Setting, SimulatedEngine
 
@@ -82,7 +84,8 @@ def test_first_compactions_of_one_step_neither_read_nor_write_each_others_blocks
     fresh = {i for d in directives for i in set(d.new_block_ids) - set(d.old_block_ids)}
     assert len(fresh) == 23 * 3
     assert read.isdisjoint(fresh)
-    assert len(list(_waves(directives))) == 1
+    flush = SimpleNamespace(groups={0: SimpleNamespace(block_size=BLOCK_SIZE)})
+    assert list(Compactor._waves(flush, directives)) == [directives]
     engine.run()
 
 
