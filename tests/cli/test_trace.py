@@ -13,9 +13,11 @@ import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from rkv_vllm.cli import app
+from rkv_vllm.cli import app, trace
 from rkv_vllm.cli.errors import CommandError
 from rkv_vllm.cli.trace_input import check_lengths
+from rkv_vllm.methods.rkv import RKV
+from rkv_vllm.option_field import options_of
 from rkv_vllm.options import ServerOptions
 from rkv_vllm.trace.capture import TracedRequest
 from rkv_vllm.trace.record import NEVER
@@ -235,3 +237,15 @@ def test_ctrl_c_ends_it_with_130_and_leaves_nothing(random_model_dir, tmp_path):
             process.kill()
             process.wait()
     assert os.listdir(tmp_path) == ["stderr.log"]
+
+
+def test_help_states_the_defaults_of_the_method():
+    """Their table is the method's, which `--help` does not import."""
+    stated = {
+        "lam": trace._WEIGHT,
+        "pool": trace._WIDTH,
+        "threshold": trace._COSINE,
+    }
+    for name, each in options_of(RKV.Options).items():
+        assert f"Default: {each.default}." in stated.pop(name)
+    assert not stated
