@@ -52,6 +52,20 @@ class Limits(NamedTuple):
     in_flight: int
 
 
+class _Refusal(NamedTuple):
+    """A newcomer that was refused, and when: requests that have left, its blocks, free blocks."""
+
+    req_id: str
+    num_events: int
+    num_blocks: int
+    num_free: int
+
+    def holds_for(self, asked: "_Refusal") -> bool:
+        """Whether nothing has got better since: what the running ones grow into comes off both."""
+        same = (self.req_id, self.num_events) == (asked.req_id, asked.num_events)
+        return same and asked.num_blocks >= self.num_blocks and asked.num_free <= self.num_free
+
+
 class Admission:
     """Keeps back blocks for the running requests.
 
@@ -78,9 +92,9 @@ class Admission:
         self._server_terms = server_terms
         # Until requests have finished, all are expected to be long.
         self._share_compacted = 1.0
-        # A refusal holds until something shrinks: (request, blocks it asked for, events so far).
+        # Refusals hold until something shrinks.
         self._num_events = 0
-        self._refused: tuple[str, int, int] | None = None
+        self._refused: _Refusal | None = None
 
     def note_compaction(self, is_first: bool) -> None:
         """A request was compacted; only a first time can leave it smaller than its growth says."""
@@ -110,16 +124,14 @@ class Admission:
         """
         if not running or num_blocks > num_free:
             return num_blocks
-        if self._refused is not None:
-            req_id, refused_blocks, num_events = self._refused
-            same = req_id == newcomer.request_id and num_events == self._num_events
-            if same and num_blocks >= refused_blocks:
-                return num_free + 1
+        asked = _Refusal(newcomer.request_id, self._num_events, num_blocks, num_free)
+        if self._refused is not None and self._refused.holds_for(asked):
+            return num_free + 1
         horizon = self._life(newcomer)
         growth = sum(self._expected_growth(request, horizon) for request in running)
         required = num_blocks + math.ceil(growth + self._own_growth(newcomer))
         if required > num_free:
-            self._refused = (newcomer.request_id, num_blocks, self._num_events)
+            self._refused = asked
         return required
 
     def _life(self, newcomer: Request) -> int:
