@@ -222,6 +222,7 @@ def test_verify_checks_a_copy_of_the_package_and_keeps_document_and_logs(tmp_pat
         assert archive.getnames() == ["sanitizer.log"]
 
 
+@pytest.mark.nightly
 @pytest.mark.engine
 def test_verify_serves_every_load_on_one_engine_per_side(tmp_path):
     document = rehearsed(tmp_path, "serving")

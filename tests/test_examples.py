@@ -252,6 +252,7 @@ def test_demo_shows_the_books_and_serves_others_until_ctrl_c(model, tmp_path):
     assert len(SUMMARY.sub("", client_printed).strip()) > 150
 
 
+@pytest.mark.nightly
 def test_ctrl_c_during_a_chat_leaves_no_process_behind(model, tmp_path):
     with running_demo(model, tmp_path, "--max-tokens=3000") as demo:
         demo.wait_for("Tell me a long story")
@@ -267,6 +268,7 @@ def test_ctrl_c_while_the_server_starts_leaves_no_process_behind(model, tmp_path
         assert demo.interrupt() == 130
 
 
+@pytest.mark.nightly
 def test_demo_without_a_compaction_fails(model, tmp_path):
     with running_demo(model, tmp_path, "--max-tokens=3") as demo:
         assert demo.process.wait(WAIT_SECONDS) == 1
