@@ -96,9 +96,9 @@ class Admission:
         self._num_events = 0
         self._refused: _Refusal | None = None
 
-    def note_compaction(self, is_first: bool) -> None:
-        """A request was compacted; only a first time can leave it smaller than its growth says."""
-        self._num_events += is_first
+    def note_first_compaction(self) -> None:
+        """A request was compacted for the first time: it may be smaller than its growth says."""
+        self._num_events += 1
 
     def note_end(self, request: Request) -> None:
         """A request leaves the batch; call it before its books are closed.

@@ -5,35 +5,20 @@ sliding-window and state layers too, whose managers know nothing of evictions, a
 full-attention blocks of the same tokens would make their blocks findable. Next: books.py.
 """
 
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Iterable
 
-from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
-from vllm.v1.request import Request
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
-from rkv_vllm.fit.overrides import overrides
+# More blocks than any request has.
+_ALL = 2**62
 
 
-def publish_until_evicted(
-    coordinator: KVCacheCoordinator, evicted: tuple[Mapping[str, int], ...]
-) -> None:
-    """Make a coordinator publish hashes of requests that were never compacted, and no others.
+def publish_no_more(managers: Iterable[SingleTypeKVCacheManager], req_id: str) -> None:
+    """Let a request count as published in the whole, until its blocks are freed.
 
     Args:
-        coordinator: of an engine; its class is exchanged.
-        evicted: of each compressed group, the tokens evicted from each compacted request.
+        managers: of all KV-cache groups; each publishes what lies behind its `num_cached_block`.
+        req_id: the request.
     """
-    coordinator.__class__ = _guarded(type(coordinator))
-    coordinator.evicted = evicted
-
-
-@overrides("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.cache_blocks")
-@cache
-def _guarded(base: type[KVCacheCoordinator]) -> type[KVCacheCoordinator]:
-    def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
-        for evicted in self.evicted:
-            if request.request_id in evicted:
-                return
-        base.cache_blocks(self, request, num_computed_tokens)
-
-    return type(f"Guarded{base.__name__}", (base,), {"cache_blocks": cache_blocks})
+    for manager in managers:
+        manager.num_cached_block[req_id] = _ALL

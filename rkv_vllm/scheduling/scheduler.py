@@ -26,7 +26,7 @@ from rkv_vllm.scheduling.admission import Admission, Limits, Track
 from rkv_vllm.scheduling.books import GroupBooks
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, EvictionDirective, StepPlan
 from rkv_vllm.scheduling.planner import GroupPlanner, ScheduledRequest, Seats
-from rkv_vllm.scheduling.publishing import publish_until_evicted
+from rkv_vllm.scheduling.publishing import publish_no_more
 from rkv_vllm.scheduling.step_stats import StepStats
 
 logger = init_logger(__name__)
@@ -57,10 +57,8 @@ class CompressionSchedulerMixin:
         refusals.check(self.vllm_config)
         self._server = ServerOptions.from_dict(self.vllm_config.additional_config[CONFIG_KEY])
         self._policy = EveryBuffer(self._server.window)
+        self._managers = self.kv_cache_manager.coordinator.single_type_managers
         self._tracks = self._make_tracks()
-        publish_until_evicted(
-            self.kv_cache_manager.coordinator, tuple(t.books.num_evicted for t in self._tracks)
-        )
         self._known: dict[str, _Known] = {}
         # Requests whose prefill has not ended; an ordered set.
         self._prefilling: dict[str, None] = {}
@@ -81,10 +79,9 @@ class CompressionSchedulerMixin:
         logger.info("KV cache compression is on: %s", self._server.to_dict())
 
     def _make_tracks(self) -> list[Track]:
-        managers = self.kv_cache_manager.coordinator.single_type_managers
-        books = [manager for manager in managers if isinstance(manager, GroupBooks)]
+        books = [manager for manager in self._managers if isinstance(manager, GroupBooks)]
         if not books:
-            names = [type(manager).__name__ for manager in managers]
+            names = [type(manager).__name__ for manager in self._managers]
             raise ValueError(
                 "KV cache compression needs a KV-cache group of full attention, got "
                 f"{names}; serve this model without --kv-compression"
@@ -159,7 +156,9 @@ class CompressionSchedulerMixin:
         for track in self._tracks:
             track.books.reclaim()
         for directive in plan.directives:
-            self._admission.note_compaction(is_first=directive.num_evicted_before == 0)
+            if directive.num_evicted_before == 0:
+                publish_no_more(self._managers, directive.req_id)
+                self._admission.note_first_compaction()
         if self.log_stats:
             # Those of the step before: the workers carry them out first thing in this one.
             self._step_stats.add_compactions(self._booked)

@@ -17,7 +17,6 @@ import pytest
 import vllm
 from packaging.specifiers import SpecifierSet
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
-from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
@@ -31,7 +30,6 @@ from rkv_vllm.fit.overrides import check_overrides, describe, load_table, table_
 from rkv_vllm.fit.versions import SCHEDULER_CLS, SUPPORTED_VLLM
 from rkv_vllm.frontend.stat_logger import CompressionStatLogger
 from rkv_vllm.patches import PATCHES, generate, process_inputs
-from rkv_vllm.scheduling import publishing
 from rkv_vllm.worker import attention_hook
 from rkv_vllm.worker.runner import compression_runner
 from rkv_vllm.worker.runner_v1 import CompressionRunnerV1
@@ -72,7 +70,6 @@ def our_classes():
     for mixin, base in RUNNERS.values():
         yield compression_runner(mixin, base)
     yield attention_hook._observing_class(CPUAttentionBackendImpl)
-    yield publishing._guarded(HybridKVCacheCoordinator)
 
 
 def is_ours(each):
@@ -117,7 +114,6 @@ def test_every_override_names_the_function_it_overrides():
     assert found.keys() >= {
         "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule",
         "vllm.v1.core.sched.scheduler:Scheduler._update_after_schedule",
-        "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.cache_blocks",
         "vllm.v1.kv_cache_interface:FullAttentionSpec.merge",
         "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward",
         "vllm.v1.worker.utils:AttentionGroup.build_metadata",

@@ -173,7 +173,7 @@ REJECTED = {"compactions": 0, "drafts": 0}
 
 
 @settings(
-    max_examples=40,
+    max_examples=60,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
@@ -422,7 +422,7 @@ def free_before_the_step_is_scheduled(monkeypatch):
 
 def publish_after_eviction(monkeypatch):
     """The mistake of publishing hashes for compacted content."""
-    monkeypatch.setattr(scheduler, "publish_until_evicted", lambda coordinator, evicted: None)
+    monkeypatch.setattr(scheduler, "publish_no_more", lambda managers, req_id: None)
 
 
 def write_shared_blocks(monkeypatch):
