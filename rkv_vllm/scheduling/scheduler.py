@@ -159,7 +159,7 @@ class CompressionSchedulerMixin:
         for track in self._tracks:
             track.books.reclaim()
         for directive in plan.directives:
-            self._admission.note_compaction(is_first=directive.num_evicted_before == 0)
+            self._admission.note_compaction(self.requests[directive.req_id], directive)
         if self.log_stats:
             # Those of the step before: the workers carry them out first thing in this one.
             self._step_stats.add_compactions(self._booked)
