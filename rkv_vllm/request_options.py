@@ -7,7 +7,7 @@ neither vLLM nor HTTP.
 """
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 from rkv_vllm.option_field import (
@@ -21,6 +21,7 @@ from rkv_vllm.options import (
     FORMER_NAMES,
     OPTIONS,
     ServerOptions,
+    find_method,
     flagged_method_options,
     prefix_len,
 )
@@ -168,11 +169,22 @@ def _read_method_options(extra_args: Mapping[str, Any], server: ServerOptions) -
             raise RequestOptionError(OPTION_KEY, got, wanted, cure, listing)
         changes[name] = value
     try:
-        return change_method_options(server.method, server.method_options, changes)
+        own = change_method_options(server.method, server.method_options, changes)
     except OptionError as error:
         wanted = f"{error.wanted} for {error.key.removeprefix('--kv-option ')}"
         cure = "change it or leave it out for the server's"
         raise RequestOptionError(OPTION_KEY, got, wanted, cure, listing) from error
+    if _needs_queries(server.method, own) > _needs_queries(server.method, server.method_options):
+        wanted = "values that need no queries, because this server was started to record none"
+        cure = "leave it out or ask for another server"
+        raise RequestOptionError(OPTION_KEY, got, wanted, cure, listing)
+    return own
+
+
+@lru_cache(maxsize=64)
+def _needs_queries(method: str, options: Any) -> bool:
+    """Finding the method among the installed ones takes milliseconds."""
+    return find_method(method).need(options).queries
 
 
 def _check_limits(

@@ -138,6 +138,26 @@ def test_a_request_brings_its_own_value_of_what_it_may_set():
         assert str(refused.value).endswith("\n" + LISTING)
 
 
+def test_a_request_cannot_need_queries_where_none_are_recorded(folder, monkeypatch):
+    """Its compaction would find none and end the engine for everybody."""
+    source = SOURCE.replace("import DenseMethod", "import DenseMethod, Need") + (
+        "\n    @classmethod\n    def need(cls, options):\n"
+        "        return Need(queries=options.stride > 4)\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    (folder / "keep_seen.py").write_text(source)
+    without, recording = (
+        ServerOptions(method="keep_seen.KeepSpread", options={"stride": n}) for n in (2, 9)
+    )
+    wanted = "wanted values that need no queries, .* record none"
+    with pytest.raises(RequestOptionError, match=wanted) as refused:
+        read_request_options({"kv_option": "stride=5"}, without)
+    assert refused.value.key == "kv_option"
+    for server, stride in ((without, 4), (recording, 5), (recording, 3)):
+        own = read_request_options({"kv_option": f"stride={stride}"}, server)
+        assert own.method_options.stride == stride
+
+
 @pytest.mark.usefixtures("importable")
 def test_an_option_without_a_spelling_on_the_command_line_is_refused(folder):
     source = "from keep_spread import *\nclass Bad(KeepSpread):\n    @dataclass(frozen=True)\n"

@@ -91,7 +91,10 @@ class Method(ABC):
 
     @classmethod
     def need(cls, options: Any) -> Need:
-        """What to record for a method with these options."""
+        """What to record for a method with these options.
+
+        The server's decide: a request whose own would need more is refused.
+        """
         return Need()
 
     def __init__(self, options: Any, model: ModelFacts, ops: Ops) -> None:

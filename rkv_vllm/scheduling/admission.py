@@ -17,6 +17,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from rkv_vllm.policy import Policy, Terms
 from rkv_vllm.scheduling.books import GroupBooks
+from rkv_vllm.scheduling.directive import EvictionDirective
 from rkv_vllm.scheduling.planner import GroupPlanner
 
 # Weight of the latest finished request in the share of those that were compacted: about the last
@@ -96,9 +97,23 @@ class Admission:
         self._num_events = 0
         self._refused: _Refusal | None = None
 
-    def note_first_compaction(self) -> None:
-        """A request was compacted for the first time: it may be smaller than its growth says."""
-        self._num_events += 1
+    def note_compaction(self, request: Request, directive: EvictionDirective) -> None:
+        """A request was compacted, and may be smaller now than its growth said.
+
+        Not so in the middle of its life, when it was compacted in time: it only grows back.
+
+        Args:
+            request: the request; it knows already when it is due next.
+            directive: what was booked.
+        """
+        terms = self._terms_of(request)
+        grows_back = directive.num_evicted_before and all(
+            directive.num_evict <= own.buffer
+            and self._due_at(request, own, track) + self._limits.in_flight
+            < self._final_len(request)
+            for own, track in zip(terms, self._tracks, strict=True)
+        )
+        self._num_events += not grows_back
 
     def note_end(self, request: Request) -> None:
         """A request leaves the batch; call it before its books are closed.

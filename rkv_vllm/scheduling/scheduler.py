@@ -158,7 +158,7 @@ class CompressionSchedulerMixin:
         for directive in plan.directives:
             if directive.num_evicted_before == 0:
                 publish_no_more(self._managers, directive.req_id)
-                self._admission.note_first_compaction()
+            self._admission.note_compaction(self.requests[directive.req_id], directive)
         if self.log_stats:
             # Those of the step before: the workers carry them out first thing in this one.
             self._step_stats.add_compactions(self._booked)

@@ -213,3 +213,27 @@ def test_a_refusal_is_not_weighed_again_until_somebody_leaves(model, monkeypatch
     assert len(weighed) == 8
     engine.run()
     assert len(engine.outputs["long"]) == 230
+
+
+@pytest.mark.parametrize("seats", [8, 1], ids=["compacted in time", "compacted late"])
+def test_a_remembered_refusal_keeps_nobody_out_longer_than_weighing_in_every_step(model, seats):
+    """Who ends before it is due again, or had outgrown its peak, will not grow back."""
+
+    def waited(forgetful: bool) -> int:
+        engine = SimulatedEngine(model, Setting(40, 32, seats=seats, num_blocks=48))
+        for number in range(2):
+            engine.add(f"running-{number}", [number] * 20, 160)
+        for _ in range(60):
+            engine.step()
+        engine.add("new", [99] * 20, 60)
+        steps = 0
+        while all(request.request_id != "new" for request in engine.scheduler.running):
+            if forgetful:
+                engine.scheduler._admission._refused = None
+            engine.step()
+            steps += 1
+        engine.run()
+        assert engine.worker.resumes == 0
+        return steps
+
+    assert waited(forgetful=False) == waited(forgetful=True) > 80
