@@ -81,7 +81,7 @@ class LayerCache:
         self.queries = queries[:, -self.num_queries :]
         self.keys, self.values = keys, values
 
-    def evict(self, prefix_len: int, settled_len: int, config: ServerOptions) -> None:
+    def evict(self, settled_len: int, config: ServerOptions, prefix_len: int = 0) -> None:
         """Shrinks the settled tokens behind the prefix to the budget; all others stay."""
         behind = self.keys.shape[1] - settled_len
         end = self.queries.shape[1] - behind
@@ -226,7 +226,7 @@ class ReferenceRequest:
             return logprobs, None
         with torch.inference_mode():
             for cache in self.layer_caches:
-                cache.evict(self.prefix_len, settled_len, self.config)
+                cache.evict(settled_len, self.config, self.prefix_len)
         kept = self.prefix_len + self.config.budget
         self.physical_len -= settled_len - kept
         self.counted_from = kept
