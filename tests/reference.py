@@ -81,12 +81,12 @@ class LayerCache:
         self.queries = queries[:, -self.num_queries :]
         self.keys, self.values = keys, values
 
-    def evict(self, settled_len: int, config: ServerOptions) -> None:
-        """Shrinks the settled tokens to the budget; those behind them follow unchanged."""
+    def evict(self, settled_len: int, config: ServerOptions, prefix_len: int = 0) -> None:
+        """Shrinks the settled tokens behind the prefix to the budget; all others stay."""
         behind = self.keys.shape[1] - settled_len
         end = self.queries.shape[1] - behind
         kept = keep_indices(
-            self.keys[:, :settled_len],
+            self.keys[:, prefix_len:settled_len],
             self.queries[:, end - config.window : end],
             config.budget,
             window=config.window,
@@ -94,14 +94,18 @@ class LayerCache:
             pool=config.method_options.pool,
             threshold=config.method_options.threshold,
         )
-        self.keys = _survivors(self.keys, kept, settled_len)
-        self.values = _survivors(self.values, kept, settled_len)
+        kept = prefix_len + kept
+        self.keys = _survivors(self.keys, prefix_len, kept, settled_len)
+        self.values = _survivors(self.values, prefix_len, kept, settled_len)
 
 
-def _survivors(cached: torch.Tensor, kept: torch.Tensor, settled_len: int) -> torch.Tensor:
-    """`cached [heads, n, d]` at each head's `kept [heads, budget]`, then all from `settled_len`."""
+def _survivors(
+    cached: torch.Tensor, prefix_len: int, kept: torch.Tensor, settled_len: int
+) -> torch.Tensor:
+    """Of `cached [heads, n, d]` the prefix, each head's `kept [heads, budget]`, the unsettled."""
     index = kept.unsqueeze(-1).expand(-1, -1, cached.shape[-1])
-    return torch.cat((cached.gather(1, index), cached[:, settled_len:]), dim=1)
+    parts = (cached[:, :prefix_len], cached.gather(1, index), cached[:, settled_len:])
+    return torch.cat(parts, dim=1)
 
 
 def _explicit_attention(
@@ -163,10 +167,16 @@ class ReferenceRequest:
     """One request: its caches, its lengths and the rule when it is compacted."""
 
     def __init__(
-        self, model: PreTrainedModel, config: ServerOptions | None, unprocessed_steps: int = 0
+        self,
+        model: PreTrainedModel,
+        config: ServerOptions | None,
+        unprocessed_steps: int = 0,
+        prefix_len: int = 0,
     ) -> None:
         self.model = model
         self.config = config
+        # First tokens that are neither judged nor counted against the budget.
+        self.prefix_len = prefix_len
         self.unprocessed_steps = unprocessed_steps
         self.restart()
 
@@ -216,9 +226,10 @@ class ReferenceRequest:
             return logprobs, None
         with torch.inference_mode():
             for cache in self.layer_caches:
-                cache.evict(settled_len, self.config)
-        self.physical_len -= settled_len - self.config.budget
-        self.counted_from = self.config.budget
+                cache.evict(settled_len, self.config, self.prefix_len)
+        kept = self.prefix_len + self.config.budget
+        self.physical_len -= settled_len - kept
+        self.counted_from = kept
         return logprobs, settled_len
 
     def _is_due(self, settled_len: int) -> bool:
@@ -226,7 +237,8 @@ class ReferenceRequest:
             return False
         decoded = settled_len - self.counted_from
         config = self.config
-        return settled_len >= config.budget + config.buffer and decoded >= config.buffer
+        due_at = self.prefix_len + config.budget + config.buffer
+        return settled_len >= due_at and decoded >= config.buffer
 
 
 @single_thread()
@@ -275,7 +287,11 @@ def generate_reference(
             f"recompute_at {recompute_at} is not in 1..{num_tokens - 1}; pass an output length "
             "that another token follows"
         )
-    request = ReferenceRequest(load_model(Path(model_dir), dtype), config, unprocessed_steps)
+    prefix_len = 0
+    if config is not None and config.protect != "none":
+        prefix_len = len(prompt_ids) if config.protect == "prompt" else config.protect
+    model = load_model(Path(model_dir), dtype)
+    request = ReferenceRequest(model, config, unprocessed_steps, prefix_len)
     result = ReferenceResult()
     tops = []
     for step in range(num_tokens):
@@ -284,7 +300,7 @@ def generate_reference(
         else:
             logprobs, settled_len = request.decode(result.token_ids[-1])
             if settled_len is not None:
-                evicted = settled_len - config.budget
+                evicted = settled_len - prefix_len - config.budget
                 result.compactions.append(Compaction(step, settled_len, evicted))
         token_id = int(logprobs.argmax()) if forced_ids is None else int(forced_ids[step])
         result.token_ids.append(token_id)
