@@ -7,6 +7,7 @@ options.py for the server's own.
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from functools import cache
@@ -106,7 +107,8 @@ class Option:
             OptionError: wrong type, or a value that the option does not accept.
         """
         if type(value) is int and int not in self.kinds and float in self.kinds:
-            value = float(value)
+            # Too large for a float it is none, and refused below.
+            value = float(value) if abs(value) <= sys.float_info.max else math.inf
         fits = type(value) in self.kinds and not (type(value) is float and not math.isfinite(value))
         if not fits or not (self.accepts is None or self.accepts(value)):
             cure = f"change it or leave it out for the default {self.default!r}"

@@ -6,6 +6,7 @@ section 3; docs/method.md explains the formulas. Next: kernels/rkv/naive.py, whi
 
 import logging
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Tensor
 
@@ -66,12 +67,7 @@ class RKV(Method):
     def __init__(self, options: Options, model: ModelFacts, ops: Ops) -> None:
         super().__init__(options, model, ops)
         if options.threshold > _RARE_COSINE:
-            logger.warning(
-                "--kv-threshold %g: hardly any key has another one this similar, so each search "
-                "looks at nearly all pairs and a compaction's time grows with the square of its "
-                "tokens; lower it for long prompts",
-                options.threshold,
-            )
+            _warn_of_long_searches()
 
     def score(self, heads: Heads, batch: EvictionBatch) -> Tensor:
         """Weigh importance against redundancy. See the base class."""
@@ -83,3 +79,14 @@ class RKV(Method):
         ).mul_(lam)
         redundancy = self.ops.redundancy(heads.keys, batch, threshold=threshold)
         return importance.sub_(redundancy, alpha=1 - lam)
+
+
+@cache
+def _warn_of_long_searches() -> None:
+    """Once: any request may bring a threshold of its own."""
+    logger.warning(
+        "A threshold above %g: hardly any key has another one this similar, so each search looks "
+        "at nearly all pairs and a compaction's time grows with the square of its tokens; lower "
+        "it for long prompts",
+        _RARE_COSINE,
+    )
