@@ -1,5 +1,6 @@
 """What stays shared: protected prefixes, published blocks, and launches of one step."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -135,3 +136,15 @@ def test_a_repeated_run_draws_the_same_seeds_and_no_two_compactions_the_same(mod
     first = seeds()
     assert first == seeds()
     assert len(set(first)) == len(first) > 15
+
+
+def test_a_protected_prefix_that_leaves_no_room_in_the_pool_is_refused(model):
+    # 200 protected tokens, a budget of 8, a block, a window of 2 and a token in flight: 54 blocks.
+    setting = Setting(budget=8, buffer=4, window=2, protect=200, num_blocks=54)
+    message = r"--kv-protect \(protect\): got 200, .* takes 54 blocks .* at most the 53 blocks"
+    with pytest.raises(ValueError, match=message):
+        SimulatedEngine(model, setting)
+    engine = SimulatedEngine(model, replace(setting, num_blocks=55))
+    engine.add("a", [1] * 5, 230)
+    engine.run()
+    assert len(engine.directives) > 3
