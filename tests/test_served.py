@@ -352,7 +352,7 @@ def test_json_schema_holds_across_compactions(server):
 
 @pytest.fixture(scope="module")
 def other_server(model, tmp_path_factory):
-    flags = ("--no-enforce-eager", "--api-server-count=2", "--kv-max-request-tokens=400")
+    flags = ("--no-enforce-eager", "--api-server-count=2")
     # An own cache: what an earlier version of this package compiled must not answer.
     env = {"VLLM_CACHE_ROOT": str(tmp_path_factory.mktemp("cache"))}
     with serving(model, *FLAGS, *flags, env=env) as server:
@@ -365,13 +365,19 @@ def test_compiled_and_behind_two_api_servers_it_says_the_same(other_server, refe
     assert "Started 2 API server processes" in other_server.log
 
 
+@pytest.fixture(scope="module")
+def limited_server(model):
+    with serving(model, *FLAGS, "--kv-max-request-tokens=400") as server:
+        yield server
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("num_tokens", [304, 305])
-def test_a_protected_prompt_counts_against_the_servers_limit(other_server, num_tokens, stream):
+def test_a_protected_prompt_counts_against_the_servers_limit(limited_server, num_tokens, stream):
     answer = requests.post(
-        f"{other_server.base_url}/v1/completions",
+        f"{limited_server.base_url}/v1/completions",
         json={
-            "model": other_server.model,
+            "model": limited_server.model,
             "prompt": random_prompt(num_tokens, seed=1),
             "max_tokens": 1,
             "stream": stream,
