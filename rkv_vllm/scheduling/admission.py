@@ -108,9 +108,7 @@ class Admission:
         """
         terms = self._terms_of(request)
         grows_back = directive.num_evicted_before and all(
-            directive.num_evict <= own.buffer
-            and self._due_at(request, own, track) + self._limits.in_flight
-            < self._final_len(request)
+            directive.num_evict <= own.buffer and self._is_due_before_its_end(request, own, track)
             for own, track in zip(terms, self._tracks, strict=True)
         )
         self._num_events += not grows_back
@@ -196,8 +194,7 @@ class Admission:
             return 0.0
         growth = 0
         for own, server, track in zip(terms, self._server_terms, self._tracks, strict=True):
-            due_at = self._policy.first_due_at(own, newcomer.num_tokens)
-            if due_at + self._limits.in_flight >= self._final_len(newcomer):
+            if not self._is_due_before_its_end(newcomer, own, track):
                 continue
             capped = own._replace(
                 budget=min(own.budget, server.budget), buffer=min(own.buffer, server.buffer)
@@ -216,8 +213,13 @@ class Admission:
             return False
         return any(
             request.request_id in track.books.num_evicted
-            or self._due_at(request, own, track) + self._limits.in_flight < self._final_len(request)
+            or self._is_due_before_its_end(request, own, track)
             for own, track in zip(terms, self._tracks, strict=True)
+        )
+
+    def _is_due_before_its_end(self, request: Request, terms: Terms, track: Track) -> bool:
+        return self._due_at(request, terms, track) + self._limits.in_flight < self._final_len(
+            request
         )
 
     def _due_at(self, request: Request, terms: Terms, track: Track) -> int:
