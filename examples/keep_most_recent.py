@@ -22,7 +22,7 @@ class KeepMostRecent(DenseMethod):
 
         num_first: int = option(4, "First tokens that always stay.", per_request=True)
 
-    def score_dense(self, keys, values, queries, layer):
+    def score_dense(self, keys, values, queries, layer, eviction):
         """Later is better, and the first are the best."""
         scores = torch.arange(float(keys.shape[1]), device=keys.device)
         scores[: self.options.num_first] += len(scores)

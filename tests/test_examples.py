@@ -106,7 +106,7 @@ def test_method_of_ones_own_keeps_the_window_whatever_the_budget(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     cls = get_method("keep_most_recent.KeepMostRecent")
     method = cls(cls.Options(), None, None)
-    scores = method.score_dense(torch.zeros(2, 20, 8), torch.zeros(2, 20, 8), None, 0)
+    scores = method.score_dense(torch.zeros(2, 20, 8), torch.zeros(2, 20, 8), None, 0, None)
     for budget, kept in ((9, [3]), (20, [*range(12)]), (13, [*range(4), 11])):
         assert largest(scores[:, :12], budget - 8).tolist() == [kept] * 2
 

@@ -106,7 +106,7 @@ class DenseRKV(DenseMethod):
     def need(cls, options):
         return Need(queries=True)
 
-    def score_dense(self, keys, values, queries, layer):
+    def score_dense(self, keys, values, queries, layer, eviction):
         return dense.scores(keys, queries)
 
 

@@ -40,7 +40,7 @@ class KeepSpread(DenseMethod):
         )
         oldest: bool = option(False, "Whether the oldest of the others stay.")
 
-    def score_dense(self, keys, values, queries, layer):
+    def score_dense(self, keys, values, queries, layer, eviction):
         place = torch.arange(keys.shape[1], dtype=torch.float32, device=keys.device)
         age = -place if self.options.oldest else place
         spread = len(place) * (place % self.options.stride == 0)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from rkv_vllm.kernels.batch import EvictionBatch
+from rkv_vllm.kernels.batch import Eviction, EvictionBatch
 from rkv_vllm.kernels.ops import Ops
 from rkv_vllm.kernels.paged import PagedStates
 
@@ -135,7 +135,12 @@ class DenseMethod(Method):
 
     @abstractmethod
     def score_dense(
-        self, keys: Tensor, values: Tensor, queries: Tensor | None, layer: int
+        self,
+        keys: Tensor,
+        values: Tensor,
+        queries: Tensor | None,
+        layer: int,
+        eviction: Eviction,
     ) -> Tensor:
         """Score the candidates of one request in one layer.
 
@@ -146,6 +151,7 @@ class DenseMethod(Method):
             queries: [query heads, window, head_size] of the last `window` tokens, after RoPE, None
                 unless `need` asks for them. Query head `h * group + g` reads KV head `h`.
             layer: index into `model.layers`.
+            eviction: the request's numbers: its budget, lengths, and the seed of this compaction.
 
         Returns:
             [KV heads, n - window] or, where that is easier, [KV heads, n], of which the window's
@@ -175,7 +181,7 @@ class DenseMethod(Method):
                 queries = heads.queries
                 if queries is not None:
                     queries = batch.window_queries(i, queries[:, only])
-                part = self.score_dense(*dense, queries, layer)
+                part = self.score_dense(*dense, queries, layer, eviction)
                 self._check_dense(part, num_heads, eviction.num_judged, num_candidates)
                 own_heads = slice(own * num_heads, (own + 1) * num_heads)
                 scores[i, own_heads, :num_candidates] = part[:, :num_candidates]

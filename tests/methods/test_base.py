@@ -1,5 +1,7 @@
 """What the base classes do for a method that only knows dense tensors, and what they refuse."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -36,7 +38,7 @@ class Weakest(DenseMethod):
     def need(cls, options):
         return Need(queries=True)
 
-    def score_dense(self, keys, values, queries, layer):
+    def score_dense(self, keys, values, queries, layer, eviction):
         # The values only have to be those of the same tokens.
         assert torch.equal(keys, -values)
         window, n = queries.shape[1], keys.shape[1]
@@ -56,10 +58,24 @@ def test_a_method_of_dense_tensors_serves_a_ragged_batch_behind_its_prefixes():
         queries = recorded.view(LAYERS, 2 * HEADS, 8, -1)
         for layer in range(LAYERS):
             keys = case.dense[i][layer, :, eviction.prefix_len : eviction.settled_len]
-            expected = method.score_dense(keys, -keys, queries[layer], layer)
+            expected = method.score_dense(keys, -keys, queries[layer], layer, eviction)
             own = got[i, layer * HEADS : (layer + 1) * HEADS]
             torch.testing.assert_close(own[:, :m], expected)
             assert own[:, m:].eq(-torch.inf).all()
+
+
+def test_each_request_is_scored_with_its_own_numbers():
+    class Longest(DenseMethod):
+        def score_dense(self, keys, values, queries, layer, eviction):
+            assert keys.shape[1] == eviction.num_judged
+            return torch.full(keys.shape[:2], eviction.seed + eviction.budget + 0.5)
+
+    case = new_case([(100, 103, 50), (63, 63, 9, 33)])
+    evictions = [e._replace(seed=100 * i) for i, e in enumerate(case.batch.evictions)]
+    batch = replace(case.batch, evictions=tuple(evictions))
+    got = Longest(NoOptions(), facts(case), CPU).score(heads_of(case, with_queries=False), batch)
+    assert got[0].unique().tolist() == [50.5]
+    assert got[1, :, :22].unique().tolist() == [109.5]
 
 
 def test_some_layers_are_scored_by_their_own_number():
@@ -72,7 +88,7 @@ def test_some_layers_are_scored_by_their_own_number():
 
 def test_a_method_may_score_the_window_too_and_needs_no_queries():
     class Norm(DenseMethod):
-        def score_dense(self, keys, values, queries, layer):
+        def score_dense(self, keys, values, queries, layer, eviction):
             assert queries is None
             return -keys.norm(dim=-1)
 
@@ -87,7 +103,7 @@ def test_a_method_may_score_the_window_too_and_needs_no_queries():
 
 def test_zero_keys_of_an_unwritten_block_end_in_the_newest_tokens_and_not_in_an_error():
     class Directions(DenseMethod):
-        def score_dense(self, keys, values, queries, layer):
+        def score_dense(self, keys, values, queries, layer, eviction):
             return (keys / keys.norm(dim=-1, keepdim=True)).sum(dim=-1)
 
     case = new_case([(40, 40, 20)])
@@ -108,8 +124,8 @@ def test_zero_keys_of_an_unwritten_block_end_in_the_newest_tokens_and_not_in_an_
 )
 def test_dense_scores_of_another_shape_or_kind_are_refused_by_name(change, got):
     class Wrong(Weakest):
-        def score_dense(self, keys, values, queries, layer):
-            return change(super().score_dense(keys, values, queries, layer))
+        def score_dense(self, keys, values, queries, layer, eviction):
+            return change(super().score_dense(keys, values, queries, layer, eviction))
 
     case = new_case([(100, 100, 50)])
     message = rf"Wrong\.score_dense: got {got}, wanted floats \[3, 92\] or \[3, 100\]"

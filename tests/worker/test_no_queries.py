@@ -16,7 +16,7 @@ pytestmark = pytest.mark.engine
 class Smallest(DenseMethod):
     """Keeps the keys of the smallest norm."""
 
-    def score_dense(self, keys, values, queries, layer):
+    def score_dense(self, keys, values, queries, layer, eviction):
         assert queries is None
         return -keys.float().norm(dim=-1)
 
