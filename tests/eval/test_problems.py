@@ -1,0 +1,123 @@
+"""Problem sets: what ships, samples that stay the same, files that cannot be used."""
+
+import json
+import random
+from collections import Counter
+
+import pytest
+
+from rkv_vllm.eval.problems import Problem, load_problems, prompt_of
+
+ROW = {"question": "What is 2 + 3?", "answer": "5"}
+
+
+def written(tmp_path, *rows):
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("math500", 500), ("math500:1-3", 238), ("math500:5", 134), ("aime24", 30)]
+)
+def test_sets_that_ship_are_whole(name, count):
+    problems = load_problems(name)
+    assert len({problem.id for problem in problems}) == len(problems) == count
+    assert {(problem.set, problem.grader) for problem in problems} == {(name, "math")}
+    assert all(problem.question and problem.answer for problem in problems)
+
+
+def test_levels_are_those_asked_for():
+    easy, rest = load_problems("math500:1-3"), load_problems("math500:4-5")
+    every = {problem.id for problem in load_problems("math500")}
+    assert {p.id for p in easy} | {p.id for p in rest} == every
+    assert len(easy) + len(rest) == len(every)
+
+
+def test_a_sample_has_every_level_in_proportion():
+    level_of = {p.id: level for level in range(1, 6) for p in load_problems(f"math500:{level}")}
+    sample = load_problems("math500", limit=50, seed=7)
+    assert Counter(level_of[p.id] for p in sample) == {1: 4, 2: 9, 3: 11, 4: 13, 5: 13}
+
+
+def test_a_sample_depends_on_the_seed_and_not_on_the_order_of_the_file(tmp_path):
+    rows = [{**ROW, "id": i, "level": i % 3} for i in range(40)]
+    path = written(tmp_path, *rows)
+    sample = load_problems(str(path), limit=10, seed=1)
+    assert load_problems(str(path), limit=20, seed=1)[:10] == sample
+    assert load_problems(str(path), limit=10, seed=2) != sample
+    random.Random(0).shuffle(rows)
+    assert load_problems(str(written(tmp_path, *rows)), limit=10, seed=1) == sample
+
+
+def test_a_file_needs_only_question_and_answer(tmp_path):
+    path = written(tmp_path, {**ROW, "source": None}, "", {"question": "1 + 1?", "answer": 2})
+    by_answer = {problem.answer: problem for problem in load_problems(str(path))}
+    assert by_answer["5"]._replace(id="") == Problem("own.jsonl", "", ROW["question"], "5", "math")
+    assert by_answer["2"].question == "1 + 1?"
+    assert by_answer["2"].id != by_answer["5"].id
+
+
+@pytest.mark.parametrize(
+    ("rows", "line", "got"),
+    [
+        ((ROW, "{'question': 1}"), 2, "no JSON"),
+        ((ROW, "[1]"), 2, "'[1]'"),
+        ((ROW, "", {"problem": "?", "answer": "1"}), 3, "the columns problem, answer"),
+        (({"question": "?"},), 1, "wanted 'answer' among them"),
+        (({"question": 5, "answer": "1"},), 1, "'5' (int) as 'question'"),
+        (({"question": "?", "answer": None},), 1, "'None' (NoneType) as 'answer'"),
+        (({"question": "?", "answer": True},), 1, "'True' (bool) as 'answer'"),
+        (({"question": " ", "answer": "1"},), 1, "as 'question'"),
+        (({**ROW, "id": [1]},), 1, "'[1]' as 'id'"),
+        (({**ROW, "id": 1}, {**ROW, "id": "1"}), 2, "of line 1 again"),
+        ((ROW, ROW), 2, "of line 1 again"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_number(tmp_path, rows, line, got):
+    path = written(tmp_path, *rows)
+    with pytest.raises(ValueError, match="wanted") as caught:
+        load_problems(str(path))
+    message = str(caught.value)
+    assert message.startswith(f"--problems: {path}, line {line}: got ")
+    assert got in message
+
+
+def test_a_file_that_is_missing_empty_or_no_text_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"No such file.*correct the path"):
+        load_problems(str(tmp_path / "none.jsonl"))
+    with pytest.raises(ValueError, match="which is empty"):
+        load_problems(str(written(tmp_path, "", " ")))
+    (tmp_path / "own.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"wanted a file of UTF-8 text"):
+        load_problems(str(tmp_path / "own.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("math5000", "wanted math500, math500:1-3 .levels., aime24"),
+        ("math500:0", "wanted levels from 1 to 5"),
+        ("math500:3-1", "wanted levels"),
+        ("math500:", "wanted levels"),
+        ("math500:hard", "wanted levels"),
+        ("aime24:1", "wanted aime24 alone"),
+        ("trace:x", "wanted how many lines"),
+        ("trace:0", "wanted how many lines"),
+    ],
+)
+def test_an_unknown_set_is_refused_with_what_exists(name, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        load_problems(name)
+
+
+def test_a_limit_below_one_is_refused():
+    with pytest.raises(ValueError, match="--limit: got 0"):
+        load_problems("aime24", limit=0)
+
+
+def test_prompts_ask_for_what_the_grader_reads():
+    problem = Problem("s", "1", "How many?", "5", "math")
+    assert prompt_of(problem).startswith("How many?\n")
+    assert "\\boxed{}" in prompt_of(problem)
+    assert "`Answer: N`" in prompt_of(problem._replace(grader="integer"))
