@@ -31,6 +31,7 @@ FLOORS = (
     {"plugin"},
     {""},
     {"bench", "trace"},
+    {"eval"},
     {"cli"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
