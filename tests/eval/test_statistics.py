@@ -5,7 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from rkv_vllm.eval.statistics import Comparison, Interval, paired_bootstrap, share_interval
+from rkv_vllm.eval.statistics import (
+    Comparison,
+    Interval,
+    paired_bootstrap,
+    pooled_interval,
+    share_interval,
+)
 
 
 def random_stock(n=60, samples=2, seed=0):
@@ -94,3 +100,16 @@ def test_a_share_has_wilsons_interval(right, of, low, high):
     assert found == pytest.approx((right / of, low, high), abs=1e-4)
     with pytest.raises(ValueError, match="no problem"):
         share_interval({})
+
+
+def test_a_pooled_mean_weighs_problems_by_their_tokens():
+    found = pooled_interval({"a": [3.0, 1.0], "b": [0.0]}, {"a": [4, 6], "b": [30]}, seed=0)
+    assert found == Interval(0.1, 0.0, 0.4)
+    assert pooled_interval({"a": [3.0]}, {"a": [10]}, seed=0) == Interval(0.3, None, None)
+
+
+def test_problems_without_tokens_are_no_part_of_a_pooled_mean():
+    sums, counts = {"a": [3.0], "b": [1.0], "c": [0.0]}, {"a": [10], "b": [10], "c": [0]}
+    without = pooled_interval({k: sums[k] for k in "ab"}, {k: counts[k] for k in "ab"}, seed=0)
+    assert pooled_interval(sums, counts, seed=0) == without
+    assert pooled_interval({"c": [0.0]}, {"c": [0]}, seed=0) is None
