@@ -113,15 +113,8 @@ def _ratios(by_side: dict[Side, list[Result]]) -> dict[str, Any]:
 
 def print_report(document: dict[str, Any]) -> None:
     """Print card, tables and ratios, or why there are none."""
-    # A narrower one would cut the table's numbers off.
-    console = Console(highlight=False)
-    console.width = max(console.width, _WIDTH)
-    grid = Table.grid(padding=(0, 2))
-    for key, value in document["card"].items():
-        if isinstance(value, dict):
-            value = " ".join(f"{name}={each}" for name, each in value.items()) or "-"
-        grid.add_row(key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
-    console.print(grid)
+    console = report_console()
+    console.print(card_grid(document["card"]))
     for result in document["results"]:
         console.print()
         console.print(_table(result, document["workload"]))
@@ -135,6 +128,25 @@ def print_report(document: dict[str, Any]) -> None:
             pairs = ", ".join(f"{pair:.2f}" for pair in ratio["pairs"])
             shown = f"[bold]{ratio['median']:.2f} x[/bold] (each pair: {pairs})"
             console.print(f"{side} / stock, tokens/s: {shown}", soft_wrap=True)
+
+
+def report_console(width: int = _WIDTH) -> Console:
+    """A console at least so wide: a narrower one would cut a table's numbers off."""
+    console = Console(highlight=False)
+    console.width = max(console.width, width)
+    return console
+
+
+def card_grid(card: dict[str, Any]) -> Table:
+    """A card as two columns."""
+    grid = Table.grid(padding=(0, 2))
+    for key, value in card.items():
+        if isinstance(value, dict):
+            value = " ".join(f"{name}={each}" for name, each in value.items()) or "-"
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        # Brackets are text here: `rkv[center=true]`.
+        grid.add_row(key, escape(text))
+    return grid
 
 
 def in_words(workload: dict[str, Any]) -> str:
