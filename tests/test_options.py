@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import rkv_vllm
+from rkv_vllm.methods import available_methods
 from rkv_vllm.options import OPTIONS, ServerOptions, check_options, flagged_method_options
 
 DEFAULTS = {
@@ -118,7 +119,8 @@ def test_buffer_must_hold_a_window():
 
 
 def test_unknown_method_error_lists_the_installed_ones():
-    with pytest.raises(ValueError, match=r"got 'h2o', wanted one of rkv or .*package.module.Class"):
+    names = f"one of {', '.join(available_methods())} or"
+    with pytest.raises(ValueError, match=rf"got 'h2o', wanted {names} .*package.module.Class"):
         ServerOptions(method="h2o")
 
 

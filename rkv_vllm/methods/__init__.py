@@ -18,7 +18,18 @@ from rkv_vllm.option_field import option
 ENTRY_POINT_GROUP = "rkv_vllm.methods"
 
 # Listed here as well as in the distribution's metadata, which a bare source tree does not have.
-_BUILT_IN = (EntryPoint(name="rkv", value="rkv_vllm.methods.rkv:RKV", group=ENTRY_POINT_GROUP),)
+_BUILT_IN = tuple(
+    EntryPoint(name=name, value=f"rkv_vllm.methods.{name}:{class_name}", group=ENTRY_POINT_GROUP)
+    for name, class_name in (
+        ("keydiff", "KeyDiff"),
+        ("knorm", "KNorm"),
+        ("random", "Random"),
+        ("recent", "Recent"),
+        ("rkv", "RKV"),
+        ("snapkv", "SnapKV"),
+        ("vase", "VaSE"),
+    )
+)
 
 __all__ = [
     "DenseMethod",

@@ -51,6 +51,18 @@ class ModelFacts(NamedTuple):
     soft_cap: Tensor
 
 
+def layer_number(name: str) -> int:
+    """The number in the whole model that a layer's name holds: 3 of `model.layers.3.self_attn`.
+
+    Raises:
+        ValueError: it holds none, or several.
+    """
+    numbers = [part for part in name.split(".") if part.isdecimal()]
+    if len(numbers) != 1:
+        raise ValueError(f"layer {name!r}: got {len(numbers)} numbers in its name, wanted one")
+    return int(numbers[0])
+
+
 class Heads(NamedTuple):
     """The caches of some layers.
 

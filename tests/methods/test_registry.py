@@ -2,7 +2,9 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +16,8 @@ from rkv_vllm.methods import Method, available_methods, get_method, option
 from rkv_vllm.methods.rkv import RKV
 
 ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+ENTRY_POINTS = PROJECT["entry-points"]["rkv_vllm.methods"]
 
 
 class Newest(Method):
@@ -65,28 +69,31 @@ def register(monkeypatch):
     return pretend
 
 
-def test_rkv_is_there_without_distribution_metadata(register):
+def test_the_built_in_methods_are_there_without_distribution_metadata(register):
     register()
-    assert available_methods() == ["rkv"]
-    assert get_method("rkv") is RKV
+    assert available_methods() == sorted(ENTRY_POINTS)
+    for name, value in ENTRY_POINTS.items():
+        module, _, cls = value.partition(":")
+        assert get_method(name) is getattr(import_module(module), cls)
 
 
-def test_rkv_is_there_once_when_the_metadata_lists_it_too(register):
-    register(rkv="rkv_vllm.methods.rkv:RKV")
-    assert available_methods() == ["rkv"]
+def test_they_are_there_once_when_the_metadata_lists_them_too(register):
+    register(**ENTRY_POINTS)
+    assert available_methods() == sorted(ENTRY_POINTS)
     assert get_method("rkv") is RKV
 
 
 def test_another_distribution_adds_a_method(register):
     register(newest="other_distribution:Newest")
-    assert available_methods() == ["newest", "rkv"]
+    assert available_methods() == sorted([*ENTRY_POINTS, "newest"])
     assert get_method("newest") is Newest
     assert get_method("rkv") is RKV
 
 
 def test_unknown_name_lists_the_available_ones(register):
     register(newest="other_distribution:Newest")
-    with pytest.raises(ValueError, match=r"got 'snap', wanted one of newest, rkv or .*; correct"):
+    names = ", ".join(sorted([*ENTRY_POINTS, "newest"]))
+    with pytest.raises(ValueError, match=rf"got 'snap', wanted one of {names} or .*; correct"):
         get_method("snap")
 
 
