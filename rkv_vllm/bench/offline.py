@@ -21,6 +21,7 @@ from rkv_vllm.bench.workload import Workload
 
 if TYPE_CHECKING:
     from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
 
 POLL_SECONDS = 0.2
 PROGRESS_SECONDS = 1.0
@@ -127,6 +128,12 @@ def run_job(job: dict[str, Any], show: Callable[[float], None]) -> Iterator[dict
 def make_engine(flags: list[str]) -> "LLM":
     """Returns the offline engine that flags of `vllm serve` describe."""
     from vllm import LLM
+
+    return LLM.from_engine_args(read_engine_args(flags))
+
+
+def read_engine_args(flags: list[str]) -> "EngineArgs":
+    """Returns the arguments of an offline engine that flags of `vllm serve` describe."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.plugins import load_general_plugins
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -139,7 +146,20 @@ def make_engine(flags: list[str]) -> "LLM":
     engine_args = EngineArgs.from_cli_args(parser.parse_args(flags))
     # As `LLM(...)` has it by default; the flags' default is that of a server.
     engine_args.disable_log_stats = True
-    return LLM.from_engine_args(engine_args)
+    return engine_args
+
+
+def forget_prompts(llm: "LLM") -> None:
+    """Empty the prefix cache; with asynchronous scheduling a last step may hold blocks.
+
+    Raises:
+        RuntimeError: blocks are held although no request is left.
+    """
+    for _ in range(5):
+        if llm.reset_prefix_cache():
+            return
+        llm.llm_engine.step()
+    raise RuntimeError("the prefix cache cannot be emptied: an earlier load left blocks behind")
 
 
 class SchedulerCounts:
@@ -165,20 +185,12 @@ class SchedulerCounts:
         self._show, self._shown_at = show, time.monotonic()
         self._usable = self._pool.num_gpu_blocks - 1
         taken = []
-        self._forget_prompts()
+        forget_prompts(self._llm)
         if pool_blocks is not None and pool_blocks < self._usable:
             taken = self._pool.get_new_blocks(self._usable - pool_blocks)
             self._usable = pool_blocks
         yield
         self._pool.free_blocks(taken)
-
-    def _forget_prompts(self) -> None:
-        """Empty the prefix cache; with asynchronous scheduling a last step may hold blocks."""
-        for _ in range(5):
-            if self._llm.reset_prefix_cache():
-                return
-            self._llm.llm_engine.step()
-        raise RuntimeError("the prefix cache cannot be emptied: an earlier load left blocks behind")
 
     def numbers(self) -> dict[str, float]:
         """Of the last load."""

@@ -4,6 +4,10 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TASKS = (
     "A baker sells rolls at 3 for 2 euros and loaves at 4 euros each. On Monday she takes 96 euros "
@@ -69,16 +73,14 @@ def read_prompts(path: Path, count: int) -> list[str]:
     return prompts
 
 
-def make_renderer(folder: Path) -> tuple[Callable[[str], str], Callable[[str], int]]:
-    """Returns how a task becomes the text of a prompt, and how many tokens a text has.
-
-    A task is put into the model's chat template where it has one.
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """Returns the tokenizer of a checkpoint.
 
     Args:
-        folder: of a checkpoint; nothing is looked up on the network.
+        folder: of the checkpoint; nothing is looked up on the network.
 
     Raises:
-        ValueError: there is no tokenizer.
+        ValueError: there is none.
     """
     # Only now: it imports torch.
     from transformers import AutoTokenizer
@@ -94,6 +96,21 @@ def make_renderer(folder: Path) -> tuple[Callable[[str], str], Callable[[str], i
             f"MODEL: got {str(folder)!r}, whose tokenizer cannot be read ({reason}), wanted a "
             "complete checkpoint; download it again"
         ) from error
+    return tokenizer
+
+
+def make_renderer(folder: Path) -> tuple[Callable[[str], str], Callable[[str], int]]:
+    """Returns how a task becomes the text of a prompt, and how many tokens a text has.
+
+    A task is put into the model's chat template where it has one.
+
+    Args:
+        folder: of a checkpoint; nothing is looked up on the network.
+
+    Raises:
+        ValueError: there is no tokenizer.
+    """
+    tokenizer = load_tokenizer(folder)
 
     def render(task: str) -> str:
         if not tokenizer.chat_template:

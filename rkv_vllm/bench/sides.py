@@ -4,7 +4,7 @@ Knows the flags of vLLM by name only. Next: offline.py and served.py, which run 
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -60,13 +60,12 @@ class Run:
 
 
 class _Refuse(argparse.Action):
-    """The action of a flag that bench decides about."""
+    """The action of a flag that the command decides about; its help is the way out."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
-        name = self.option_strings[0]
         raise ValueError(
-            f"{name}: got it among the flags for vLLM, wanted none that bench decides about; "
-            f"{_TAKEN[name]}"
+            f"{self.option_strings[0]}: got it among the flags for vLLM, wanted none that "
+            f"{parser.prog} decides about; {self.help}"
         )
 
 
@@ -77,27 +76,31 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message if "; " in message else f"ENGINE_FLAGS: {message}")
 
 
-def split_engine_flags(flags: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+def split_engine_flags(
+    flags: Sequence[str], command: str = "bench", taken: Mapping[str, str] = _TAKEN
+) -> tuple[list[str], dict[str, Any]]:
     """Splits what follows `--` into flags of every side and options of the compressed sides.
 
     Args:
         flags: as for `vllm serve`; `--kv-window` and its like only make sense with compression.
+        command: that takes them.
+        taken: flags that the command itself decides about, with the way out.
 
     Returns:
         The flags of every side, and the options of the compressed sides as in JSON.
 
     Raises:
-        ValueError: a flag that bench itself decides about, also abbreviated, or a value that an
-            option of compression does not take.
+        ValueError: a flag that the command itself decides about, also abbreviated, or a value that
+            an option of compression does not take.
     """
-    parser = _Parser(add_help=False, conflict_handler="resolve")
+    parser = _Parser(command, add_help=False, conflict_handler="resolve")
     parser.add_argument("--additional-config")
     add_flags(parser)
     own = {flag for flag in parser._option_string_actions if flag.startswith("--kv-")}
     # Goes to every side as it is.
     del parser._option_string_actions["--additional-config"]
-    for name in _TAKEN:
-        parser.add_argument(name, action=_Refuse, nargs="?")
+    for name, cure in taken.items():
+        parser.add_argument(name, action=_Refuse, nargs="?", help=cure)
     # vLLM takes underscores for dashes; what follows "=" or "." is a value or a key.
     spelled = [_with_dashes(flag) if flag.startswith("--") else flag for flag in flags]
     for flag, _, third in zip(spelled, spelled[1:], spelled[2:], strict=False):
@@ -108,7 +111,7 @@ def split_engine_flags(flags: Sequence[str]) -> tuple[list[str], dict[str, Any]]
         if flag.startswith("--additional") and CONFIG_KEY in "".join(common[i : i + 2]):
             raise ValueError(
                 f"--additional-config: got {CONFIG_KEY!r} in it, wanted the stock side without "
-                "compression; pass --budget, --buffer or the --kv-... flags"
+                f"compression; see rkv-vllm {command} --help for the compressed sides"
             )
     return common, vars(found).get(FLAGS_KEY, {})
 

@@ -8,6 +8,7 @@ import typer
 
 from rkv_vllm.cli.bench import run_benchmark
 from rkv_vllm.cli.doctor import show_diagnosis
+from rkv_vllm.cli.eval import run_evaluation
 from rkv_vllm.cli.plan import show_plan
 from rkv_vllm.cli.trace import show_trace
 from rkv_vllm.cli.version import show_version
@@ -24,6 +25,7 @@ app.command("version")(show_version)
 app.command("doctor")(show_diagnosis)
 app.command("plan")(show_plan)
 app.command("bench")(run_benchmark)
+app.command("eval")(run_evaluation)
 app.command("trace")(show_trace)
 
 
