@@ -20,7 +20,7 @@ FOLDERS = {"rkv_vllm": PACKAGE, "rkv_vllm.kernels": PACKAGE.parent / "kernels"}
 
 # From the ground up. A room is a file or folder of the package; "" is the package itself.
 FLOORS = (
-    {"kernels", "option_field"},
+    {"kernels", "option_field", "model_name"},
     {"methods", "log", "policy"},
     {"options"},
     {"flags", "request_options", "fit"},
@@ -30,7 +30,7 @@ FLOORS = (
     {"patches"},
     {"plugin"},
     {""},
-    {"bench", "trace"},
+    {"bench", "calibrate", "trace"},
     {"eval"},
     {"cli"},
 )
@@ -40,6 +40,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 WITHOUT_VLLM = (
     "kernels",
     "methods",
+    "model_name",
     "option_field",
     "options",
     "flags",

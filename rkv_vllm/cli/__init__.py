@@ -7,6 +7,7 @@ imports them when it runs. What several commands need: `errors.py`, `checkpoint.
 import typer
 
 from rkv_vllm.cli.bench import run_benchmark
+from rkv_vllm.cli.calibrate import calibrate_model
 from rkv_vllm.cli.doctor import show_diagnosis
 from rkv_vllm.cli.eval import run_evaluation
 from rkv_vllm.cli.plan import show_plan
@@ -26,6 +27,7 @@ app.command("doctor")(show_diagnosis)
 app.command("plan")(show_plan)
 app.command("bench")(run_benchmark)
 app.command("eval")(run_evaluation)
+app.command("calibrate")(calibrate_model)
 app.command("trace")(show_trace)
 
 

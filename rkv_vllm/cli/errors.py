@@ -1,6 +1,7 @@
 """How a command ends when it cannot do what was asked: one line on stderr and an exit code."""
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -10,6 +11,7 @@ import typer
 
 REFUSED = 1
 USAGE = 2
+INTERRUPTED = 130
 
 
 class CommandError(Exception):
@@ -33,6 +35,18 @@ def one_line_errors() -> Iterator[None]:
     except CommandError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C ends the command with one line, also in a background job, where shells ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise CommandError("interrupted; nothing was written", INTERRUPTED) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def require_package(package: str, option: str) -> None:

@@ -6,23 +6,19 @@ stands in `trace_input.py`; what is recorded and how it is drawn, in `rkv_vllm/t
 
 import json
 import os
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from rkv_vllm.cli.checkpoint import check_dtype, find_config, read_config, read_decoder
 from rkv_vllm.cli.environment import quieten_vllm
-from rkv_vllm.cli.errors import REFUSED, CommandError, one_line_errors
+from rkv_vllm.cli.errors import REFUSED, CommandError, interruptible, one_line_errors
 from rkv_vllm.cli.options import DTYPES, ModelArgument, option
+from rkv_vllm.cli.progress import progress, status
 from rkv_vllm.cli.version import VERSIONED_DISTRIBUTIONS
 from rkv_vllm.fit.versions import installed_version
 from rkv_vllm.options import OPTIONS, ServerOptions
@@ -31,9 +27,6 @@ if TYPE_CHECKING:
     from rkv_vllm.trace.capture import Capture, TracedRequest
     from rkv_vllm.trace.record import Trace
 
-INTERRUPTED = 130
-# Seconds between two lines about progress where stderr is no terminal.
-_LOG_INTERVAL = 10
 _GENERATION, _COMPRESSION = "Generation", "Compression (as for vllm serve)"
 
 
@@ -126,7 +119,7 @@ def show_trace(
     from rkv_vllm.cli import trace_input
     from rkv_vllm.trace.capture import TracedRequest, prepare_vllm
 
-    with one_line_errors(), _interruptible():
+    with one_line_errors(), interruptible():
         trace_input.check_output(output)
         trace_input.check_temperature(temperature)
         try:
@@ -147,7 +140,7 @@ def show_trace(
         decoder = read_decoder(read_config(found))
         quieten_vllm()
         prepare_vllm()
-        with _status("Importing vLLM ..."):
+        with status("Importing vLLM ..."):
             tokenizer = trace_input.load_tokenizer(str(found.parent))
         text = sys.stdin.read() if prompt == "-" else prompt
         prompt_ids = trace_input.encode(tokenizer, text, chat)
@@ -176,18 +169,6 @@ def show_trace(
         )
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends the command with one line, also in a background job, where shells ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise CommandError("interrupted; nothing was written", INTERRUPTED) from None
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _run(
     folder: Path,
     request: "TracedRequest",
@@ -204,7 +185,7 @@ def _run(
     from rkv_vllm.trace import capture
 
     with ExitStack() as stack:
-        with _status("Loading the model ..."):
+        with status("Loading the model ..."):
             try:
                 llm = stack.enter_context(
                     capture.running_engine(
@@ -217,7 +198,7 @@ def _run(
                     f"{' '.join(str(error).split())}; see rkv-vllm doctor {folder}",
                     REFUSED,
                 ) from error
-        on_token = stack.enter_context(_progress(request.max_tokens))
+        on_token = stack.enter_context(progress("Generating", request.max_tokens, "tokens"))
         captured = capture.capture(llm, config, request, on_token)
     if captured.evictions is None:
         prompt_len, output_len = len(request.prompt_ids), len(captured.output_ids)
@@ -228,35 +209,6 @@ def _run(
             REFUSED,
         )
     return captured
-
-
-@contextmanager
-def _status(text: str) -> Iterator[None]:
-    """A spinner; a line where nobody would see it turn."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        console.print(text)
-    with console.status(text):
-        yield
-
-
-@contextmanager
-def _progress(max_tokens: int) -> Iterator[Callable[[int], None]]:
-    """A bar over output tokens, and lines in a log; yields the function that moves it."""
-    console = Console(stderr=True)
-    columns = (TextColumn("Generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=max_tokens)
-        next_line = time.monotonic()
-
-        def on_token(num_tokens: int) -> None:
-            nonlocal next_line
-            progress.update(task, completed=num_tokens)
-            if not console.is_terminal and time.monotonic() >= next_line:
-                console.print(f"Generating: {num_tokens} of {max_tokens} tokens")
-                next_line += _LOG_INTERVAL
-
-        yield on_token
 
 
 def _trace(

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rkv_vllm.fit.overrides import check_overrides
 from rkv_vllm.fit.versions import SCHEDULER_CLS, check_vllm_version, platform_worker_cls
 from rkv_vllm.log import init_logger
-from rkv_vllm.options import CONFIG_KEY, ServerOptions
+from rkv_vllm.options import CONFIG_KEY, ServerOptions, find_method
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+
+    from rkv_vllm.methods.base import ModelShape
 
 # Those whose cache layouts are known (worker/cache_views.py).
 ATTENTION_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
@@ -78,8 +80,23 @@ def check(vllm_config: "VllmConfig") -> None:
     _raise_if_any(rule.find(vllm_config) for rule in REFUSALS)
     options = ServerOptions.from_dict(vllm_config.additional_config[CONFIG_KEY])
     options.check_room(vllm_config.model_config.max_model_len)
+    shape = _model_shape(vllm_config.model_config)
+    find_method(options.method).check_model(options.method_options, shape)
     _warn_if_never_due(vllm_config, options)
     _warn_if_unproven()
+
+
+def _model_shape(model: "ModelConfig") -> "ModelShape":
+    # Deferred, as in options.py: the package of the methods imports torch.
+    from rkv_vllm.methods.base import ModelShape
+
+    return ModelShape(
+        name=model.model,
+        num_layers=model.get_total_num_hidden_layers(),
+        num_query_heads=model.model_arch_config.total_num_attention_heads,
+        num_kv_heads=model.get_total_num_kv_heads(),
+        head_size=model.get_head_size(),
+    )
 
 
 def _raise_if_any(sentences: Iterable[str | None]) -> None:

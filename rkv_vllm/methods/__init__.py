@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from operator import attrgetter
 
-from rkv_vllm.methods.base import DenseMethod, Heads, Method, ModelFacts, Need
+from rkv_vllm.methods.base import DenseMethod, Heads, Method, ModelFacts, ModelShape, Need
 from rkv_vllm.option_field import option
 
 ENTRY_POINT_GROUP = "rkv_vllm.methods"
@@ -27,6 +27,7 @@ _BUILT_IN = tuple(
         ("recent", "Recent"),
         ("rkv", "RKV"),
         ("snapkv", "SnapKV"),
+        ("triattention", "TriAttention"),
         ("vase", "VaSE"),
     )
 )
@@ -36,6 +37,7 @@ __all__ = [
     "Heads",
     "Method",
     "ModelFacts",
+    "ModelShape",
     "Need",
     "available_methods",
     "get_method",

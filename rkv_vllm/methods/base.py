@@ -63,6 +63,24 @@ def layer_number(name: str) -> int:
     return int(numbers[0])
 
 
+class ModelShape(NamedTuple):
+    """A whole model, whichever part of it a rank holds.
+
+    Attributes:
+        name: as the user gave it, a folder or a hub id.
+        num_layers: attention layers.
+        num_query_heads: query heads of a layer.
+        num_kv_heads: KV heads of a layer.
+        head_size: elements of a key.
+    """
+
+    name: str
+    num_layers: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_size: int
+
+
 class Heads(NamedTuple):
     """The caches of some layers.
 
@@ -108,6 +126,16 @@ class Method(ABC):
         The server's decide: a request whose own would need more is refused.
         """
         return Need()
+
+    @classmethod  # noqa: B027 (most methods fit every model)
+    def check_model(cls, options: Any, shape: ModelShape) -> None:
+        """Refuse a model that does not fit the options, such as a file made for another one.
+
+        Called in several processes, with the server's options, before the model is loaded.
+
+        Raises:
+            ValueError: it does not; says in one line what was got, wanted, and the way out.
+        """
 
     def __init__(self, options: Any, model: ModelFacts, ops: Ops) -> None:
         self.options = options

@@ -10,8 +10,11 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+import rkv_vllm
 from rkv_vllm.fit.refusals import REFUSALS, check
 from rkv_vllm.fit.versions import SCHEDULER_CLS, WORKER_CLS
+from rkv_vllm.methods import ModelShape
+from rkv_vllm.methods.rkv import RKV
 from tests import checkpoint_configs
 from tests.fit.conftest import OFF
 
@@ -260,3 +263,21 @@ def test_classes_stay_vllms_own_when_off(arguments):
     vllm_config = arguments(**OFF).create_engine_config()
     assert vllm_config.scheduler_config.scheduler_cls is None
     assert vllm_config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+
+
+def test_a_method_is_asked_whether_the_model_fits_before_it_is_loaded(arguments):
+    """Its file has to be one of this model."""
+    compression = rkv_vllm.engine_args("triattention", budget=96, buffer=32)
+    engine_args = arguments(**compression)
+    with pytest.raises(ValueError, match="--kv-option statistics: got ''") as error:
+        engine_args.create_engine_config()
+    assert f"rkv-vllm calibrate {engine_args.model}" in str(error.value)
+
+
+def test_a_method_is_shown_the_shape_of_the_whole_model(arguments, monkeypatch):
+    seen = []
+    monkeypatch.setattr(RKV, "check_model", lambda options, shape: seen.append((options, shape)))
+    engine_args = arguments(tensor_parallel_size=2, pipeline_parallel_size=2)
+    engine_args.create_engine_config()
+    shape = ModelShape(engine_args.model, 2, num_query_heads=2, num_kv_heads=1, head_size=32)
+    assert seen == [(RKV.Options(), shape)]

@@ -184,7 +184,12 @@ def imported_by(path: Path) -> set[str]:
 # The ground floor, and the one above it. What a room may import of the project.
 ROOMS = {
     "kernels": ("rkv_vllm.kernels",),
-    "rkv_vllm/methods": ("rkv_vllm.kernels", "rkv_vllm.methods", "rkv_vllm.option_field"),
+    "rkv_vllm/methods": (
+        "rkv_vllm.kernels",
+        "rkv_vllm.methods",
+        "rkv_vllm.model_name",
+        "rkv_vllm.option_field",
+    ),
 }
 
 

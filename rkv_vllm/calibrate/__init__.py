@@ -1,0 +1,5 @@
+"""What `rkv-vllm calibrate` measures on a model: run once over a text, by transformers.
+
+`forward.py` runs the text and shows every layer's attention to whoever looks on; `query_sums.py`
+makes the statistics of `methods/query_statistics.py` of it. Knows no vLLM.
+"""

@@ -1,0 +1,182 @@
+"""`rkv-vllm calibrate`: measures a model once, for the methods that need to know it.
+
+Reads the options, shows progress and writes the file; what is measured stands in
+`rkv_vllm/calibrate/`.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rkv_vllm.cli.checkpoint import find_config
+from rkv_vllm.cli.environment import quieten_vllm
+from rkv_vllm.cli.errors import REFUSED, CommandError, interruptible, one_line_errors
+from rkv_vllm.cli.options import DTYPE_BYTES, ModelArgument
+from rkv_vllm.cli.progress import progress, status
+from rkv_vllm.model_name import model_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Below this a mean says little.
+_LEAST_TOKENS = 256
+
+DtypeName = Enum("DtypeName", {name: name for name in DTYPE_BYTES}, type=str)
+_OUT = "The file to write, for --kv-option statistics=FILE; replaces an older one."
+Out = Annotated[Path, typer.Option(metavar="FILE.safetensors", help=_OUT)]
+_TEXT = (
+    "Plain text, UTF-8, such as you expect the model to read and write. Default: a text of worked "
+    "exercises, code and prose that comes with the package (about 2,000 tokens)."
+)
+Text = Annotated[Path | None, typer.Option(metavar="FILE", help=_TEXT)]
+_TOKENS = "Read so much of the text, at most."
+Tokens = Annotated[
+    int, typer.Option("--max-tokens", metavar="TOKENS", help=_TOKENS, min=_LEAST_TOKENS)
+]
+_CONTEXT = "Read the text in pieces of that length; attention and memory grow with it."
+Context = Annotated[int, typer.Option(metavar="TOKENS", help=_CONTEXT, min=16)]
+_DTYPE = "Of the weights; the means are float32. On a CPU float32 may be faster."
+Dtype = Annotated[DtypeName, typer.Option(help=_DTYPE)]
+_DEVICE = "A device of torch, such as cpu or cuda:1. Default: cuda where there is one."
+Device = Annotated[str | None, typer.Option(metavar="DEVICE", help=_DEVICE)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+
+
+def calibrate_model(
+    model: ModelArgument,
+    out: Out,
+    text: Text = None,
+    max_tokens: Tokens = 16384,
+    context: Context = 1024,
+    dtype: Dtype = DtypeName.bfloat16,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model on a text and write what methods need to know of it.
+
+    The method `triattention` judges keys by the model's mean queries before RoPE; this command
+    takes them from a text that the model reads once. Llama, Mistral, Qwen2 and Qwen3 are known,
+    with full attention. The file holds for one model and all its quantised forms of that name; it
+    is small, and every process of a server reads it.
+
+    Examples, with the model that `make model` unpacks; a minute at most:
+
+    ```
+    M=.models/SmolLM2-135M-Instruct
+    rkv-vllm calibrate $M --out smollm2.safetensors
+    vllm serve $M --kv-compression triattention --kv-option statistics=smollm2.safetensors
+    ```
+
+    Exit codes: 0 written; 1 the model or the text cannot be had; 2 the command line is wrong; 130
+    interrupted, nothing written.
+    """
+    with one_line_errors(), interruptible():
+        _check_out(out, "--out")
+        folder = find_config(model).parent
+        written = _read_text(text)
+        quieten_vllm()
+        with status("Importing transformers ..."):
+            from rkv_vllm.calibrate import forward
+            from rkv_vllm.calibrate.query_sums import QuerySums
+        with _refused_by_name(model):
+            config = forward.read_config(folder)
+            token_ids = forward.tokenize(folder, written)[:max_tokens]
+        _check_length(text, len(token_ids))
+        with status("Loading the model ..."), _refused_by_name(model):
+            loaded = _load(folder, dtype.value, device)
+        sums = QuerySums(loaded)
+        pieces = -(-len(token_ids) // context)
+        with progress("Reading", pieces * config.num_hidden_layers, "layers") as move:
+            forward.read(loaded, token_ids, context, [sums, _Steps(move)])
+        statistics = sums.statistics(model_name(str(folder)))
+        try:
+            statistics.save(out)
+        except OSError as error:
+            raise _cannot_write(out, "--out", error) from error
+    if as_json:
+        found = {"out": str(out), "model": statistics.model, "tokens": statistics.num_tokens}
+        typer.echo(json.dumps(found | {"bytes": out.stat().st_size}))
+    else:
+        typer.echo(
+            f"{out}: {statistics.num_layers} layers of {statistics.num_query_heads} query heads of "
+            f"{statistics.model}, means of {statistics.num_tokens} tokens"
+        )
+
+
+class _Steps:
+    """Counts what has been read: an observer that looks at nothing."""
+
+    def __init__(self, move: Callable[[int], None]) -> None:
+        self._move = move
+        self._num_done = 0
+
+    def observe(self, *_: object) -> None:
+        """One layer of one piece is done."""
+        self._num_done += 1
+        self._move(self._num_done)
+
+
+def _check_out(path: Path, flag: str) -> None:
+    target = path if path.exists() else path.parent
+    if path.is_dir() or not path.parent.is_dir() or not os.access(target, os.W_OK):
+        raise CommandError(
+            f"{flag}: got {str(path)!r}, wanted a file that can be written, in a folder that "
+            "exists; change the path"
+        )
+
+
+def _cannot_write(path: Path, flag: str, error: OSError) -> CommandError:
+    return CommandError(
+        f"{flag}: got {error} for {str(path)!r}, wanted a file that can be written; change the "
+        "path",
+        REFUSED,
+    )
+
+
+def _read_text(path: Path | None) -> str:
+    if path is None:
+        return files("rkv_vllm.calibrate").joinpath("default.txt").read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(
+            f"--text: got {error}, wanted a file of plain text in UTF-8; correct the path", REFUSED
+        ) from error
+
+
+def _check_length(path: Path | None, num_tokens: int) -> None:
+    if num_tokens < _LEAST_TOKENS:
+        shown = "the default text" if path is None else repr(str(path))
+        raise CommandError(
+            f"--text: got {shown} with {num_tokens} tokens, wanted at least {_LEAST_TOKENS}; pass "
+            "a longer text",
+            REFUSED,
+        )
+
+
+@contextmanager
+def _refused_by_name(model: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        raise CommandError(
+            f"MODEL: got {model!r}, which cannot be calibrated: {' '.join(str(error).split())}; "
+            "choose another model or correct its folder",
+            REFUSED,
+        ) from error
+
+
+def _load(folder: Path, dtype: str, device: str | None) -> "PreTrainedModel":
+    import torch
+
+    from rkv_vllm.calibrate.forward import load_model
+
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load_model(folder, getattr(torch, dtype), chosen)
