@@ -6,7 +6,7 @@ serve; `is_available` tells which. Callers check shapes before they pass pointer
 
 import ctypes
 import sysconfig
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_bool, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +18,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # RkvResult of csrc/cpu/paged.h.
 _NO_MEMORY = -2
+# kInterface there.
+_INTERFACE = 2
 
 
 class _Paged(Structure):
@@ -51,15 +53,26 @@ def library() -> ctypes.CDLL | None:
         return None
     # torch is imported above: the library shares the OpenMP runtime that torch loaded.
     loaded = ctypes.CDLL(str(path))
+    # Called with other arguments than it was built for, it would compute something else, silently.
+    built_for = loaded.rkv_interface() if hasattr(loaded, "rkv_interface") else 1
+    if built_for != _INTERFACE:
+        raise RuntimeError(
+            f"{path.name}: got the C++ kernels of interface {built_for}, wanted {_INTERFACE}: they "
+            "were built from other sources; install the project again (`make venv` in its folder, "
+            f"or `pip install -e .`), or delete {path}"
+        )
     paged = POINTER(_Paged)
     keys = (paged, c_void_p, c_int32, c_int64, c_int64)
     loaded.rkv_importance.restype = c_int64
     loaded.rkv_importance.argtypes = (
         *(*keys, c_void_p, c_void_p, c_void_p),
-        *(c_int64, c_int64, c_int64, c_void_p, c_int64),
+        *(c_int64, c_int64, c_int64, c_void_p, c_int64, c_bool),
     )
     loaded.rkv_redundancy.restype = c_int64
-    loaded.rkv_redundancy.argtypes = (*keys, c_int64, c_float, c_void_p, c_int64, c_void_p)
+    loaded.rkv_redundancy.argtypes = (
+        *(*keys, c_int64, c_float),
+        *(c_void_p, c_int64, c_void_p, c_bool),
+    )
     loaded.rkv_select.restype = c_int64
     loaded.rkv_select.argtypes = (
         *(c_void_p, c_int64, c_int64, c_int64, c_int64),

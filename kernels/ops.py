@@ -38,9 +38,9 @@ class Ops(NamedTuple):
     Attributes:
         name: "triton", "cpu" or "naive".
         observe: (ring, layer_idx, query, token_rows), see `observe_naive`.
-        importance: (keys, batch, queries, scale, soft_cap, *, pool) -> scores, see
+        importance: (keys, batch, queries, scale, soft_cap, *, pool, defensive) -> scores, see
             `importance_naive`.
-        redundancy: (keys, batch, *, threshold) -> scores, see `redundancy_naive`.
+        redundancy: (keys, batch, *, threshold, center) -> scores, see `redundancy_naive`.
         select: (scores, batch) -> keep, see `select_naive`.
         compact: (states, batch, keep), see `compact_naive`.
         scratch_bytes_per_token: temporaries of one importance, redundancy and select, per token,

@@ -93,6 +93,8 @@ class LayerCache:
             lam=config.method_options.lam,
             pool=config.method_options.pool,
             threshold=config.method_options.threshold,
+            center=config.method_options.center,
+            defensive=config.method_options.defensive,
         )
         kept = prefix_len + kept
         self.keys = _survivors(self.keys, prefix_len, kept, settled_len)

@@ -27,7 +27,8 @@ FLAGS = [
     "--kv-window=4",
     "--kv-lambda=0.25",
     "--kv-pool=5",
-    "--kv-option=threshold=0.75",
+    "--kv-threshold=0.75",
+    "--kv-option=center=true",
     "--kv-protect=16",
     "--kv-seats=3",
     "--kv-max-request-tokens=200",
@@ -42,7 +43,7 @@ OPTIONS_OF_FLAGS = {
     "seats": 3,
     "max_request_tokens": 200,
     "min_request_buffer": 16,
-    "options": {"lam": 0.25, "pool": 5, "threshold": 0.75},
+    "options": {"lam": 0.25, "pool": 5, "threshold": 0.75, "center": True, "defensive": False},
 }
 
 
@@ -91,7 +92,7 @@ def from_command_line(cli, model, *arguments):
 
 
 def test_every_flag_lands_in_additional_config(cli):
-    own = {**OPTIONS_OF_FLAGS["options"], "threshold": "0.75"}
+    own = {"lam": 0.25, "pool": 5, "threshold": 0.75, "center": "true"}
     assert options(cli, *FLAGS) == {**OPTIONS_OF_FLAGS, "options": own}
 
 

@@ -14,6 +14,7 @@ import rkv_vllm
 from rkv_vllm.methods import available_methods
 from rkv_vllm.options import OPTIONS, ServerOptions, check_options, flagged_method_options
 
+OWN = {"lam": 0.1, "pool": 7, "threshold": 0.5, "center": False, "defensive": False}
 DEFAULTS = {
     "method": "rkv",
     "budget": 1024,
@@ -23,7 +24,7 @@ DEFAULTS = {
     "seats": 64,
     "max_request_tokens": 0,
     "min_request_buffer": 1,
-    "options": {"lam": 0.1, "pool": 7, "threshold": 0.5},
+    "options": OWN,
 }
 FLAGGED = {**OPTIONS, **flagged_method_options()}
 BAD_VALUES = [
@@ -76,8 +77,9 @@ GOOD_EDGES = [
     {"budget": 9},
     {"budget": 2, "window": 1, "buffer": 1},
     {"buffer": 8},
-    {"options": {"lam": 0.0, "pool": 1, "threshold": -1.0}},
-    {"options": {"lam": 1.0, "pool": 63, "threshold": 1.0}},
+    {"options": {**OWN, "lam": 0.0, "pool": 1, "threshold": -1.0}},
+    {"options": {**OWN, "lam": 1.0, "pool": 63, "threshold": 1.0}},
+    {"options": {**OWN, "center": True, "defensive": True}},
     {"window": 128},
     {"seats": 1},
     {"protect": "prompt"},
@@ -90,8 +92,8 @@ GOOD_EDGES = [
 
 def test_defaults_are_those_of_the_contract():
     assert ServerOptions().to_dict() == DEFAULTS
-    flat = {**DEFAULTS, **DEFAULTS["options"]}
-    del flat["options"]
+    flat = {name: value for name, value in {**DEFAULTS, **OWN}.items() if name in FLAGGED}
+    assert FLAGGED.keys() >= {"lam", "pool", "threshold"}
     assert {name: option.default for name, option in FLAGGED.items()} == flat
 
 
@@ -144,7 +146,8 @@ def test_json_round_trip_keeps_every_option():
     config = ServerOptions(
         budget=100, buffer=20, window=4, lam=0.25, pool=5, threshold=-0.5, protect=7, seats=3
     )
-    assert config.to_dict()["options"] == {"lam": 0.25, "pool": 5, "threshold": -0.5}
+    given = {"lam": 0.25, "pool": 5, "threshold": -0.5}
+    assert config.to_dict()["options"] == {**OWN, **given}
     assert ServerOptions.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

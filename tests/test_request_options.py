@@ -32,6 +32,10 @@ RKV_OPTIONS = type(CONFIG.method_options)
             {"kv_option": ["threshold=-.5", "lam=0"]},
             (64, 32, "none", RKV_OPTIONS(lam=0.0, threshold=-0.5)),
         ),
+        (
+            {"kv_option": ["center=true", "defensive=False"]},
+            (64, 32, "none", RKV_OPTIONS(lam=0.25, center=True)),
+        ),
         ({"kv_compression": "off"}, None),
     ],
 )

@@ -21,6 +21,9 @@
 // Helpers are inlined into each clone, otherwise they would stay at the baseline.
 #define RKV_INLINE static inline __attribute__((always_inline))
 
+// Raised with every change of a signature or structure; kernels/native.py refuses another one.
+constexpr int32_t kInterface = 2;
+
 // What the functions return.
 enum RkvResult : int64_t { kDone = 0, kNoMemory = -2 };
 

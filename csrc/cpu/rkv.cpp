@@ -22,6 +22,8 @@ namespace {
 constexpr int64_t kRows = 4;
 constexpr int64_t kColumns = 32;
 constexpr float kNormEpsilon = 1e-8f;
+// A centred key this much shorter than the mean key consists of rounding: it has no direction.
+constexpr float kLeastCentred = 1e-5f;
 // All threads together: 16 of them at 128K tokens of 128 dimensions. More would wait for memory
 // that the machine may have promised to others.
 constexpr int64_t kMostScratchBytes = int64_t{1} << 30;
@@ -126,16 +128,17 @@ struct ImportanceArgs {
   const float* scale;     // [num_layers]
   const float* soft_cap;  // [num_layers], 0 = none
   int64_t group, window, pool;
+  bool defensive;
 };
 
 // The memory of one thread, reused for all its heads. Matrices are padded with zeros to whole
 // tiles; so is the one below.
 struct ImportanceScratch {
-  int64_t columns;             // m padded to kColumns
-  std::vector<float> tile;     // [head_size][kColumns]
-  std::vector<float> queries;  // [group * window padded to kRows][head_size]
-  std::vector<float> logits;   // [window][columns]
-  std::vector<float> mean;     // [m]
+  int64_t columns;               // m padded to kColumns
+  std::vector<float> tile;       // [head_size][kColumns]
+  std::vector<float> queries;    // [group * window padded to kRows][head_size]
+  std::vector<float> logits;     // [window][columns]
+  std::vector<float> attention;  // [m]
 
   static int64_t num_floats(const ImportanceArgs& a) {
     return (a.window + 1) * round_up(a.keys.n, kColumns) +
@@ -147,11 +150,12 @@ struct ImportanceScratch {
         tile(a.keys.paged.head_size * kColumns),
         queries(round_up(a.group * a.window, kRows) * a.keys.paged.head_size),
         logits(a.window * columns),
-        mean(a.keys.n - a.window) {}
+        attention(a.keys.n - a.window) {}
 };
 
 // Attention of the window's queries to the candidates: max over the group on capped logits, softmax
-// over the candidates, mean over the window, max-pool. Returns false when a logit is not finite.
+// over the candidates, mean over the window (defensive: maximum, at least the mean of the maxima),
+// max-pool. Returns false when a logit is not finite.
 RKV_CLONES bool importance(const ImportanceArgs& a, int64_t head, ImportanceScratch& s,
                            float* result) {
   const int64_t m = a.keys.n - a.window, num_queries = a.group * a.window;
@@ -177,7 +181,7 @@ RKV_CLONES bool importance(const ImportanceArgs& a, int64_t head, ImportanceScra
     }
   }
   if (!finite) return false;
-  std::fill(s.mean.begin(), s.mean.end(), 0.0f);
+  std::fill(s.attention.begin(), s.attention.end(), 0.0f);
   const float cap = a.soft_cap[layer];
   for (int64_t q = 0; q < a.window; ++q) {
     float* row = &s.logits[q * s.columns];
@@ -185,12 +189,24 @@ RKV_CLONES bool importance(const ImportanceArgs& a, int64_t head, ImportanceScra
     if (cap > 0)
       for (int64_t i = 0; i < m; ++i) row[i] = cap * std::tanh(row[i] / cap);
     if (!softmax(row, m)) return false;
-    for (int64_t i = 0; i < m; ++i) s.mean[i] += row[i] / static_cast<float>(a.window);
+    if (a.defensive) {
+      for (int64_t i = 0; i < m; ++i) s.attention[i] = std::max(s.attention[i], row[i]);
+    } else {
+      for (int64_t i = 0; i < m; ++i) s.attention[i] += row[i] / static_cast<float>(a.window);
+    }
+  }
+  float least = 0;
+  if (a.defensive) {
+    double sum = 0;
+    for (int64_t i = 0; i < m; ++i) sum += s.attention[i];
+    least = static_cast<float>(sum / static_cast<double>(m));
   }
   const int64_t half = a.pool / 2;
   for (int64_t i = 0; i < m; ++i) {
-    const int64_t stop = std::min(i + half + 1, m);
-    result[i] = *std::max_element(&s.mean[std::max<int64_t>(i - half, 0)], s.mean.data() + stop);
+    const float* start = &s.attention[std::max<int64_t>(i - half, 0)];
+    const float* stop = s.attention.data() + std::min(i + half + 1, m);
+    // The largest of floored shares is the floored largest.
+    result[i] = std::max(*std::max_element(start, stop), least);
   }
   return true;
 }
@@ -199,6 +215,7 @@ struct RedundancyArgs {
   Keys keys;
   int64_t num_candidates;
   float threshold;
+  bool center;
 };
 
 struct RedundancyScratch {
@@ -256,11 +273,29 @@ RKV_INLINE void newest_similar(const RedundancyArgs& a, RedundancyScratch& s, in
   }
 }
 
+// Takes the mean key off all keys in s.unit; returns its norm.
+RKV_INLINE float center(const RedundancyArgs& a, RedundancyScratch& s) {
+  double square = 0;
+  for (int64_t k = 0; k < a.keys.paged.head_size; ++k) {
+    float* key = &s.unit[k * s.columns];
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < a.keys.n; ++i) sum += key[i];
+    const double mean = sum / static_cast<double>(a.keys.n);
+    square += mean * mean;
+    const float rounded = static_cast<float>(mean);
+#pragma omp simd
+    for (int64_t i = 0; i < a.keys.n; ++i) key[i] -= rounded;
+  }
+  return static_cast<float>(std::sqrt(square));
+}
+
 // How much each key repeats the others, as a distribution over all n, in s.sums.
 RKV_CLONES bool redundancy(const RedundancyArgs& a, int64_t head, RedundancyScratch& s) {
   const int64_t n = a.keys.n, head_size = a.keys.paged.head_size;
   for (int64_t first = 0; first < n; first += kColumns)
     load_columns(a.keys, head, first, std::min(kColumns, n - first), &s.unit[first], s.columns);
+  const float least = a.center ? kLeastCentred * center(a, s) : -1.0f;
   std::fill(s.norms.begin(), s.norms.end(), 0.0f);
   for (int64_t k = 0; k < head_size; ++k) {
     const float* key = &s.unit[k * s.columns];
@@ -270,7 +305,7 @@ RKV_CLONES bool redundancy(const RedundancyArgs& a, int64_t head, RedundancyScra
   // Until the column sums are there, s.sums holds the inverse norms.
   for (int64_t i = 0; i < n; ++i) {
     s.norms[i] = std::sqrt(s.norms[i]);
-    s.sums[i] = 1.0f / (s.norms[i] + kNormEpsilon);
+    s.sums[i] = s.norms[i] <= least ? 0.0f : 1.0f / (s.norms[i] + kNormEpsilon);
   }
   for (int64_t k = 0; k < head_size; ++k) {
     float* key = &s.unit[k * s.columns];
@@ -338,13 +373,21 @@ int64_t for_all_heads(const Args& args, Work work) {
 
 extern "C" {
 
+int32_t rkv_interface() { return kInterface; }
+
 // result: float [num_layers * num_heads][result_stride], of which n - window > 0 are written.
 int64_t rkv_importance(const RkvPaged* keys, const int32_t* block_ids, int32_t dtype, int64_t first,
                        int64_t n, const void* queries, const float* scale, const float* soft_cap,
                        int64_t group, int64_t window, int64_t pool, float* result,
-                       int64_t result_stride) {
-  const ImportanceArgs args{
-      {*keys, block_ids, dtype, first, n}, queries, scale, soft_cap, group, window, pool};
+                       int64_t result_stride, bool defensive) {
+  const ImportanceArgs args{{*keys, block_ids, dtype, first, n},
+                            queries,
+                            scale,
+                            soft_cap,
+                            group,
+                            window,
+                            pool,
+                            defensive};
   return for_all_heads<ImportanceScratch>(args, [&](int64_t head, ImportanceScratch& scratch) {
     float* row = result + head * result_stride;
     if (!importance(args, head, scratch, row)) std::fill(row, row + n - window, NAN);
@@ -355,8 +398,8 @@ int64_t rkv_importance(const RkvPaged* keys, const int32_t* block_ids, int32_t d
 // num_tiles, if not null, is raised by the micro tiles that the search looked at.
 int64_t rkv_redundancy(const RkvPaged* keys, const int32_t* block_ids, int32_t dtype, int64_t first,
                        int64_t n, int64_t num_candidates, float threshold, float* result,
-                       int64_t result_stride, int64_t* num_tiles) {
-  const RedundancyArgs args{{*keys, block_ids, dtype, first, n}, num_candidates, threshold};
+                       int64_t result_stride, int64_t* num_tiles, bool center) {
+  const RedundancyArgs args{{*keys, block_ids, dtype, first, n}, num_candidates, threshold, center};
   return for_all_heads<RedundancyScratch>(args, [&](int64_t head, RedundancyScratch& scratch) {
     float* row = result + head * result_stride;
     scratch.num_tiles = 0;

@@ -19,6 +19,7 @@ def importance_cpu(
     soft_cap: Tensor,
     *,
     pool: int,
+    defensive: bool = False,
 ) -> Tensor:
     """As `importance_naive`; one call per request, whose heads the threads share."""
     batch.check_rows(keys)
@@ -44,6 +45,7 @@ def importance_cpu(
             pool,
             result[i].data_ptr(),
             result.stride(1),
+            defensive,
         )
         check_memory(done, f"score {eviction.num_judged} tokens")
     return result
@@ -54,6 +56,7 @@ def redundancy_cpu(
     batch: EvictionBatch,
     *,
     threshold: float,
+    center: bool = False,
     num_tiles: Tensor | None = None,
 ) -> Tensor:
     """As `redundancy_naive`; one call per request, whose heads the threads share.
@@ -62,6 +65,7 @@ def redundancy_cpu(
         keys: see `redundancy_naive`.
         batch: see `redundancy_naive`.
         threshold: see `redundancy_naive`.
+        center: see `redundancy_naive`.
         num_tiles: int64 [1], raised by the number of tiles of 4 x 32 pairs that were looked at.
     """
     batch.check_rows(keys)
@@ -82,6 +86,7 @@ def redundancy_cpu(
             result[i].data_ptr(),
             result.stride(1),
             None if num_tiles is None else num_tiles.data_ptr(),
+            center,
         )
         check_memory(done, f"score {eviction.num_judged} tokens")
     return result

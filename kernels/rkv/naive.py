@@ -24,6 +24,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Keeps the unit key of an all-zero key finite.
 NORM_EPSILON = 1e-8
 
+# A centred key this much shorter than the mean key consists of rounding: it has no direction.
+# bf16 keys that differ at all differ by more.
+LEAST_CENTRED = 1e-5
+
 # Keys per step of the backward search. Most rows find a similar key among the newest few, so a
 # wider tile computes cosines that nobody reads; a narrower one leaves the matrix product idle.
 TILE = 64
@@ -42,6 +46,7 @@ def importance_naive(
     soft_cap: Tensor,
     *,
     pool: int,
+    defensive: bool = False,
 ) -> Tensor:
     """Attention that each request's window pays to its candidates.
 
@@ -53,6 +58,8 @@ def importance_naive(
         scale: float32 [num_layers], factor of each layer's logits.
         soft_cap: float32 [num_layers], c of c * tanh(logit / c), 0 for a layer without one.
         pool: width of the max-pool, in tokens, odd.
+        defensive: whether the most attentive query counts instead of the mean over the window, and
+            no candidate less than the head's mean of that.
 
     Returns:
         float32 [R, num_layers * num_kv_heads, most candidates]; column i of request r is physical
@@ -71,17 +78,22 @@ def importance_naive(
             row, end = batch.old_block_table[i], eviction.prefix_len + m
             dense = keys.read(row, end, eviction.prefix_len).flatten(0, 1)
             window = batch.window_queries(i, queries)
-            result[i, :, :m] = importance_of_heads(dense, window, *of_heads, pool=pool)
+            result[i, :, :m] = importance_of_heads(
+                dense, window, *of_heads, pool=pool, defensive=defensive
+            )
     return result
 
 
-def redundancy_naive(keys: PagedStates, batch: EvictionBatch, *, threshold: float) -> Tensor:
+def redundancy_naive(
+    keys: PagedStates, batch: EvictionBatch, *, threshold: float, center: bool = False
+) -> Tensor:
     """How much each candidate repeats the other judged tokens, window included.
 
     Args:
         keys: the cache's keys after RoPE.
         batch: the requests.
         threshold: cosine above which two keys count as similar.
+        center: whether the mean of a head's judged keys is taken off each of them first.
 
     Returns:
         float32 [R, num_layers * num_kv_heads, most candidates]; with the window's, which are left
@@ -98,13 +110,20 @@ def redundancy_naive(keys: PagedStates, batch: EvictionBatch, *, threshold: floa
         if m := batch.num_candidates(i):
             row = batch.old_block_table[i]
             dense = keys.read(row, eviction.settled_len, eviction.prefix_len).flatten(0, 1)
-            result[i, :, :m] = redundancy_of_heads(dense, threshold=threshold)[:, :m]
+            found = redundancy_of_heads(dense, threshold=threshold, center=center)
+            result[i, :, :m] = found[:, :m]
     return result
 
 
 @torch.no_grad()
 def importance_of_heads(
-    candidates: Tensor, queries: Tensor, scale: Tensor, soft_cap: Tensor, *, pool: int
+    candidates: Tensor,
+    queries: Tensor,
+    scale: Tensor,
+    soft_cap: Tensor,
+    *,
+    pool: int,
+    defensive: bool = False,
 ) -> Tensor:
     """Attention that a window pays to the tokens before it.
 
@@ -115,6 +134,7 @@ def importance_of_heads(
         scale: float32 [heads].
         soft_cap: float32 [heads], 0 = none.
         pool: width of the max-pool, in tokens, odd.
+        defensive: see `importance_naive`.
 
     Returns:
         float32 [heads, m].
@@ -133,22 +153,26 @@ def importance_of_heads(
         if cap.any():
             # It keeps the order, so the largest of the group is still the largest.
             logits = torch.where(cap > 0, cap * (logits / cap).tanh(), logits)
-        mean = logits.softmax(dim=-1).mean(dim=1)
+        shares = logits.softmax(dim=-1)
+        attention = shares.amax(dim=1) if defensive else shares.mean(dim=1)
         # Max, softmax and tanh would hide an infinite logit; as NaN it reaches `select`.
-        mean += extremes.unsqueeze(-1)
+        attention += extremes.unsqueeze(-1)
+        if defensive:
+            attention = attention.maximum(attention.mean(dim=-1, keepdim=True))
         # The padding of max_pool1d counts as -inf, which clips the pool to the candidates.
-        pooled = F.max_pool1d(mean.unsqueeze(1), pool, stride=1, padding=pool // 2)
+        pooled = F.max_pool1d(attention.unsqueeze(1), pool, stride=1, padding=pool // 2)
         result[heads] = pooled.squeeze(1)
     return result
 
 
 @torch.no_grad()
-def redundancy_of_heads(keys: Tensor, *, threshold: float) -> Tensor:
+def redundancy_of_heads(keys: Tensor, *, threshold: float, center: bool = False) -> Tensor:
     """How much each key repeats the others, as a distribution over all of them.
 
     Args:
         keys: [heads, n, head_size], any float dtype, cache order, after RoPE.
         threshold: cosine above which two keys count as similar.
+        center: see `redundancy_naive`.
 
     Returns:
         float32 [heads, n].
@@ -156,7 +180,8 @@ def redundancy_of_heads(keys: Tensor, *, threshold: float) -> Tensor:
     num_heads, n, head_size = keys.shape
     result = keys.new_empty((num_heads, n), dtype=torch.float32)
     for heads in _groups(num_heads, n * max(head_size, TILE)):
-        result[heads] = _redundancy(keys[heads].float(), threshold)
+        own = keys[heads].float()
+        result[heads] = _redundancy(_centred(own) if center else own, threshold)
     return result
 
 
@@ -165,6 +190,14 @@ def _groups(num_heads: int, elements_per_head: int) -> Iterator[slice]:
     step = max(1, MAX_TEMPORARY_ELEMENTS // elements_per_head)
     for first in range(0, num_heads, step):
         yield slice(first, min(first + step, num_heads))
+
+
+def _centred(keys: Tensor) -> Tensor:
+    mean = keys.mean(dim=1, keepdim=True)
+    centred = keys - mean
+    least = LEAST_CENTRED * torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
+    norms = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
+    return centred.masked_fill_(norms <= least, 0.0)
 
 
 def _redundancy(keys: Tensor, threshold: float) -> Tensor:

@@ -1,10 +1,11 @@
 """Importance and redundancy in Triton: a few launches over requests x layers x heads.
 
     logits    per tile of tokens: attention logits of the window, max over the query heads
-    attend    per head: softmax over the candidates, mean over the window
+    attend    per head: softmax over the candidates, mean or maximum over the window
     pool      per tile of tokens: max-pool                                      -> importance
+    sums      per tile of tokens: the tile's share of the sum of keys, when they are centred
     norms     per tile of tokens: norms, and the tile's share of the sum of unit keys
-    total     per head: adds the tiles up, in order
+    total     per head: adds the tiles of either up, in order
     search    per tile of tokens: column sums in closed form, and the newest similar key of each
               token, sought from the newest key backwards; a tile stops as soon as all its tokens
               have found one
@@ -28,7 +29,13 @@ from torch import Tensor
 
 from rkv_vllm.kernels.batch import EvictionBatch
 from rkv_vllm.kernels.paged import PagedStates
-from rkv_vllm.kernels.rkv.naive import check_keys, check_queries, check_scale, new_scores
+from rkv_vllm.kernels.rkv.naive import (
+    LEAST_CENTRED,
+    check_keys,
+    check_queries,
+    check_scale,
+    new_scores,
+)
 from rkv_vllm.kernels.tiles import (
     is_interpreted,
     kernel_block_size,
@@ -50,6 +57,7 @@ ROW_TILE = tl.constexpr(1024)
 # Column sums are below 2**20 tokens in any context length, so a sum stays below 2**61.
 FIXED_POINT = tl.constexpr(float(2**40))
 NORM_EPSILON = tl.constexpr(1e-8)
+LEAST_SQUARE = tl.constexpr(LEAST_CENTRED**2)
 
 # Triton compiles once more for every class of these (1, multiples of 16, others), which would stop
 # serving for a second whenever a flush brings a new one. Strides and the cache itself stay special.
@@ -102,6 +110,7 @@ def importance_triton(
     soft_cap: Tensor,
     *,
     pool: int,
+    defensive: bool = False,
 ) -> Tensor:
     """As `importance_naive`."""
     batch.check_rows(keys)
@@ -120,6 +129,7 @@ def importance_triton(
     block_d = _block_d(keys)
     logits = result.new_empty((num_rows, batch.window, max_candidates))
     attention = result.new_empty((num_rows, max_candidates))
+    floors = result.new_empty(num_rows) if defensive else None
     lengths = (batch.settled_lens, batch.prefix_lens)
     logits_kernel[(num_rows * num_tiles,)](
         keys.cells,
@@ -148,24 +158,30 @@ def importance_triton(
         *lengths,
         logits,
         attention,
+        floors,
         rows_per_request,
         max_candidates,
+        DEFENSIVE=defensive,
         WINDOW=batch.window,
         BLOCK_W=triton.next_power_of_2(batch.window),
     )
     pool_kernel[(num_rows, triton.cdiv(max_candidates, ROW_TILE.value))](
         *lengths,
         attention,
+        floors,
         result,
         rows_per_request,
         max_candidates,
+        DEFENSIVE=defensive,
         WINDOW=batch.window,
         POOL=pool,
     )
     return result
 
 
-def redundancy_triton(keys: PagedStates, batch: EvictionBatch, *, threshold: float) -> Tensor:
+def redundancy_triton(
+    keys: PagedStates, batch: EvictionBatch, *, threshold: float, center: bool = False
+) -> Tensor:
     """As `redundancy_naive`."""
     batch.check_rows(keys)
     check_keys(keys)
@@ -182,6 +198,7 @@ def redundancy_triton(keys: PagedStates, batch: EvictionBatch, *, threshold: flo
     shielded = result.new_zeros((num_rows, max_len), dtype=torch.int64)
     tile_sums = result.new_empty((num_rows, num_tiles, keys.head_size))
     totals = result.new_empty((num_rows, keys.head_size))
+    means = torch.empty_like(totals) if center else None
     lengths = (batch.settled_lens, batch.prefix_lens)
     cache = (
         keys.cells,
@@ -192,18 +209,28 @@ def redundancy_triton(keys: PagedStates, batch: EvictionBatch, *, threshold: flo
     )
     sizes = (keys.num_layers, max_len, num_tiles)
     layout = _layout(keys, block_d)
-    norms_kernel[(num_rows * num_tiles,)](*cache, inverse_norms, tile_sums, *sizes, **layout)
-    total_kernel[(num_rows,)](
-        *lengths,
-        tile_sums,
-        totals,
-        rows_per_request,
-        num_tiles,
-        HEAD_SIZE=keys.head_size,
-        BLOCK_D=block_d,
+    add_up = {"HEAD_SIZE": keys.head_size, "BLOCK_D": block_d}
+    shares = (*lengths, tile_sums)
+    if center:
+        sums_kernel[(num_rows * num_tiles,)](*cache, tile_sums, *sizes, **layout)
+        total_kernel[(num_rows,)](
+            *shares, means, rows_per_request, num_tiles, IS_MEAN=True, **add_up
+        )
+    norms_kernel[(num_rows * num_tiles,)](
+        *cache, means, inverse_norms, tile_sums, *sizes, CENTER=center, **layout
     )
+    total_kernel[(num_rows,)](*shares, totals, rows_per_request, num_tiles, IS_MEAN=False, **add_up)
     search_kernel[(num_rows * num_tiles,)](
-        *cache, inverse_norms, totals, column_sums, shielded, *sizes, threshold, **layout
+        *cache,
+        means,
+        inverse_norms,
+        totals,
+        column_sums,
+        shielded,
+        *sizes,
+        threshold,
+        CENTER=center,
+        **layout,
     )
     spread_kernel[(num_rows,)](
         *lengths,
@@ -341,12 +368,14 @@ def attend_kernel(
     p_prefix_lens,
     p_logits,
     p_attention,
+    p_floors,
     rows_per_request,
     max_candidates,
+    DEFENSIVE: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Softmax over the candidates of one head, mean over its window."""
+    """Softmax over the candidates of one head; mean over its window, or maximum and their mean."""
     i_row = tl.program_id(0).to(tl.int64)
     i_request = i_row // rows_per_request
     m = tl.load(p_settled_lens + i_request) - tl.load(p_prefix_lens + i_request) - WINDOW
@@ -365,13 +394,21 @@ def attend_kernel(
         b_weights = tl.exp(b_logits - b_new[:, None])
         b_denominator = b_denominator * tl.exp(b_largest - b_new) + tl.sum(b_weights, axis=1)
         b_largest = b_new
+    total = 0.0
     for first in range(0, m, ATTEND_TILE):
         o_token = first + tl.arange(0, ATTEND_TILE)
         m_logits = m_window & (o_token < m)[None, :]
         b_logits = tl.load(p_rows + o_token[None, :], mask=m_logits, other=0.0)
         b_shares = tl.exp(b_logits - b_largest[:, None]) / b_denominator[:, None]
-        b_mean = tl.sum(tl.where(m_window, b_shares, 0.0), axis=0) / WINDOW
-        tl.store(p_attention + i_row * max_candidates + o_token, b_mean, mask=o_token < m)
+        b_shares = tl.where(m_logits, b_shares, 0.0)
+        b_attention = tl.sum(b_shares, axis=0) / WINDOW
+        if DEFENSIVE:
+            # A maximum may hide NaN; the sum has it, and is at least 0 otherwise.
+            b_attention = tl.where(b_attention >= 0.0, tl.max(b_shares, axis=0), b_attention)
+            total += tl.sum(b_attention, axis=0)
+        tl.store(p_attention + i_row * max_candidates + o_token, b_attention, mask=o_token < m)
+    if DEFENSIVE:
+        tl.store(p_floors + i_row, total / m)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -379,9 +416,11 @@ def pool_kernel(
     p_settled_lens,
     p_prefix_lens,
     p_attention,
+    p_floors,
     p_result,
     rows_per_request,
     max_candidates,
+    DEFENSIVE: tl.constexpr,
     WINDOW: tl.constexpr,
     POOL: tl.constexpr,
 ):
@@ -398,7 +437,70 @@ def pool_kernel(
         b_near = tl.load(p_attention + o_row + o_near, mask=m_near, other=float("-inf"))
         # A maximum of NaN may be -inf on a GPU, which is not finite either.
         b_pooled = tl.maximum(b_pooled, b_near)
+    if DEFENSIVE:
+        # The largest of floored shares is the floored largest.
+        b_floored = tl.maximum(b_pooled, tl.load(p_floors + i_row))
+        b_pooled = tl.where(o_token < m, b_floored, b_pooled)
     tl.store(p_result + o_row + o_token, b_pooled, mask=o_token < max_candidates)
+
+
+@triton.jit
+def _centred(b_keys, b_mean, m_token):
+    """Keys [tokens, BLOCK_D] without their mean, float32; zero where there is no token."""
+    return tl.where(m_token[:, None], b_keys.to(tl.float32) - b_mean[None, :], 0.0)
+
+
+@triton.jit
+def _has_no_direction(b_square, b_mean):
+    """Whether centred keys of these squared norms consist of rounding. False for NaN."""
+    return b_square <= LEAST_SQUARE * tl.sum(b_mean * b_mean, axis=0)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def sums_kernel(
+    p_keys,
+    strides,
+    p_block_table,
+    table_stride,
+    p_settled_lens,
+    p_prefix_lens,
+    p_tile_sums,
+    num_layers,
+    max_len,
+    num_tiles,
+    NUM_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    KERNEL_BLOCK_SIZE: tl.constexpr,
+    IN_FLOAT32: tl.constexpr,
+):
+    """Sum of the keys of a tile of tokens."""
+    i_tile = tl.program_id(0) % num_tiles
+    i_row = tl.program_id(0) // num_tiles
+    i_request = i_row // (num_layers * NUM_HEADS)
+    i_layer = i_row // NUM_HEADS % num_layers
+    i_head = i_row % NUM_HEADS
+    prefix_len = tl.load(p_prefix_lens + i_request)
+    n = tl.load(p_settled_lens + i_request) - prefix_len
+    if i_tile * TILE >= n:
+        return
+    o_token = i_tile * TILE + tl.arange(0, TILE)
+    m_token = o_token < n
+    b_keys = load_tile(
+        p_keys + i_layer.to(tl.int64) * strides.layer + i_head.to(tl.int64) * strides.head,
+        p_block_table + i_request.to(tl.int64) * table_stride,
+        prefix_len + o_token,
+        m_token,
+        strides,
+        HEAD_SIZE,
+        BLOCK_D,
+        BLOCK_SIZE,
+        KERNEL_BLOCK_SIZE,
+    ).to(tl.float32)
+    o_dim = tl.arange(0, BLOCK_D)
+    p_sum = p_tile_sums + (i_row.to(tl.int64) * num_tiles + i_tile) * HEAD_SIZE
+    tl.store(p_sum + o_dim, tl.sum(b_keys, axis=0), mask=o_dim < HEAD_SIZE)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -409,11 +511,13 @@ def norms_kernel(
     table_stride,
     p_settled_lens,
     p_prefix_lens,
+    p_means,
     p_inverse_norms,
     p_tile_sums,
     num_layers,
     max_len,
     num_tiles,
+    CENTER: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -444,10 +548,16 @@ def norms_kernel(
         BLOCK_SIZE,
         KERNEL_BLOCK_SIZE,
     ).to(tl.float32)
-    b_inverse = 1.0 / (tl.sqrt(tl.sum(b_keys * b_keys, axis=1)) + NORM_EPSILON)
     o_row = i_row.to(tl.int64)
-    tl.store(p_inverse_norms + o_row * max_len + o_token, b_inverse, mask=m_token)
     o_dim = tl.arange(0, BLOCK_D)
+    if CENTER:
+        b_mean = tl.load(p_means + o_row * HEAD_SIZE + o_dim, mask=o_dim < HEAD_SIZE, other=0.0)
+        b_keys = _centred(b_keys, b_mean, m_token)
+    b_square = tl.sum(b_keys * b_keys, axis=1)
+    b_inverse = 1.0 / (tl.sqrt(b_square) + NORM_EPSILON)
+    if CENTER:
+        b_inverse = tl.where(_has_no_direction(b_square, b_mean), 0.0, b_inverse)
+    tl.store(p_inverse_norms + o_row * max_len + o_token, b_inverse, mask=m_token)
     b_sum = tl.sum(b_keys * b_inverse[:, None], axis=0)
     p_sum = p_tile_sums + (o_row * num_tiles + i_tile) * HEAD_SIZE
     tl.store(p_sum + o_dim, b_sum, mask=o_dim < HEAD_SIZE)
@@ -461,10 +571,11 @@ def total_kernel(
     p_totals,
     rows_per_request,
     num_tiles,
+    IS_MEAN: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sum of the unit keys of one head."""
+    """Sum of the tiles of one head, or what it is per token."""
     i_row = tl.program_id(0).to(tl.int64)
     i_request = i_row // rows_per_request
     n = tl.load(p_settled_lens + i_request) - tl.load(p_prefix_lens + i_request)
@@ -479,6 +590,8 @@ def total_kernel(
             other=0.0,
         )
         b_total += tl.sum(b_sums, axis=0)
+    if IS_MEAN:
+        b_total /= n
     tl.store(p_totals + i_row * HEAD_SIZE + o_dim, b_total, mask=o_dim < HEAD_SIZE)
 
 
@@ -490,6 +603,7 @@ def search_kernel(
     table_stride,
     p_settled_lens,
     p_prefix_lens,
+    p_means,
     p_inverse_norms,
     p_totals,
     p_column_sums,
@@ -498,6 +612,7 @@ def search_kernel(
     max_len,
     num_tiles,
     threshold,
+    CENTER: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -535,6 +650,12 @@ def search_kernel(
     o_row = i_row.to(tl.int64) * max_len
     p_norms = p_inverse_norms + o_row
     o_dim = tl.arange(0, BLOCK_D)
+    if CENTER:
+        p_mean = p_means + i_row.to(tl.int64) * HEAD_SIZE
+        b_mean = tl.load(p_mean + o_dim, mask=o_dim < HEAD_SIZE, other=0.0)
+        b_keys = _centred(b_keys, b_mean, m_token)
+        b_bare = _has_no_direction(tl.sum(b_keys * b_keys, axis=1), b_mean)
+        b_keys = tl.where(b_bare[:, None], 0.0, b_keys)
     b_wide = b_keys.to(tl.float32)
     b_norms = tl.sqrt(tl.sum(b_wide * b_wide, axis=1))
     b_inverse = 1.0 / (b_norms + NORM_EPSILON)
@@ -563,6 +684,8 @@ def search_kernel(
             BLOCK_SIZE,
             KERNEL_BLOCK_SIZE,
         )
+        if CENTER:
+            b_columns = _centred(b_columns, b_mean, m_column)
         # NaN is no hit, whatever the threshold.
         b_column_norms = tl.load(p_norms + o_column, mask=m_column, other=float("nan"))
         b_scaled = product(b_keys, tl.trans(b_columns), IN_FLOAT32) * b_column_norms[None, :]
@@ -585,6 +708,8 @@ def search_kernel(
         BLOCK_SIZE,
         KERNEL_BLOCK_SIZE,
     ).to(tl.float32)
+    if CENTER:
+        b_similar = _centred(b_similar, b_mean, m_token)
     b_similar_norms = tl.load(p_norms + b_newest, mask=m_token, other=0.0)
     b_cosine = tl.sum(b_wide * b_similar, axis=1) * b_inverse * b_similar_norms
     # Token 0 without a similar key points to itself; its own cosine was never in the sum.

@@ -1,7 +1,9 @@
 """R-KV: keep what the newest queries look at, drop keys that repeat others.
 
 Source: R-KV: Redundancy-aware KV Cache Compression for Reasoning Models (arXiv:2505.24133),
-section 3; docs/method.md explains the formulas. Next: kernels/rkv/naive.py, which computes them.
+section 3; docs/method.md explains the formulas. The defensive aggregation is that of Taming the
+Fragility of KV Cache Eviction in LLM Inference (arXiv:2510.13334). Next: kernels/rkv/naive.py,
+which computes them.
 """
 
 import logging
@@ -58,6 +60,18 @@ class RKV(Method):
             accepts=lambda cosine: -1 <= cosine <= 1,
             per_request=True,
         )
+        center: bool = option(
+            False,
+            "Whether cosines are those of the keys without their mean: what all keys of a head "
+            "have in common then makes no two of them similar.",
+            per_request=True,
+        )
+        defensive: bool = option(
+            False,
+            "Whether importance is the attention of the window's most attentive query, and at "
+            "least the head's mean of that, instead of the mean over the window.",
+            per_request=True,
+        )
 
     @classmethod
     def need(cls, options: Options) -> Need:
@@ -72,13 +86,22 @@ class RKV(Method):
     def score(self, heads: Heads, batch: EvictionBatch) -> Tensor:
         """Weigh importance against redundancy. See the base class."""
         scale, soft_cap = self.model.scale[heads.layers], self.model.soft_cap[heads.layers]
-        lam, pool, threshold = self.options.lam, self.options.pool, self.options.threshold
-        # In place: on a long prompt each half is as large as the scores.
+        own = self.options
         importance = self.ops.importance(
-            heads.keys, batch, heads.queries, scale, soft_cap, pool=pool
-        ).mul_(lam)
-        redundancy = self.ops.redundancy(heads.keys, batch, threshold=threshold)
-        return importance.sub_(redundancy, alpha=1 - lam)
+            heads.keys,
+            batch,
+            heads.queries,
+            scale,
+            soft_cap,
+            pool=own.pool,
+            defensive=own.defensive,
+        )
+        # In place: on a long prompt each half is as large as the scores.
+        importance.mul_(own.lam)
+        redundancy = self.ops.redundancy(
+            heads.keys, batch, threshold=own.threshold, center=own.center
+        )
+        return importance.sub_(redundancy, alpha=1 - own.lam)
 
 
 @cache

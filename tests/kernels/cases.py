@@ -109,6 +109,8 @@ def rkv_scores(
     lam: float = 0.1,
     pool: int = 7,
     threshold: float = 0.5,
+    center: bool = False,
+    defensive: bool = False,
     scale: Tensor | None = None,
     soft_cap: Tensor | None = None,
 ) -> Tensor:
@@ -122,7 +124,7 @@ def rkv_scores(
         scale=case.scale if scale is None else scale,
         soft_cap=case.no_cap if soft_cap is None else soft_cap,
     )
-    method = RKV(RKV.Options(lam, pool, threshold), facts, ops)
+    method = RKV(RKV.Options(lam, pool, threshold, center, defensive), facts, ops)
     layers = slice(0, case.states.num_layers)
     return method.score(Heads(layers, case.states, case.states, case.queries), case.batch)
 

@@ -1,8 +1,9 @@
 """Compiles every Triton kernel, as its launcher launches it, for an H100; needs no GPU.
 
 A program of its own: the tests' process interprets kernels and can compile none. Prints a line
-"compiled NAME FILES" per kernel, and "reused NAME" when another flush of the same engine, with
-other lengths and other requests, needs no second compilation.
+"compiled NAME FILES" per kernel, "NAME+VARIANT" where it has variants, and "reused NAME" when
+another flush of the same engine, with other lengths and other requests, needs no second
+compilation.
 """
 
 from typing import Any
@@ -25,6 +26,8 @@ from rkv_vllm.kernels.slots.triton import slots_triton
 from tests.kernels.cases import new_case, random_keep
 
 H100 = GPUTarget("cuda", 90, 32)
+# Arguments that make another kernel of the same function.
+VARIANTS = ("DEFENSIVE", "CENTER", "IS_MEAN")
 BACKEND = backends["nvidia"].compiler(H100)
 
 
@@ -43,20 +46,26 @@ def main() -> None:
     launch_all(other.states.layers(first_layer), part, other.queries[:, first_layer])
     launch_step(case.queries, layer_idx=3, num_tokens=7)
     half = len(launches) // 2
+    done = set()
     for first, second in zip(launches[:half], launches[half:], strict=True):
         kernel, specialization = first[0], specialize(*first)
+        name = "+".join([kernel.__name__, *(key for key in VARIANTS if first[2].get(key))])
+        if name in done:
+            continue
+        done.add(name)
         options, *rest = specialization
         compiled = compile_kernel(ASTSource(kernel, *rest), target=H100, options=options)
-        print("compiled", kernel.__name__, *sorted(compiled.asm), flush=True)
+        print("compiled", name, *sorted(compiled.asm), flush=True)
         if specialization == specialize(*second):
-            print("reused", kernel.__name__, flush=True)
+            print("reused", name, flush=True)
 
 
 def launch_all(states: PagedStates, batch: EvictionBatch, queries: torch.Tensor) -> None:
     # As slices of what all layers have: the address is a multiple of 16 only by chance.
     of_layers = [torch.ones(8)[8 - states.num_layers :] for _ in range(2)]
-    scores = importance_triton(states, batch, queries, *of_layers, pool=7)
-    redundancy_triton(states, batch, threshold=0.5)
+    for changed in (False, True):
+        scores = importance_triton(states, batch, queries, *of_layers, pool=7, defensive=changed)
+        redundancy_triton(states, batch, threshold=0.5, center=changed)
     select_triton(scores, batch)
     compact_triton(states, batch, random_keep(batch, states.num_layers * states.num_heads))
 

@@ -74,16 +74,27 @@ def assert_oracle_agrees(case: Case, ops, scores, *, layer: int, **parameters) -
         assert_same_kept(kept, want.scores, eviction.budget, case.batch.window)
 
 
-@pytest.mark.parametrize("layout", ["heads first", "small blocks"])
-def test_what_is_behind_a_prefix_is_scored_and_chosen_as_if_it_were_alone(ops, layout):
-    case = new_case(lengths_for(ops), layout=layout, group=2, num_layers=1, num_heads=2, seed=3)
+@pytest.mark.parametrize(
+    ("layout", "group", "method"),
+    [
+        ("heads first", 2, {}),
+        ("small blocks", 2, {}),
+        ("heads first", 1, {"center": True}),
+        ("tokens first", 3, {"defensive": True, "lam": 1.0}),
+        ("small blocks", 8, {"center": True, "defensive": True}),
+    ],
+)
+def test_what_is_behind_a_prefix_is_scored_and_chosen_as_if_it_were_alone(
+    ops, layout, group, method
+):
+    case = new_case(lengths_for(ops), layout=layout, group=group, num_layers=1, num_heads=2, seed=3)
     # Not even the part of the prefix that shares a block with candidates may be looked at.
     for i, eviction in enumerate(case.batch.evictions):
         keys = case.dense[i].clone()
         keys[:, :, : eviction.prefix_len] = torch.nan
         case.states.write(case.batch.old_block_table[i, : len(eviction.old_block_ids)], keys)
     case = poisoned(case)
-    assert_oracle_agrees(case, ops, rkv_scores(case, ops), layer=0)
+    assert_oracle_agrees(case, ops, rkv_scores(case, ops, **method), layer=0, **method)
 
 
 @pytest.mark.parametrize("fresh", ["in place", "first fresh", "all fresh"])

@@ -13,13 +13,13 @@ from rkv_vllm.kernels.rkv.cpu import redundancy_cpu
 from tests.kernels.cases import Case, new_case
 
 
-def tiles_of_cpu(case: Case, monkeypatch) -> int:
+def tiles_of_cpu(case: Case, center: bool, monkeypatch) -> int:
     count = torch.zeros(1, dtype=torch.int64)
-    redundancy_cpu(case.states, case.batch, threshold=0.5, num_tiles=count)
+    redundancy_cpu(case.states, case.batch, threshold=0.5, center=center, num_tiles=count)
     return int(count)
 
 
-def tiles_of_triton(case: Case, monkeypatch) -> int:
+def tiles_of_triton(case: Case, center: bool, monkeypatch) -> int:
     products = []
     product = rkv_triton.product
 
@@ -28,7 +28,7 @@ def tiles_of_triton(case: Case, monkeypatch) -> int:
         return product(*args)
 
     monkeypatch.setattr(rkv_triton, "product", counted)
-    rkv_triton.redundancy_triton(case.states, case.batch, threshold=0.5)
+    rkv_triton.redundancy_triton(case.states, case.batch, threshold=0.5, center=center)
     return len(products)
 
 
@@ -37,10 +37,12 @@ VERSIONS = {"cpu": tiles_of_cpu, "triton": tiles_of_triton}
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(
-    ("similar", "most"), [(1.2, 0.5), (0.0, 1.0)], ids=["similar keys", "hardly any"]
+    ("similar", "opposite", "center", "most"),
+    [(1.2, 0.0, False, 0.5), (0.0, 0.0, False, 1.0), (1.2, 0.0, True, 1.0), (5.0, 1.2, True, 0.5)],
+    ids=["similar keys", "hardly any", "centred: hardly any", "centred: two halves"],
 )
 def test_as_many_tiles_are_looked_at_as_the_newest_similar_keys_ask_for(
-    version, similar, most, monkeypatch
+    version, similar, opposite, center, most, monkeypatch
 ):
     lengths = [(200, 200, 60), (333, 335, 60, 33)]
     case = new_case(lengths, similar=similar, num_layers=1, num_heads=2, seed=1)
@@ -48,9 +50,13 @@ def test_as_many_tiles_are_looked_at_as_the_newest_similar_keys_ask_for(
     tile = TILES[version]
     for eviction, dense in zip(case.batch.evictions, case.dense, strict=True):
         n = eviction.num_judged
+        # Every other token on the other side of the mean.
+        dense[:, :, ::2] += opposite
+        dense[:, :, 1::2] -= opposite
+        case.states.write(torch.tensor(eviction.old_block_ids), dense)
         for keys in dense[0, :, eviction.prefix_len : eviction.settled_len]:
-            _, newest = similar_and_newest(keys)
+            _, newest = similar_and_newest(keys - keys.mean(dim=0) if center else keys)
             expected += int(tiles_visited(newest, tile).sum())
             all_tiles += -(-n // tile.rows) * -(-n // tile.columns)
     assert 0 < expected <= most * all_tiles
-    assert VERSIONS[version](case, monkeypatch) == expected
+    assert VERSIONS[version](case, center, monkeypatch) == expected

@@ -17,12 +17,14 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("changed", [False, True], ids=["plain", "centred, defensive"])
 @pytest.mark.parametrize(
     "fault", ["nan in a candidate", "inf in the window", "-inf in the last key", "hidden -inf"]
 )
-def test_the_head_keeps_its_newest_tokens_and_is_noted_and_no_other_is_touched(ops, fault):
+def test_the_head_keeps_its_newest_tokens_and_is_noted_and_no_other_is_touched(ops, fault, changed):
+    method = {"center": changed, "defensive": changed}
     case = new_case([(40, 40, 20), (77, 77, 20, 7)], group=2, num_heads=2)
-    healthy = ops.select(rkv_scores(case, ops), case.batch)
+    healthy = ops.select(rkv_scores(case, ops, **method), case.batch)
     assert case.batch.non_finite.tolist() == [ALL_FINITE, ALL_FINITE]
     keys = case.dense[1][1, 1]
     if fault == "nan in a candidate":
@@ -37,7 +39,7 @@ def test_the_head_keeps_its_newest_tokens_and_is_noted_and_no_other_is_touched(o
         keys[:, 3] = 0.5
         keys[47, 3] = 2000.0
     case.states.write(case.batch.old_block_table[1], case.dense[1])
-    keep = ops.select(rkv_scores(case, ops), case.batch)
+    keep = ops.select(rkv_scores(case, ops, **method), case.batch)
     assert case.batch.non_finite.tolist() == [ALL_FINITE, 3]
     assert keep[1, 3].tolist() == [*range(57, 77)]
     assert torch.equal(keep[:, :3], healthy[:, :3])

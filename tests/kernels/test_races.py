@@ -1,6 +1,7 @@
 """No launch leaves its result to chance: any order of programs, races, accesses out of bounds."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -32,10 +33,10 @@ def with_own_cache(case):
     return replace(case, states=states, batch=batch), memory
 
 
-def compaction(case, keep=None):
+def compaction(case, keep=None, **method):
     """Everything that one compaction writes."""
     own, memory = with_own_cache(case)
-    scores = rkv_scores(own, TRITON)
+    scores = rkv_scores(own, TRITON, **method)
     chosen = TRITON.select(scores, own.batch)
     compact_triton(own.states, own.batch, chosen if keep is None else keep)
     return [scores, chosen, memory, own.batch.non_finite]
@@ -92,6 +93,12 @@ def test_a_compaction_is_the_same_in_any_order_and_has_no_race():
     }
 
 
+def test_centred_keys_are_the_same_in_any_order_and_have_no_race():
+    case = new_case([(70, 72, 40), (103, 104, 30, 33)], num_heads=1, fresh="first fresh", **SMALL)
+    run = partial(compaction, case, center=True, defensive=True)
+    assert "sums_kernel" in assert_any_order_is_the_same(run, 1)
+
+
 def test_a_step_is_the_same_in_any_order_and_has_no_race():
     assert assert_any_order_is_the_same(step, 1) == {"slots_kernel", "observe_kernel"}
 
@@ -99,11 +106,13 @@ def test_a_step_is_the_same_in_any_order_and_has_no_race():
 @pytest.mark.nightly
 @pytest.mark.parametrize("layout", PLAIN)
 @pytest.mark.parametrize("fresh", ["in place", "first fresh", "all fresh"])
-@pytest.mark.parametrize("choice", ["R-KV's", "any"])
+@pytest.mark.parametrize("choice", ["R-KV's", "centred", "any"])
 def test_every_layout_is_the_same_in_any_order_and_has_no_race(layout, fresh, choice):
     case = new_case(LENGTHS, layout=layout, fresh=fresh, num_heads=2, **SMALL)
     keep = random_keep(case.batch, 2) if choice == "any" else None
-    assert_any_order_is_the_same(lambda: compaction(case, keep), 3)
+    changed = choice == "centred"
+    run = partial(compaction, case, keep, center=changed, defensive=changed)
+    assert_any_order_is_the_same(run, 3)
 
 
 @pytest.mark.parametrize("bug", ["no barrier", "descending", "foreign block", "shared rows"])

@@ -77,7 +77,37 @@ def test_scores_equal_the_reference_on_odd_sizes(n, group, head_size, dtype, sim
     assert case.batch.non_finite.tolist() == [ALL_FINITE]
 
 
-def test_sums_over_more_tokens_than_one_pass_takes_equal_the_reference():
+@pytest.mark.parametrize(
+    ("n", "group", "head_size", "dtype", "method"),
+    [
+        (2, 1, 64, torch.float32, {"center": True, "defensive": True}),
+        (63, 8, 80, torch.bfloat16, {"center": True}),
+        (65, 3, 128, torch.float16, {"defensive": True, "lam": 1.0}),
+        (129, 1, 64, torch.bfloat16, {"center": True, "threshold": 0.1}),
+        (200, 3, 32, torch.float32, {"center": True, "threshold": -0.1}),
+        (300, 8, 64, torch.bfloat16, {"center": True, "defensive": True, "lam": 0.5}),
+    ],
+)
+def test_centred_and_defensive_scores_equal_the_reference(n, group, head_size, dtype, method):
+    window = min(8, n - 1)
+    case = new_case(
+        [(n, n, window + 1)],
+        head_size=head_size,
+        dtype=dtype,
+        group=group,
+        window=window,
+        similar=3.0,
+        seed=n,
+        **SMALL,
+    )
+    expected = rkv_scores(case, NAIVE, **method)
+    got = rkv_scores(case, TRITON, **method)
+    assert_same_scores(got, expected, case.batch)
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["plain", "centred, defensive"])
+def test_sums_over_more_tokens_than_one_pass_takes_equal_the_reference(changed):
+    method = {"center": changed, "defensive": changed}
     # 1024 tokens are one pass; the largest logits and column sums come in the second one.
     case = new_case([(1100, 1100, 300)], num_layers=1, num_heads=1)
     keys = case.dense[0]
@@ -85,8 +115,8 @@ def test_sums_over_more_tokens_than_one_pass_takes_equal_the_reference():
     keys[:, :, 1040:1090] = 3.0 * common
     case.queries += 0.5 * common
     case.states.write(case.batch.old_block_table[0], keys)
-    expected = rkv_scores(case, NAIVE)
-    got = rkv_scores(case, TRITON)
+    expected = rkv_scores(case, NAIVE, **method)
+    got = rkv_scores(case, TRITON, **method)
     assert_same_scores(got, expected, case.batch)
 
 
@@ -113,13 +143,15 @@ def test_the_parameters_reach_the_kernel(window, lam, pool, threshold):
     assert_same_scores(got, expected, case.batch)
 
 
+@pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("kind", ADVERSARIAL)
-def test_adversarial_keys_of_the_backward_search(kind):
+def test_adversarial_keys_of_the_backward_search(kind, center):
     case = new_case([(96, 96, 30)], head_size=128, **SMALL)
-    keys = adversarial_keys(kind, 96, 128)
+    # Not exact in binary: the mean of equal keys may not be their number.
+    keys = 0.7 * adversarial_keys(kind, 96, 128)
     case.states.write(case.batch.old_block_table[0], keys.expand(1, 2, -1, -1))
-    expected = rkv_scores(case, NAIVE)
-    got = rkv_scores(case, TRITON)
+    expected = rkv_scores(case, NAIVE, center=center)
+    got = rkv_scores(case, TRITON, center=center)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-8)
 
 
@@ -180,8 +212,12 @@ def test_an_empty_batch_is_no_work():
     assert keep.shape == (0, 6, 0)
 
 
-@pytest.mark.parametrize(("window", "head_size"), [(8, 64), (8, 128), (40, 64)])
-def test_memory_grows_with_the_tokens_as_told_and_torch_waits_for_nothing(window, head_size):
+@pytest.mark.parametrize(
+    ("window", "head_size", "changed"), [(8, 64, False), (8, 128, True), (40, 64, False)]
+)
+def test_memory_grows_with_the_tokens_as_told_and_torch_waits_for_nothing(
+    window, head_size, changed
+):
     n = 600
     case = new_case(
         [(n, n, 100)],
@@ -194,7 +230,8 @@ def test_memory_grows_with_the_tokens_as_told_and_torch_waits_for_nothing(window
     )
     ops = triton_ops(case.states, window)
     with TorchCalls() as calls:
-        keep = select_triton(rkv_scores(case, ops), case.batch)
+        scores = rkv_scores(case, ops, center=changed, defensive=changed)
+        keep = select_triton(scores, case.batch)
         compact_triton(case.states, case.batch, keep)
     # And 1 KiB per head; all pairs would be 2400 bytes per token.
     assert calls.peak < ops.scratch_bytes_per_token * n + 1024

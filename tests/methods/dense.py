@@ -17,6 +17,8 @@ def scores(
     threshold: float = 0.5,
     scale: float | None = None,
     soft_cap: float = 0.0,
+    center: bool = False,
+    defensive: bool = False,
 ) -> Tensor:
     """Score every token before the window.
 
@@ -29,6 +31,8 @@ def scores(
         threshold: cosine above which two keys count as similar.
         scale: of the logits, None for 1 / sqrt(head_size).
         soft_cap: of the logits, 0 = none.
+        center: whether cosines are those of centred keys.
+        defensive: whether the most attentive query counts, not the mean of all.
 
     Returns:
         float32 [heads, n - window].
@@ -38,8 +42,9 @@ def scores(
         torch.full((num_heads,), value)
         for value in (head_size**-0.5 if scale is None else scale, soft_cap)
     ]
-    importance = importance_of_heads(keys[:, : n - window], queries, *of_heads, pool=pool)
-    redundancy = redundancy_of_heads(keys, threshold=threshold)[:, : n - window]
+    candidates = keys[:, : n - window]
+    importance = importance_of_heads(candidates, queries, *of_heads, pool=pool, defensive=defensive)
+    redundancy = redundancy_of_heads(keys, threshold=threshold, center=center)[:, : n - window]
     return lam * importance - (1 - lam) * redundancy
 
 

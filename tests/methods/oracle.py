@@ -30,6 +30,8 @@ def expected_scores(
     scale=None,
     soft_cap=0.0,
     prefix_len=0,
+    center=False,
+    defensive=False,
 ) -> Expected:
     """Scores of keys [heads, prefix_len + n, d]; what stands in the prefix must not matter."""
     keys = keys.detach().double().numpy()[:, prefix_len:]
@@ -39,17 +41,18 @@ def expected_scores(
     rows, gap = [], math.inf
     for head in range(keys.shape[0]):
         own_queries = queries[head * group : (head + 1) * group]
-        importance = _importance(keys[head], own_queries, window, pool, scale, soft_cap)
-        redundancy, head_gap = _redundancy(keys[head], threshold)
+        attention = _attention(keys[head], own_queries, window, scale, soft_cap)
+        importance = _importance(attention, pool, defensive)
+        redundancy, head_gap = _redundancy(keys[head], threshold, center)
         gap = min(gap, head_gap)
         m = keys.shape[1] - window
         rows.append([lam * importance[i] - (1 - lam) * redundancy[i] for i in range(m)])
     return Expected(np.array(rows), gap)
 
 
-def _importance(keys, queries, window, pool, scale, soft_cap):
+def _attention(keys, queries, window, scale, soft_cap):
     group, m = queries.shape[0], len(keys) - window
-    mean = [0.0] * m
+    rows = []
     for a in range(window):
         logits = []
         for i in range(m):
@@ -57,14 +60,33 @@ def _importance(keys, queries, window, pool, scale, soft_cap):
             if soft_cap:
                 of_group = [soft_cap * math.tanh(logit / soft_cap) for logit in of_group]
             logits.append(max(of_group))
-        for i, weight in enumerate(_softmax(logits)):
-            mean[i] += weight / window
+        rows.append(_softmax(logits))
+    return rows
+
+
+def _importance(rows, pool, defensive):
+    m = len(rows[0])
+    columns = [[row[i] for row in rows] for i in range(m)]
+    if defensive:
+        worst = [max(column) for column in columns]
+        judged = [max(value, sum(worst) / m) for value in worst]
+    else:
+        judged = [sum(column) / len(rows) for column in columns]
     reach = pool // 2
-    return [max(mean[max(0, i - reach) : min(m, i + reach + 1)]) for i in range(m)]
+    return [max(judged[max(0, i - reach) : min(m, i + reach + 1)]) for i in range(m)]
 
 
-def _redundancy(keys, threshold):
+def _centred(keys):
+    mean = sum(keys) / len(keys)
+    least = 1e-5 * math.sqrt(np.dot(mean, mean))
+    rest = [key - mean for key in keys]
+    return [key if math.sqrt(np.dot(key, key)) > least else 0 * key for key in rest]
+
+
+def _redundancy(keys, threshold, center):
     n = len(keys)
+    if center:
+        keys = _centred(keys)
     unit = [key / (math.sqrt(np.dot(key, key)) + 1e-8) for key in keys]
     cosine = [[np.dot(unit[i], unit[j]) for j in range(n)] for i in range(n)]
     sums = [sum(cosine[i][j] for i in range(n) if i != j) for j in range(n)]

@@ -1,5 +1,3 @@
-from dataclasses import fields
-
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -10,6 +8,7 @@ from rkv_vllm.kernels.rkv import naive
 from rkv_vllm.kernels.select.naive import largest
 from rkv_vllm.methods import rkv
 from rkv_vllm.methods.rkv import RKV
+from rkv_vllm.option_field import options_of
 from tests.methods.dense import keep_indices, scores
 from tests.methods.oracle import assert_same_kept, expected_kept, expected_scores
 
@@ -82,6 +81,87 @@ def test_equals_the_oracle(kind, group, n, d):
     keys = random_keys(kind, 2, n, d)
     queries = random_queries(2 * group, 8, d)
     check(keys, queries, sorted({9, (n + 9) // 2 | 1, n}))
+
+
+@pytest.mark.parametrize(("center", "defensive"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("kind", ["clustered", "one_cluster"])
+@pytest.mark.parametrize(("group", "n", "d"), [(1, 9, 16), (3, 100, 32), (8, 63, 64), (3, 201, 24)])
+def test_centred_keys_and_defensive_aggregation_equal_the_oracle(
+    center, defensive, kind, group, n, d
+):
+    keys, queries = random_keys(kind, 2, n, d, seed=n), random_queries(2 * group, 8, d)
+    check(keys, queries, [9, (n + 9) // 2], center=center, defensive=defensive)
+    # Attention alone: redundancy must not hide its aggregation.
+    check(keys, queries, [9, (n + 9) // 2], center=center, defensive=defensive, lam=1.0, pool=3)
+
+
+def importance_of_shares(shares, pool: int, *, defensive: bool) -> torch.Tensor:
+    """Importance of one head whose window rows attend to the candidates with these shares."""
+    logits = torch.tensor(shares).log().unsqueeze(0)
+    keys = torch.eye(logits.shape[2]).unsqueeze(0)
+    of_heads = (torch.ones(1), torch.zeros(1))
+    return naive.importance_of_heads(keys, logits, *of_heads, pool=pool, defensive=defensive)[0]
+
+
+@pytest.mark.parametrize(
+    ("pool", "defensive", "expected"),
+    [
+        (1, False, [0.4, 0.1, 0.15, 0.35]),
+        (3, False, [0.4, 0.4, 0.35, 0.35]),
+        # Largest shares .7 .1 .2 .6, their mean .4.
+        (1, True, [0.7, 0.4, 0.4, 0.6]),
+        (3, True, [0.7, 0.7, 0.6, 0.6]),
+    ],
+)
+def test_the_most_attentive_query_counts_and_nobody_is_worth_less_than_the_mean_of_that(
+    pool, defensive, expected
+):
+    shares = [[0.7, 0.1, 0.1, 0.1], [0.1, 0.1, 0.2, 0.6]]
+    got = importance_of_shares(shares, pool, defensive=defensive)
+    torch.testing.assert_close(got, torch.tensor(expected))
+
+
+def test_the_floor_is_the_mean_before_the_pool():
+    # The largest shares are .91 and eight times .03, their mean .1278; pooled ones have .42.
+    shares = [[0.76, *[0.03] * 8], [0.91, *[0.01125] * 8]]
+    got = importance_of_shares(shares, 3, defensive=True)
+    floor = (0.91 + 8 * 0.03) / 9
+    torch.testing.assert_close(got, torch.tensor([0.91, 0.91, *[floor] * 7]))
+
+
+def test_opposite_keys_around_a_mean_are_not_similar_once_they_are_centred():
+    # Around the mean they are +-(1, 0) and +-(0, 1): each has one cosine of -1. None is similar,
+    # so the oldest is not charged with its cosine.
+    keys = torch.tensor([[[8.0, 9.0], [6.0, 9.0], [7.0, 10.0], [7.0, 8.0]]])
+    got = naive.redundancy_of_heads(keys, threshold=0.5, center=True)
+    torch.testing.assert_close(got, torch.tensor([[0.0, -0.25, -0.25, -0.25]]).softmax(dim=1))
+    assert not torch.allclose(got, naive.redundancy_of_heads(keys, threshold=0.5), rtol=0.01)
+
+
+def test_what_all_keys_have_in_common_changes_nothing_once_they_are_centred():
+    keys = random_keys("clustered", 3, 101, 32)
+    common = 2.0 * torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(7))
+    plain, shifted = (
+        naive.redundancy_of_heads(k, threshold=0.5, center=True) for k in (keys, keys + common)
+    )
+    torch.testing.assert_close(plain, shifted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e-4, -3e4])
+def test_keys_that_are_their_mean_have_no_direction(value):
+    # 0.1 times 101 divided by 101 is another number than 0.1 in float32.
+    keys = torch.full((2, 101, 16), value)
+    got = naive.redundancy_of_heads(keys, threshold=0.5, center=True)
+    torch.testing.assert_close(got, torch.full((2, 101), 1 / 101))
+
+
+def test_a_key_that_is_the_mean_of_the_others_has_no_direction():
+    keys = random_keys("one_cluster", 2, 101, 16)
+    for token in (0, 40, 100):
+        others = torch.arange(101) != token
+        keys[:, token] = keys[:, others].mean(dim=1)
+        for threshold in (-0.2, 0.5):
+            check(keys, random_queries(2, 8, 16), [9, 31], center=True, threshold=threshold)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -179,6 +259,8 @@ def test_ties_at_the_cut_go_to_the_lower_index(values, count):
     # None sharper than 1 / sqrt(d), whose largest shares `tolerance` is made for.
     scale=st.sampled_from([None, 1 / 128, 0.1]),
     soft_cap=st.sampled_from([0.0, 0.5, 30.0]),
+    center=st.booleans(),
+    defensive=st.booleans(),
     budget_share=st.floats(0, 1),
     seed=st.integers(0, 10**6),
     tile=st.sampled_from([1, 5, 64]),
@@ -196,12 +278,15 @@ def test_random_cases_equal_the_oracle(
     threshold,
     scale,
     soft_cap,
+    center,
+    defensive,
     budget_share,
     seed,
     tile,
 ):
     parameters = {"window": window, "lam": lam, "pool": pool, "threshold": threshold}
     parameters |= {"scale": scale, "soft_cap": soft_cap}
+    parameters |= {"center": center, "defensive": defensive}
     keys = random_keys(kind, heads, candidates + window, d, seed).to(dtype)
     queries = random_queries(heads * group, window, d, seed).to(dtype)
     budget = window + 1 + int(budget_share * (candidates - 1))
@@ -276,17 +361,18 @@ def test_temporaries_of_many_heads_stay_bounded(kind):
     assert largest.numel <= naive.MAX_TEMPORARY_ELEMENTS
 
 
+@pytest.mark.parametrize("changed", [False, True], ids=["plain", "centred, defensive"])
 @pytest.mark.parametrize("elements", [1, 2 * 63 * 64, 1 << 20])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("token", [0, 20, 62])
 def test_a_non_finite_key_shows_in_all_scores_of_its_head_and_in_no_other(
-    monkeypatch, elements, bad, token
+    monkeypatch, elements, bad, token, changed
 ):
     monkeypatch.setattr(naive, "MAX_TEMPORARY_ELEMENTS", elements)
     keys, queries = random_keys("one_cluster", 6, 63, 16), random_queries(18, 8, 16)
     keys[3, token, 5] = bad
     keys[5, token, 5] = bad
-    got = scores(keys, queries)
+    got = scores(keys, queries, center=changed, defensive=changed)
     assert got[[3, 5]].isnan().all()
     assert got[[0, 1, 2, 4]].isfinite().all()
 
@@ -314,10 +400,10 @@ def test_a_threshold_that_makes_every_search_long_is_warned_about_once(
 
 
 def test_what_options_accept_is_what_the_kernels_take():
-    accepts = {field.name: field.metadata["accepts"] for field in fields(RKV.Options)}
-    for field in fields(RKV.Options):
-        assert accepts[field.name](field.default)
-        assert not accepts[field.name](float("nan"))
+    accepts = {name: each.accepts for name, each in options_of(RKV.Options).items()}
+    for name, each in options_of(RKV.Options).items():
+        assert each.check(each.default) is each.default
+        assert accepts[name] is None or not accepts[name](float("nan"))
     assert [pool for pool in range(-2, 70) if accepts["pool"](pool)] == [*range(1, 64, 2)]
     assert [accepts["lam"](lam) for lam in (-0.1, 0, 1, 1.1)] == [False, True, True, False]
     assert [accepts["threshold"](t) for t in (-1.1, -1, 1, 1.1)] == [False, True, True, False]
