@@ -5,7 +5,6 @@ Reads the options and prints the answer; what is refused stands in `eval_input.p
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +22,7 @@ from rkv_vllm.options import ServerOptions
 _PROBLEMS = "Problems"
 _ANSWERS = "Answers"
 _ENGINE = "Engine, equal on all sides"
+_SERVER = "A running server, which nobody else uses meanwhile"
 _MEASURED = "What is measured"
 
 EngineFlags = Annotated[
@@ -74,6 +74,17 @@ Forced = Annotated[bool, typer.Option("--forced", help=_FORCED, rich_help_panel=
 _ROUNDS = "Parts of the problems; the sides take turns in each. Each costs a start per engine."
 Rounds = Annotated[int, option(_MEASURED, "ROUNDS", _ROUNDS, min=1)]
 Dtype = Annotated[str, option(_ENGINE, "DTYPE", f"Of weights and cache: {', '.join(DTYPES)}.")]
+_BASE_URL = (
+    "Measure this OpenAI endpoint of vllm serve --kv-compression instead of engines of this "
+    "command. Sides are options of requests (vllm_xargs); MODEL is the name that it serves."
+)
+BaseUrl = Annotated[str | None, option(_SERVER, "URL", _BASE_URL)]
+_STOCK_URL = (
+    "Measure the server of --base-url as it is, against the one here: two sides, no others."
+)
+StockUrl = Annotated[str | None, option(_SERVER, "URL", _STOCK_URL)]
+_OPEN = "Open at the same time."
+Concurrency = Annotated[int, option(_SERVER, "REQUESTS", _OPEN, min=1)]
 _OUT = (
     "Takes each result as it comes. If it is there, the evaluation goes on with it: what it "
     "holds is not done again, and further sides, problems or samples are added."
@@ -106,6 +117,9 @@ def run_evaluation(
     free_running: FreeRunning = True,
     rounds: Rounds = 1,
     dtype: Dtype = "auto",
+    base_url: BaseUrl = None,
+    stock_url: StockUrl = None,
+    concurrency: Concurrency = 16,
     out: OutFile = Path("eval.jsonl"),
     as_json: AsJson = False,
     plot: PlotFile = None,
@@ -126,13 +140,15 @@ def run_evaluation(
     rkv-vllm eval $M --problems trace:10 --limit 8 --methods rkv,snapkv --budgets 96,160
     rkv-vllm eval $M --problems math500:1 --limit 8 --forced --no-free-running --plot kl.png
     rkv-vllm eval $M --problems mine.jsonl --temperature 0.6 --samples 4 -- --max-num-seqs 32
+    rkv-vllm eval $M --base-url http://127.0.0.1:8000 --budgets 128,256
     ```
 
     Exit codes: 0 fine; 1 a side without compactions, or a process failed; 2 the command line is
     wrong; 130 Ctrl-C.
     """
-    # Only now: it imports what comes with vLLM.
+    # Only now: they import what comes with vLLM.
     from rkv_vllm.cli import eval_input
+    from rkv_vllm.eval.server import ServerError, run_served_eval
     from rkv_vllm.eval.session import run_offline_eval
 
     failure, exit_code, store = None, 0, None
@@ -140,44 +156,42 @@ def run_evaluation(
         try:
             with ended_by_signals():
                 with usage_errors():
-                    answering = eval_input.Answering(max_tokens, samples, temperature, top_p, seed)
-                    answering.check()
-                    eval_input.check_measured(forced, free_running)
-                    check_plot(plot)
-                    flags, common, sides = eval_input.read_eval_sides(
-                        methods,
-                        budgets,
-                        protect,
-                        {"buffer": buffer, "window": window},
-                        engine_flags or (),
-                    )
-                    found = eval_input.read_problems(problems, limit, seed)
-                    folder, context = eval_input.find_model(model, dtype)
-                    plan = EvalPlan(
+                    options = eval_input.EvalOptions(
                         model=model,
-                        asked=eval_input.ask(folder, found),
-                        sides=tuple(sides),
+                        engine_flags=engine_flags or (),
+                        problems=problems,
+                        limit=limit,
+                        methods=methods,
+                        budgets=budgets,
+                        protect=protect,
+                        buffer=buffer,
+                        window=window,
                         max_tokens=max_tokens,
+                        temperature=temperature,
+                        top_p=top_p,
                         samples=samples,
                         seed=seed,
-                        sampling=answering.sampling,
+                        forced=forced,
+                        free_running=free_running,
                         rounds=rounds,
-                        is_free=free_running,
-                        is_forced=forced,
-                        engine_flags=(),
-                        common=common,
+                        dtype=dtype,
+                        base_url=base_url,
+                        stock_url=stock_url,
                     )
-                    eval_input.check_context(plan, context)
-                    own = [f"--model={model}", f"--dtype={dtype}", f"--seed={seed}"]
-                    own.append(f"--max-model-len={plan.max_model_len}")
-                    plan = replace(plan, engine_flags=(*own, *flags))
-                    card = make_card(model)
-                    card["options"] = eval_input.card_options(plan, dtype, flags)
+                    check_plot(plot)
+                    plan, endpoints = eval_input.make_plan(options)
+                    card = {**make_card(model), "options": eval_input.card_options(plan, options)}
                     store = eval_input.open_store(out, {"kind": CARD, **card})
-                run_offline_eval(plan, store)
+                if endpoints:
+                    run_served_eval(plan, store, endpoints, concurrency)
+                else:
+                    run_offline_eval(plan, store)
         except ChildError as error:
             hint = "; its log ends as above" if error.log_tail else ""
             typer.echo("\n".join([*error.log_tail, f"Error: {error}{hint}"]), err=True)
+            failure, exit_code = str(error), REFUSED
+        except ServerError as error:
+            typer.echo(f"Error: {error}", err=True)
             failure, exit_code = str(error), REFUSED
         except InterruptedBySignal as interruption:
             typer.echo("Interrupted.", err=True)
@@ -193,10 +207,11 @@ def _show(
 ) -> int:
     """Print and draw what there is; the exit code that it deserves."""
     from rkv_vllm.eval.report import has_failed, make_document
+    from rkv_vllm.eval.server import with_counts
     from rkv_vllm.eval.tables import print_report
 
     card = {name: value for name, value in store.card.items() if name != "kind"}
-    document = make_document(card, plan, store.lines, failure)
+    document = make_document(card, plan, with_counts(store.lines), failure)
     if not as_json:
         print_report(document)
     typer.echo(json.dumps(document, allow_nan=False))

@@ -4,17 +4,25 @@ Runs before any process starts. Next: `rkv_vllm/eval/plan.py`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rkv_vllm.bench.prompts import load_tokenizer
-from rkv_vllm.bench.sides import split_engine_flags
+from rkv_vllm.bench.sides import STOCK, split_engine_flags
 from rkv_vllm.cli.checkpoint import check_dtype, find_config, read_config, read_decoder
-from rkv_vllm.cli.errors import CommandError
+from rkv_vllm.cli.errors import REFUSED, CommandError
 from rkv_vllm.eval.plan import Asked, EvalPlan
 from rkv_vllm.eval.problems import Problem, load_problems, prompt_of
-from rkv_vllm.eval.sides import PROTECTIONS, EvalSide, make_eval_sides, read_methods
+from rkv_vllm.eval.server import Endpoint, ServerError
+from rkv_vllm.eval.sides import (
+    PROTECTIONS,
+    EvalSide,
+    MethodChoice,
+    check_one_server,
+    make_eval_sides,
+    read_methods,
+)
 from rkv_vllm.eval.store import ResultStore
 from rkv_vllm.eval.verifier import require_math_verify
 
@@ -35,32 +43,75 @@ _TAKEN = {
     "--hf-token": "leave it out: nothing is downloaded, and the command is printed",
     **dict.fromkeys(("--host", "--port", "--uds", "--api-key", "--ssl-keyfile"), _NO_SERVER),
 }
+# The side of a server that is measured as it is.
+_AS_IT_IS = "as it is"
 
 
 @dataclass(frozen=True)
-class Answering:
-    """How outputs are made: the options of `eval` by these names."""
+class EvalOptions:
+    """The options of the command, by their names."""
 
+    model: str
+    engine_flags: Sequence[str]
+    problems: Sequence[str]
+    limit: int | None
+    methods: str
+    budgets: str
+    protect: str
+    buffer: int
+    window: int
     max_tokens: int
-    samples: int
     temperature: float
     top_p: float
+    samples: int
     seed: int
+    forced: bool
+    free_running: bool
+    rounds: int
+    dtype: str
+    base_url: str | None
+    stock_url: str | None
 
     def check(self) -> None:
-        """Refuse what cannot be sampled, or would give the same text twice."""
+        """Refuse what needs neither the model nor a file to be seen as wrong."""
         if not 0 <= self.temperature <= 2:
             raise CommandError(
                 f"--temperature: got {self.temperature}, wanted a number from 0 to 2; change it"
             )
         if not 0 < self.top_p <= 1:
             raise CommandError(
-                f"--top-p: got {self.top_p}, wanted more than 0, at most 1; change it"
+                f"--top-p: got {self.top_p}, wanted more than 0 and at most 1; change it"
             )
         if self.samples > 1 and self.temperature == 0:
             raise CommandError(
                 f"--samples: got {self.samples} at --temperature 0, wanted 1, because all would be "
                 "the same text; raise --temperature, as in --temperature 0.6 --top-p 0.95"
+            )
+        if not (self.forced or self.free_running):
+            raise CommandError(
+                "--no-free-running: got it without --forced, wanted something to measure; add "
+                "--forced"
+            )
+        check_dtype(self.dtype)
+        self._check_servers()
+
+    def _check_servers(self) -> None:
+        if self.base_url is None:
+            if self.stock_url is not None:
+                raise CommandError(
+                    "--stock-url: got it without --base-url, wanted a server to compare with it; "
+                    "add --base-url"
+                )
+            return
+        if self.forced:
+            raise CommandError(
+                "--forced: got it with --base-url, wanted engines of this command, because a "
+                "server does not let its clients force tokens; leave out one of the two"
+            )
+        if self.engine_flags:
+            raise CommandError(
+                f"ENGINE_FLAGS: got {' '.join(self.engine_flags)} with --base-url, wanted none; "
+                "start the server with them"
             )
 
     @property
@@ -69,56 +120,75 @@ class Answering:
         return {"temperature": self.temperature, "top_p": self.top_p}
 
 
-def read_eval_sides(
-    methods: str,
-    budgets: str,
-    protect: str,
-    lengths: dict[str, int],
-    engine_flags: Sequence[str],
-) -> tuple[list[str], dict[str, Any], list[EvalSide]]:
-    """Reads what tells the sides apart.
-
-    Args:
-        methods: `--methods`.
-        budgets: `--budgets`.
-        protect: `--protect`.
-        lengths: `buffer` and `window` of all methods.
-        engine_flags: what follows `--`.
-
-    Returns:
-        Flags of all engines, options of the compressed ones, and the sides.
+def make_plan(options: EvalOptions) -> tuple[EvalPlan, dict[str, Endpoint]]:
+    """Returns what is to be measured, and the servers by name of side: none for own engines.
 
     Raises:
-        CommandError: something that makes no sides.
-        ValueError: the same, from the options themselves.
+        CommandError: it cannot be measured.
+        ValueError: the same, from the options or the problems themselves.
     """
-    flags, compression = split_engine_flags(engine_flags, "eval", _TAKEN)
-    common = {**compression, **lengths}
-    choices = read_methods(methods)
+    options.check()
+    flags, compression = split_engine_flags(options.engine_flags, "eval", _TAKEN)
+    common = {**compression, "buffer": options.buffer, "window": options.window}
+    is_as_it_is = options.stock_url is not None
+    sides = _as_they_are() if is_as_it_is else _sides(options, common)
+    problems = _problems(options)
+    if options.base_url is None:
+        config = find_config(options.model)
+        asked = ask(config.parent, problems)
+    else:
+        # The server puts them into its template.
+        asked = tuple(Asked(problem, []) for problem in problems)
+    plan = EvalPlan(
+        model=options.model,
+        asked=asked,
+        sides=tuple(sides),
+        max_tokens=options.max_tokens,
+        samples=options.samples,
+        seed=options.seed,
+        sampling=options.sampling,
+        rounds=options.rounds,
+        is_free=options.free_running,
+        is_forced=options.forced,
+        engine_flags=(),
+        common=common,
+    )
+    if options.base_url is not None:
+        return plan, _find_servers(options, plan)
+    _check_context(plan, read_decoder(read_config(config)).max_positions)
+    own = [f"--model={options.model}", f"--dtype={options.dtype}", f"--seed={options.seed}"]
+    own += [f"--max-model-len={plan.max_model_len}"]
+    return replace(plan, engine_flags=(*own, *flags)), {}
+
+
+def _sides(options: EvalOptions, common: dict[str, Any]) -> list[EvalSide]:
+    choices = read_methods(options.methods)
     if not choices:
         raise CommandError("--methods: got none, wanted at least one; write it like --methods rkv")
-    sides = make_eval_sides(choices, _numbers(budgets), _protections(protect), common)
-    return flags, common, sides
-
-
-def _numbers(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() for part in parts):
-        raise CommandError(
-            f"--budgets: got {text!r}, wanted whole numbers of tokens; write it like "
-            "--budgets 128,256"
-        )
-    return _once("--budgets", [int(part) for part in parts])
-
-
-def _protections(text: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",")]
-    for part in parts:
+    if options.base_url is not None:
+        check_one_server(choices)
+    protections = [part.strip() for part in options.protect.split(",")]
+    for part in protections:
         if part not in PROTECTIONS:
             raise CommandError(
                 f"--protect: got {part!r}, wanted some of {', '.join(PROTECTIONS)}; change it"
             )
-    return _once("--protect", parts)
+    budgets = _numbers("--budgets", options.budgets)
+    return make_eval_sides(choices, budgets, _once("--protect", protections), common)
+
+
+def _as_they_are() -> list[EvalSide]:
+    """Two servers, of which the options are not known."""
+    return [EvalSide(MethodChoice(None)), EvalSide(MethodChoice(_AS_IT_IS))]
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise CommandError(
+            f"{name}: got {text!r}, wanted whole numbers of tokens; write it like {name} 128,256"
+        )
+    return _once(name, [int(part) for part in parts])
 
 
 def _once(name: str, values: list[Any]) -> list[Any]:
@@ -128,14 +198,9 @@ def _once(name: str, values: list[Any]) -> list[Any]:
     return values
 
 
-def read_problems(names: Sequence[str], limit: int | None, seed: int) -> list[Problem]:
-    """The problems of all sets.
-
-    Raises:
-        CommandError: the same set twice.
-        ValueError: a set that is not there, or a file with bad lines.
-    """
-    sets = [load_problems(name, limit=limit, seed=seed) for name in _once("--problems", [*names])]
+def _problems(options: EvalOptions) -> list[Problem]:
+    names = _once("--problems", [*options.problems])
+    sets = [load_problems(name, limit=options.limit, seed=options.seed) for name in names]
     found = [problem for each in sets for problem in each]
     if any(problem.grader == "math" for problem in found):
         require_math_verify()
@@ -169,18 +234,7 @@ def ask(folder: Path, problems: Sequence[Problem]) -> tuple[Asked, ...]:
     return tuple(Asked(problem, encode(prompt_of(problem))) for problem in problems)
 
 
-def find_model(model: str, dtype: str) -> tuple[Path, int | None]:
-    """The folder of a model, and the tokens of its context.
-
-    Raises:
-        CommandError: no such model, or no such dtype.
-    """
-    check_dtype(dtype)
-    config = find_config(model)
-    return config.parent, read_decoder(read_config(config)).max_positions
-
-
-def check_context(plan: EvalPlan, context: int | None) -> None:
+def _check_context(plan: EvalPlan, context: int | None) -> None:
     """Refuse requests longer than the model; vLLM would, after it has been imported."""
     if context is not None and plan.max_model_len > context:
         raise CommandError(
@@ -190,33 +244,33 @@ def check_context(plan: EvalPlan, context: int | None) -> None:
         )
 
 
-def card_options(plan: EvalPlan, dtype: str, flags: Sequence[str]) -> dict[str, Any]:
+def _find_servers(options: EvalOptions, plan: EvalPlan) -> dict[str, Endpoint]:
+    """The server of each side, which answers and compresses."""
+    try:
+        compressing = Endpoint.find("--base-url", options.base_url, options.model)
+        compressing.require_compression()
+        found = {side.name: compressing for side in plan.sides}
+        if options.stock_url is not None:
+            found[STOCK] = Endpoint.find("--stock-url", options.stock_url, options.model)
+    except ServerError as error:
+        raise CommandError(str(error), REFUSED) from error
+    return found
+
+
+def card_options(plan: EvalPlan, options: EvalOptions) -> dict[str, Any]:
     """What the results of a file have in common: those of other values are not comparable.
 
     Which problems, sides and samples there are may grow from one start to the next.
-
-    Args:
-        plan: the evaluation.
-        dtype: of weights and cache.
-        flags: of all engines that the user gave.
     """
     return {
-        "model": plan.model,
-        "dtype": dtype,
-        "max_tokens": plan.max_tokens,
-        "seed": plan.seed,
-        **plan.sampling,
+        "model": options.model,
+        "dtype": options.dtype,
+        "max_tokens": options.max_tokens,
+        "seed": options.seed,
+        **options.sampling,
         **{name: plan.common[name] for name in sorted(plan.common)},
-        "engine_flags": list(flags),
+        "engine_flags": list(options.engine_flags),
     }
-
-
-def check_measured(is_forced: bool, is_free: bool) -> None:
-    """Refuse to measure nothing."""
-    if not (is_forced or is_free):
-        raise CommandError(
-            "--no-free-running: got it without --forced, wanted something to measure; add --forced"
-        )
 
 
 def open_store(path: Path, card: dict[str, Any]) -> ResultStore:

@@ -89,14 +89,18 @@ class EvalPlan:
             found += own[begin:end]
         return found
 
-    def engines_of_round(self, number: int) -> list[tuple[MethodChoice, list[EvalSide]]]:
+    def engines_of_round(
+        self, number: int, is_stock_first: bool = False
+    ) -> list[tuple[MethodChoice, list[EvalSide]]]:
         """Methods with their sides, in the order of a round: it turns round each time.
 
-        Only stock stays in front where its texts are forced through the others.
+        Args:
+            number: of the round, from 0.
+            is_stock_first: stock stays in front, as it does where its texts are forced.
         """
         step = -1 if number % 2 else 1
         sides = self.sides[::step]
-        if self.is_forced:
+        if self.is_forced or is_stock_first:
             sides = tuple(sorted(sides, key=lambda side: side.budget is not None))
         engines: dict[MethodChoice, list[EvalSide]] = {}
         for side in sides:

@@ -13,7 +13,7 @@ from typing import Any
 from rkv_vllm.bench.sides import STOCK
 from rkv_vllm.flags import OPTION_FLAG
 from rkv_vllm.options import METHOD_KEY, OPTIONS, ServerOptions
-from rkv_vllm.request_options import OFF, SWITCH_KEY
+from rkv_vllm.request_options import OPTION_KEY, SWITCH_KEY
 
 PROTECTIONS = ("none", "prompt")
 # Of a budget: more of a prompt is never protected, so that something is left to choose.
@@ -102,9 +102,19 @@ class EvalSide:
             prefix = min(prompt_len, most_protected(self.budget))
         return {"kv_budget": self.budget - prefix, "kv_protect": prefix}
 
-    def request_options_of_one_server(self, prompt_len: int) -> dict[str, Any]:
-        """The same of a server that serves stock's requests, too."""
-        return self.request_options(prompt_len) or {SWITCH_KEY: OFF}
+    def served_options(self, prompt_len: int, common: dict[str, Any]) -> dict[str, Any]:
+        """What a request of this compressed side asks of a server that serves stock's, too.
+
+        Args:
+            prompt_len: tokens of the request's prompt.
+            common: options of all methods, as the JSON object has them.
+        """
+        options = self.choice.options(common, self.budget)
+        asked = {SWITCH_KEY: self.choice.name, **self.request_options(prompt_len)}
+        asked["kv_buffer"] = options["buffer"]
+        if pairs := options[METHOD_KEY]:
+            asked[OPTION_KEY] = [f"{name}={value}" for name, value in pairs.items()]
+        return asked
 
 
 def most_protected(budget: int) -> int:
@@ -178,6 +188,27 @@ def make_eval_sides(
                 _check_room(EvalSide(choice, budget, protect), options.window)
                 sides.append(EvalSide(choice, budget, protect))
     return sides
+
+
+def check_one_server(choices: Sequence[MethodChoice]) -> None:
+    """Refuse methods that no single server can have.
+
+    Raises:
+        ValueError: several of them, or an option that requests cannot set.
+    """
+    names = sorted({choice.name for choice in choices})
+    if len(names) > 1:
+        raise ValueError(
+            f"--methods: got {', '.join(names)} with --base-url, wanted the one method of that "
+            "server; start a server for each, or leave --base-url out"
+        )
+    for choice in choices:
+        for name, _ in choice.own:
+            if name in OPTIONS and not OPTIONS[name].per_request:
+                raise ValueError(
+                    f"--methods: got {name!r} in brackets with --base-url, wanted options that a "
+                    f"request can set; start the server with {OPTIONS[name].flag} and leave it out"
+                )
 
 
 def _check_room(side: EvalSide, window: int) -> None:

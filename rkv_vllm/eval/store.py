@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import IO, Any
 
 CARD, RUN, FORCED, SPEED = "card", "run", "forced", "speed"
+# Compactions of a side of a server, which has them in sums only.
+COUNTS = "counts"
 Line = dict[str, Any]
 # What a result is the answer to.
 _KEY = ("kind", "side", "set", "problem", "sample")
