@@ -30,7 +30,6 @@ def test_stock_asks_for_nothing():
     stock = sides_of()[0]
     assert stock.choice.flags(COMMON, 64) == []
     assert stock.request_options(prompt_len=40) == {}
-    assert stock.request_options_of_one_server(prompt_len=40) == {"kv_compression": "off"}
 
 
 def test_brackets_win_over_what_holds_for_all_methods():
@@ -58,6 +57,17 @@ def test_an_unprotected_request_has_the_whole_budget():
     server = ServerOptions(budget=96, buffer=32, protect="prompt")
     options = read_request_options(asked, server, 40)
     assert (options.budget, options.prefix_len(40)) == (64, 0)
+
+
+def test_one_server_is_told_all_that_requests_can_set():
+    side = EvalSide(read_methods("rkv[lam=0.2,buffer=16]")[0], 64, "prompt")
+    assert side.served_options(10, COMMON) == {
+        "kv_compression": "rkv",
+        "kv_budget": 54,
+        "kv_protect": 10,
+        "kv_buffer": 16,
+        "kv_option": ["lam=0.2"],
+    }
 
 
 @pytest.mark.parametrize(
