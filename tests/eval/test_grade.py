@@ -107,7 +107,7 @@ def test_the_last_box_wins_and_without_one_the_end_counts(text, verdict):
 
 
 def test_a_reply_without_a_box_is_read_at_its_end_only():
-    assert graded("5", "The answer is $5$.\n" + "and so on\n" * 200) is None
+    assert graded("5", "I see.\nThe answer is $5$.\n" + "and so on\n" * 200) is None
     assert graded("5", "and so on\n" * 200 + "The answer is $5$.") is True
 
 
@@ -179,10 +179,11 @@ def test_the_child_dying_costs_one_grade():
 def test_any_thread_may_grade():
     def of(number):
         assert threading.current_thread() is not threading.main_thread()
-        return graded(str(number), rf"\boxed{{\frac{{{2 * number}}}{{2}}}}")
+        # Every other one is wrong: replies that are mixed up show.
+        return graded(str(number - number % 2), rf"\boxed{{\frac{{{2 * number}}}{{2}}}}")
 
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(of, range(20))) == [True] * 20
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(of, range(200))) == [True, False] * 100
 
 
 def test_an_unknown_grader_is_refused():

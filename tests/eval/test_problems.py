@@ -98,6 +98,8 @@ def test_a_file_that_is_missing_empty_or_no_text_is_refused(tmp_path):
     [
         ("math5000", "wanted math500, math500:1-3 .levels., aime24"),
         ("math500:0", "wanted levels from 1 to 5"),
+        ("math500:0-3", "wanted levels"),
+        ("math500:4-7", "wanted levels"),
         ("math500:3-1", "wanted levels"),
         ("math500:", "wanted levels"),
         ("math500:hard", "wanted levels"),

@@ -153,8 +153,8 @@ def test_results_that_nobody_asked_for_are_left_out():
     plan = new_plan((STOCK, RKV), num_problems=5)
     lines = lines_of(plan, CHANCES)
     others = [
-        run_line(RKV, "p7", is_correct=False),
-        run_line(RKV, "p1", 1, is_correct=False),
+        *(run_line(side, "p7", is_correct=False) for side in plan.sides),
+        *(run_line(side, "p1", 1, is_correct=False) for side in plan.sides),
         run_line(OLDEST, "p1", is_correct=False),
         run_line(RKV, "p1", is_correct=False, set="another"),
         {"kind": "card", "options": {}},
@@ -165,6 +165,8 @@ def test_results_that_nobody_asked_for_are_left_out():
 def test_the_last_result_of_a_request_counts_and_their_order_does_not():
     plan = new_plan((STOCK, OLDEST), num_problems=10)
     lines = lines_of(plan, CHANCES)
+    for i, line in enumerate(lines):
+        line["output_len"] = 100 + i**2
     again = [run_line(OLDEST, "p1", is_correct=not lines[3]["is_correct"]), *lines]
     assert result_of(plan, again) == result_of(plan, lines) == result_of(plan, lines[::-1])
 

@@ -24,6 +24,11 @@ def test_stock_against_itself_is_one_and_no_difference():
     assert found == Comparison(Interval(0, 0, 0), Interval(1, 1, 1), 60)
 
 
+def test_draws_in_which_neither_side_is_right_count_as_equal():
+    stock = {"a": [1.0], "b": [0.0], "c": [0.0]}
+    assert paired_bootstrap(stock, stock, seed=0).ratio == Interval(1, 1, 1)
+
+
 def test_a_side_that_differs_by_chance_has_an_interval_that_holds_nothing_lost():
     side = random_stock(seed=1)
     found = paired_bootstrap(random_stock(), side, seed=0)
