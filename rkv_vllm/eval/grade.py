@@ -7,7 +7,7 @@ import atexit
 import re
 from functools import cache
 
-from rkv_vllm.eval.problems import Problem
+from rkv_vllm.eval.question import Problem
 from rkv_vllm.eval.verifier import Verifier
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")

@@ -1,6 +1,6 @@
 """The problems of an evaluation: shipped, generated, or from a file of JSON lines.
 
-Knows no model and no grading. Next: grade.py.
+Knows no model and no grading. Next: question.py, what a problem is; grade.py.
 """
 
 import json
@@ -8,7 +8,11 @@ import re
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from rkv_vllm.eval.question import Problem, prompt_of
+
+__all__ = ["Problem", "load_problems", "prompt_of"]
 
 _DATA = Path(__file__).resolve().parent / "data"
 _SHIPPED = ("math500", "aime24")
@@ -21,33 +25,6 @@ _WANTED = (
     "ends in .jsonl"
 )
 _EXAMPLE = '{"question": "What is 2 + 3?", "answer": "5"}'
-
-
-class Problem(NamedTuple):
-    r"""One question with its reference answer.
-
-    Attributes:
-        set: the problem set as it was asked for, such as "math500:1-3".
-        id: unique within the set, the same in every run.
-        question: what is asked, without how to answer.
-        answer: the reference; for "math" in LaTeX, without `\boxed`.
-        grader: "math" (compared as mathematics) or "integer" (the last "Answer: N").
-    """
-
-    set: str
-    id: str
-    question: str
-    answer: str
-    grader: str
-
-
-def prompt_of(problem: Problem) -> str:
-    """Returns the user's message: the question, and the form of answer that its grader reads."""
-    if problem.grader == "integer":
-        how = "End your reply with a line `Answer: N`, where N is the number."
-    else:
-        how = "Please reason step by step, and put your final answer within \\boxed{}."
-    return f"{problem.question}\n\n{how}"
 
 
 def load_problems(name_or_path: str, *, limit: int | None = None, seed: int = 0) -> list[Problem]:

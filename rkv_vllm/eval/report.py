@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from rkv_vllm.bench.sides import STOCK
 from rkv_vllm.eval.statistics import Interval, paired_bootstrap, pooled_interval, share_interval
+from rkv_vllm.eval.store import FORCED, RUN, SPEED, Line
 
 if TYPE_CHECKING:
     from rkv_vllm.eval.plan import EvalPlan
     from rkv_vllm.eval.sides import EvalSide
 
-Line = dict[str, Any]
 # Lines of one side, set and kind, by problem and sample.
 _Runs = dict[tuple[str, int], Line]
 _Sides = dict["EvalSide", _Runs]
-_FORCED = " of forced text"
+_OF_FORCED = " of forced text"
 _SUMMED = ("seconds", "output_tokens", "num_requests")
 
 
@@ -41,10 +41,10 @@ def make_document(
     results = []
     for name in plan.sets:
         of_set = [line for line in lines if line.get("set") == name]
-        free = _runs(plan, "run", name, of_set)
-        forced = _runs(plan, "forced", name, of_set)
+        free = _runs(plan, RUN, name, of_set)
+        forced = _runs(plan, FORCED, name, of_set)
         sides, checks = _usable(free, "")
-        forced_sides, forced_checks = _usable(forced, _FORCED)
+        forced_sides, forced_checks = _usable(forced, _OF_FORCED)
         results.append(
             {
                 "set": name,
@@ -55,7 +55,7 @@ def make_document(
                 "speeds": _speeds(sides, of_set),
                 "failed_checks": checks + forced_checks,
                 "unfinished": _unfinished(plan, name, "", free)
-                + _unfinished(plan, name, _FORCED, forced),
+                + _unfinished(plan, name, _OF_FORCED, forced),
             }
         )
     return {"card": card, "seed": plan.seed, "failure": failure, "results": results}
@@ -182,7 +182,7 @@ def _speeds(sides: _Sides, lines: Sequence[Line]) -> dict[str, Any]:
     """Tokens per second by side; over stock's, each round against stock's of the same round."""
     rounds: dict[str, dict[int, Counter[str]]] = {side.name: {} for side in sides}
     for line in lines:
-        if line["kind"] == "speed" and line["side"] in rounds:
+        if line["kind"] == SPEED and line["side"] in rounds:
             # A round that went on after a break has several.
             total = rounds[line["side"]].setdefault(line["round"], Counter())
             total.update({name: line[name] for name in _SUMMED})

@@ -1,58 +1,45 @@
 """A plan and lines of results as the report gets them: no engine, made-up outcomes."""
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from rkv_vllm.eval.plan import Asked, EvalPlan
 from rkv_vllm.eval.problems import Problem
+from rkv_vllm.eval.sides import EvalSide, MethodChoice, read_methods
+
+STOCK = EvalSide(MethodChoice(None))
 
 
-@dataclass(frozen=True)
-class Side:
-    choice: str
-    budget: int | None = None
-    protect: str = "none"
-
-    @property
-    def name(self) -> str:
-        if self.budget is None:
-            return self.choice
-        return f"{self.choice} {self.budget}" + (" +prompt" if self.protect == "prompt" else "")
+def new_side(method: str, budget: int = 128, protect: str = "none") -> EvalSide:
+    (choice,) = read_methods(method)
+    return EvalSide(choice, budget, protect)
 
 
-class Posed(NamedTuple):
-    problem: Problem
+RKV = new_side("rkv[center=true]", 128, "prompt")
+OLDEST = new_side("oldest", 128)
 
 
-STOCK = Side("stock")
-RKV = Side("rkv[center=true]", 128, "prompt")
-OLDEST = Side("oldest", 128)
-
-
-@dataclass(frozen=True)
-class Plan:
-    sides: tuple[Side, ...]
-    asked: tuple[Posed, ...]
-    samples: int = 1
-    seed: int = 0
-    is_free: bool = True
-    is_forced: bool = False
-
-    @property
-    def sets(self) -> list[str]:
-        return list(dict.fromkeys(each.problem.set for each in self.asked))
-
-    def kinds_of(self, side: Side) -> tuple[str, ...]:
-        return ("run",) * (self.is_free or side.budget is None) + ("forced",) * self.is_forced
-
-
-def new_plan(sides=(STOCK, RKV, OLDEST), num_problems: int = 40, **fields: Any) -> Plan:
+def new_plan(sides=(STOCK, RKV, OLDEST), num_problems: int = 40, **changes: Any) -> EvalPlan:
     problems = [Problem("made-up", f"p{i}", "?", "1", "integer") for i in range(num_problems)]
-    return Plan(tuple(sides), tuple(map(Posed, problems)), **fields)
+    fields = {
+        "model": "folder/of/model",
+        "asked": tuple(Asked(problem, [1, 2, 3]) for problem in problems),
+        "sides": tuple(sides),
+        "max_tokens": 1000,
+        "samples": 1,
+        "seed": 0,
+        "sampling": {"temperature": 0.0, "top_p": 1.0},
+        "rounds": 1,
+        "is_free": True,
+        "is_forced": False,
+        "engine_flags": (),
+        "common": {},
+    }
+    return EvalPlan(**{**fields, **changes})
 
 
-def run_line(side: Side, problem: str, sample: int = 0, **changes: Any) -> dict[str, Any]:
+def run_line(side: EvalSide, problem: str, sample: int = 0, **changes: Any) -> dict[str, Any]:
     """A right answer of 400 tokens."""
     compressed = side.budget is not None
     line = {
@@ -75,7 +62,7 @@ def run_line(side: Side, problem: str, sample: int = 0, **changes: Any) -> dict[
     return {**line, **changes}
 
 
-def forced_line(side: Side, problem: str, **changes: Any) -> dict[str, Any]:
+def forced_line(side: EvalSide, problem: str, **changes: Any) -> dict[str, Any]:
     """400 tokens of stock's text, 300 of them after the first compaction."""
     compressed = side.budget is not None
     count = 300 if compressed else 0
@@ -101,12 +88,14 @@ def forced_line(side: Side, problem: str, **changes: Any) -> dict[str, Any]:
     return {**line, **changes}
 
 
-def speed_line(side: Side, seconds: float, number: int = 1, **changes: Any) -> dict[str, Any]:
+def speed_line(side: EvalSide, seconds: float, number: int = 1, **changes: Any) -> dict[str, Any]:
     names = {"kind": "speed", "side": side.name, "set": "made-up", "round": number}
     return {**names, "seconds": seconds, "output_tokens": 4000, "num_requests": 10, **changes}
 
 
-def lines_of(plan: Plan, chance_of: dict[Side, float], seed: int = 0) -> list[dict[str, Any]]:
+def lines_of(
+    plan: EvalPlan, chance_of: dict[EvalSide, float], seed: int = 0
+) -> list[dict[str, Any]]:
     """Every request of a plan; a side with the larger chance is right wherever another one is."""
     rng = np.random.default_rng(seed)
     hardness = {each.problem.id: rng.random() for each in plan.asked}

@@ -4,7 +4,7 @@ import pytest
 
 from rkv_vllm.eval.plot import draw, make_figure
 from rkv_vllm.eval.report import make_document
-from tests.eval.results import STOCK, Side, forced_line, lines_of, new_plan, run_line
+from tests.eval.results import STOCK, forced_line, lines_of, new_plan, new_side, run_line
 
 pytest.importorskip("matplotlib")
 
@@ -13,7 +13,7 @@ NAMES = ("rkv", "snapkv", "keydiff", "knorm", "recent", "random", "vase", "triat
 NAMES += ("rkv[center=true]",)
 SIDES = (
     STOCK,
-    *(Side(n, b, p) for n in NAMES for p in ("none", "prompt") for b in (256, 128)),
+    *(new_side(n, b, p) for n in NAMES for p in ("none", "prompt") for b in (256, 128)),
 )
 
 
@@ -54,7 +54,7 @@ def test_nine_methods_with_two_protections_are_eighteen_curves_that_differ():
 
 
 def test_values_are_those_of_the_document():
-    document = document_of((STOCK, Side("rkv", 128), Side("rkv", 256)))
+    document = document_of((STOCK, new_side("rkv", 128), new_side("rkv", 256)))
     accuracy, kl, agreement = make_figure(document).axes
     (result,) = document["results"]
     sides = {side["side"]: side for side in result["sides"]}
@@ -75,14 +75,14 @@ def test_values_are_those_of_the_document():
 def test_no_panels_for_what_was_not_measured():
     (axes,) = make_figure(document_of(is_forced=False)).axes
     assert axes.get_ylabel().startswith("accuracy")
-    plan = new_plan((STOCK, Side("rkv", 128)), num_problems=2, is_free=False, is_forced=True)
+    plan = new_plan((STOCK, new_side("rkv", 128)), num_problems=2, is_free=False, is_forced=True)
     lines = [run_line(STOCK, "p0"), *(forced_line(side, "p0") for side in plan.sides)]
     figure = make_figure(make_document(CARD, plan, lines))
     assert [axes.get_ylabel()[:2] for axes in figure.axes] == ["KL", "to"]
 
 
 def test_reservations_stand_in_the_title():
-    document = document_of((STOCK, Side("rkv", 128)), is_forced=False, compactions=0)
+    document = document_of((STOCK, new_side("rkv", 128)), is_forced=False, compactions=0)
     (axes,) = make_figure(document).axes
     assert curves_of(axes) == {}
     title = axes.get_title(loc="left").replace("\n", " ")

@@ -118,6 +118,14 @@ def test_a_limit_below_one_is_refused():
         load_problems("aime24", limit=0)
 
 
+def test_generated_programs_have_a_length_and_a_number():
+    programs = pytest.importorskip("rkv_vllm.eval.programs")
+    problems = load_problems("trace:12", limit=3, seed=5)
+    assert problems == [p._replace(set="trace:12") for p in programs.make_programs(3, 12, 5)]
+    assert {problem.grader for problem in problems} == {"integer"}
+    assert len(load_problems("trace")) >= 50
+
+
 def test_prompts_ask_for_what_the_grader_reads():
     problem = Problem("s", "1", "How many?", "5", "math")
     assert prompt_of(problem).startswith("How many?\n")

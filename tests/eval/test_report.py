@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,6 @@ from tests.eval.results import (
     OLDEST,
     RKV,
     STOCK,
-    Side,
     forced_line,
     lines_of,
     new_plan,
@@ -273,8 +273,8 @@ def test_a_side_alone_shows_its_own_accuracy_and_no_comparison():
 def test_sets_have_results_of_their_own():
     plan = new_plan((STOCK, OLDEST), num_problems=2)
     other = [each._replace(problem=each.problem._replace(set="other")) for each in plan.asked]
-    plan = type(plan)(plan.sides, (*plan.asked, *other))
-    lines = lines_of(new_plan((STOCK, Side("oldest", 128)), num_problems=2), CHANCES)
+    lines = lines_of(plan, CHANCES)
+    plan = replace(plan, asked=(*plan.asked, *other))
     first, second = make_document(CARD, plan, lines, None)["results"]
     assert (first["set"], len(first["sides"]), first["unfinished"]) == ("made-up", 2, [])
     assert (second["set"], second["sides"], len(second["unfinished"])) == ("other", [], 2)
