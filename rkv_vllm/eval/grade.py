@@ -10,7 +10,8 @@ from functools import cache
 from rkv_vllm.eval.question import Problem
 from rkv_vllm.eval.verifier import Verifier
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+# What opens a box, escaped characters (the braces of a set are part of an answer), other braces.
+_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 # Of a reply without a box: as much of its end as can hold the answer.
 _TAIL_CHARACTERS = 1000
 _NUMBER = r"([-+−]?)([0-9]{1,3}(?:(?:,|\{,\})[0-9]{3})+|[0-9]+)"
@@ -44,22 +45,18 @@ def grade(problem: Problem, text: str) -> bool | None:
 
 def last_boxed(text: str) -> str | None:
     """Returns what stands in the last box that is closed and not empty; None without one."""
-    for start in reversed([match.end() for match in _BOX.finditer(text)]):
-        content = _until_closed(text, start)
-        if content and content.strip():
-            return content.strip()
-    return None
-
-
-def _until_closed(text: str, start: int) -> str | None:
-    """The text up to the brace that closes the one before `start`."""
-    depth = 1
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
-        # An escaped brace is part of the answer: a set.
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return text[start : match.start()]
-    return None
+    # Where each brace that is still open began, and whether it is a box's.
+    opened: list[tuple[int, bool]] = []
+    found = (-1, "")
+    for token in _BRACE.finditer(text):
+        if token[0].endswith("{") and token[0] != r"\{":
+            opened.append((token.end(), token[0] != "{"))
+        elif token[0] == "}" and opened:
+            start, is_box = opened.pop()
+            # The last to begin: of boxes in each other the inner one.
+            if is_box and start > found[0] and (content := text[start : token.start()].strip()):
+                found = (start, content)
+    return found[1] or None
 
 
 def _is_same_mathematics(reference: str, text: str) -> bool | None:

@@ -6,7 +6,7 @@ problems, the same ones for both sides. Knows numbers only. Next: report.py.
 
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
-from math import inf, sqrt
+from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -82,13 +82,14 @@ def paired_bootstrap(
     ours = _means({key: side[key] for key in shared})
     theirs = _means({key: stock[key] for key in shared})
     n = len(shared)
-    difference, ratio = float(ours.mean() - theirs.mean()), _ratio(ours.mean(), theirs.mean())
+    difference, ratio = float(ours.mean() - theirs.mean()), _ratios(ours.mean(), theirs.mean())
     weights = _draw(n, seed, draws)
     ours_drawn, theirs_drawn = weights @ ours / n, weights @ theirs / n
-    ratios = [_ratio(*pair) for pair in zip(ours_drawn, theirs_drawn, strict=True)]
     return Comparison(
         _interval(difference, ours_drawn - theirs_drawn, n),
-        None if theirs.mean() == 0 else _interval(ratio, ratios, n),
+        None
+        if theirs.mean() == 0
+        else _interval(float(ratio), _ratios(ours_drawn, theirs_drawn), n),
         n,
     )
 
@@ -124,6 +125,8 @@ def _draw(num_problems: int, seed: int, draws: int) -> np.ndarray:
     """How often each draw holds each problem, its weight in the draw's mean: [draws, problems]."""
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(num_problems, np.full(num_problems, 1 / num_problems), size=draws)
+    # Products with floats would convert them each time.
+    weights = weights.astype(np.float64)
     weights.flags.writeable = False
     return weights
 
@@ -134,14 +137,13 @@ def _means(values: Mapping[Hashable, Sequence[float]]) -> np.ndarray:
     return np.array([np.mean(samples) for samples in values.values()], dtype=np.float64)
 
 
-def _ratio(ours: float, theirs: float) -> float:
-    """Of two means, none of them negative: equal ones give 1, zeros included."""
-    if ours == theirs:
-        return 1.0
-    return float(ours / theirs) if theirs else inf
+def _ratios(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """Of means, none of them negative: equal ones give 1, zeros included."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(ours == theirs, 1.0, ours / theirs)
 
 
-def _interval(mean: float, drawn: Sequence[float], num_problems: int) -> Interval:
+def _interval(mean: float, drawn: np.ndarray, num_problems: int) -> Interval:
     if num_problems < 2:
         return Interval(mean, None, None)
     tails = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)

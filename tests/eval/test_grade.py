@@ -162,6 +162,13 @@ def test_signs_and_zero():
     assert graded("7", "Answer: -7", "integer") is False
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("text", [r"\boxed{" * 30_000, "{" * 100_000, "Wait, " * 30_000])
+def test_a_loop_is_read_in_time(text):
+    assert graded("5", text) is None
+    assert graded("5", text, "integer") is None
+
+
 def test_an_answer_that_hangs_is_ungraded_and_the_next_one_is_graded():
     assert graded("5", r"\boxed{9^{9^{9^{9}}}}") is None
     assert graded("5", r"\boxed{\frac{10}{2}}") is True
