@@ -3,7 +3,8 @@
 Source: SnapKV: LLM Knows What You are Looking for Before Generation (arXiv:2404.14469), section 4,
 there for prompts; asked again at every compaction, as RPC (arXiv:2505.13866) does. It is R-KV's
 importance without its redundancy, so of the query heads that share a KV head the largest logit
-counts. Next: kernels/rkv/naive.py for the formula.
+counts. `defensive` is DefensiveKV's aggregation (arXiv:2510.13334). Next: kernels/rkv/naive.py for
+the formulas.
 """
 
 from dataclasses import dataclass
@@ -29,6 +30,12 @@ class SnapKV(Method):
             wanted="an odd number of tokens from 1 to 63",
             accepts=lambda tokens: 1 <= tokens <= 63 and tokens % 2 == 1,
         )
+        defensive: bool = option(
+            False,
+            "Whether importance is the attention of the window's most attentive query, and at "
+            "least the head's mean of that, instead of the mean over the window.",
+            per_request=True,
+        )
 
     @classmethod
     def need(cls, options: Options) -> Need:
@@ -39,5 +46,11 @@ class SnapKV(Method):
         """The attention that a token gets. See the base class."""
         scale, soft_cap = self.model.scale[heads.layers], self.model.soft_cap[heads.layers]
         return self.ops.importance(
-            heads.keys, batch, heads.queries, scale, soft_cap, pool=self.options.pool
+            heads.keys,
+            batch,
+            heads.queries,
+            scale,
+            soft_cap,
+            pool=self.options.pool,
+            defensive=self.options.defensive,
         )

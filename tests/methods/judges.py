@@ -68,12 +68,15 @@ def softmax(logits: list[float]) -> list[float]:
     return [power / sum(powers) for power in powers]
 
 
-def snapkv(judged: Judged, pool: int = 7) -> np.ndarray:
-    """The largest logit of the group, softmax, mean over the window, largest of the neighbours."""
+def snapkv(judged: Judged, pool: int = 7, defensive: bool = False) -> np.ndarray:
+    """The largest logit of the group, softmax, mean over the window, largest of the neighbours.
+
+    Defensive: the largest share of the window instead, and at least the mean of those.
+    """
     group = judged.queries.shape[0] // judged.num_heads
     rows = []
     for head in range(judged.num_heads):
-        mean = [0.0] * judged.m
+        looks = []
         for a in range(judged.window):
             of_group = [
                 [float(np.dot(judged.queries[head * group + g, a], key)) for g in range(group)]
@@ -82,9 +85,12 @@ def snapkv(judged: Judged, pool: int = 7) -> np.ndarray:
             logits = [max(each) * judged.scale for each in of_group]
             if judged.soft_cap:
                 logits = [judged.soft_cap * math.tanh(x / judged.soft_cap) for x in logits]
-            for i, share in enumerate(softmax(logits)):
-                mean[i] += share / judged.window
-        rows.append([max(near(mean, i, pool)) for i in range(judged.m)])
+            looks.append(softmax(logits))
+        shares = [sum(column) / judged.window for column in zip(*looks, strict=True)]
+        if defensive:
+            largest = [max(column) for column in zip(*looks, strict=True)]
+            shares = [max(share, sum(largest) / judged.m) for share in largest]
+        rows.append([max(near(shares, i, pool)) for i in range(judged.m)])
     return np.array(rows)
 
 

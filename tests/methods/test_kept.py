@@ -139,6 +139,7 @@ def test_triton_keeps_it_as_well(name):
     [
         ("snapkv", {"pool": 1}),
         ("snapkv", {"pool": 11}),
+        ("snapkv", {"defensive": True}),
         ("recent", {"sinks": 0}),
         ("recent", {"sinks": 40}),
         ("vase", {"sinks": 0, "share": 0.0, "pool": 1}),
