@@ -113,6 +113,16 @@ class ServerOptions:
         ),
         per_request=True,
     )
+    layer_budgets: str = option(
+        "method",
+        "How the budget is spread over the layers, whose mean it is: as the `method` says (evenly, "
+        "for all built-in ones), as a `pyramid` with more for lower layers, or by a FILE.json that "
+        "`rkv-vllm calibrate MODEL --layer-budgets FILE.json` writes.",
+        flag="--kv-layer-budgets",
+        metavar="method|pyramid|FILE.json",
+        wanted="'method', 'pyramid' or the path of a JSON file",
+        accepts=lambda setting: setting != "",
+    )
     seats: int = option(
         64,
         "Requests whose queries are recorded at the same time; it caps the compactions per step "

@@ -8,10 +8,11 @@ import torch
 
 import rkv_vllm
 from rkv_vllm.fit import refusals
+from rkv_vllm.layer_budgets import LayerClass, write_classes
 from rkv_vllm.methods.rkv import RKV
 from rkv_vllm.options import ServerOptions
 from rkv_vllm.scheduling.spec import CompressedAttentionSpec
-from tests.engine import Engine, running_engine
+from tests.engine import BLOCK_SIZE, Engine, running_engine
 from tests.layered_reference import generate_layered_reference
 from tests.models import assert_varied, random_prompt
 
@@ -48,6 +49,8 @@ class CacheWatch:
 
     def __init__(self, engine: Engine) -> None:
         self.num_flushes = 0
+        # By group: blocks that requests held right after compactions.
+        self.blocks_left: dict[int, set[int]] = {}
         self._layers = [
             layer.kv_cache
             for layer in engine.model_runner.compilation_config.static_forward_context.values()
@@ -58,6 +61,9 @@ class CacheWatch:
     def _watched_flush(self, *args):
         before = [cache.clone() for cache in self._layers]
         done = self._flush(*args)
+        for directive in done:
+            left = self.blocks_left.setdefault(directive.group_id, set())
+            left.add(len(directive.new_block_ids))
         allowed = {block_id for directive in done for block_id in directive.new_block_ids}
         self.num_flushes += bool(done)
         for old, cache in zip(before, self._layers, strict=True):
@@ -67,7 +73,11 @@ class CacheWatch:
 
 
 def serve(model, num_tokens: int, num_groups: int, **options):
-    """Run all prompts, then some of them again; returns (engine, compactions by group id)."""
+    """Run all prompts, then some of them again.
+
+    Returns:
+        The engine, the specs of its groups, compactions by group, blocks left by group.
+    """
     with running_engine(model, 256, num_groups, **options) as engine:
         watch = CacheWatch(engine)
         for req_id, prompt in PROMPTS.items():
@@ -88,7 +98,7 @@ def serve(model, num_tokens: int, num_groups: int, **options):
         assert [isinstance(spec, CompressedAttentionSpec) for spec in specs] == [
             group_id in groups for group_id in range(num_groups)
         ]
-        return engine, specs, compactions
+        return engine, specs, compactions, watch.blocks_left
 
 
 def assert_equal_explicit_eviction(engine, model, num_tokens, configs, runner) -> torch.Tensor:
@@ -125,7 +135,7 @@ def test_full_layers_are_compacted_beside_sliding_ones(
         "llama", 3, layers=len(layer_types), layer_types=layer_types, sliding_window=WINDOW
     )
     options = rkv_vllm.engine_args(budget=CONFIG.budget, buffer=CONFIG.buffer)
-    engine, _, compactions = serve(model, num_tokens, num_groups, **options)
+    engine, _, compactions, _ = serve(model, num_tokens, num_groups, **options)
     configs = [CONFIG if layer_type == FULL else None for layer_type in layer_types]
     expected = assert_equal_explicit_eviction(engine, model, num_tokens, configs, runner)
     per_group = expected[:, layer_types.index(FULL)].sum().item()
@@ -144,7 +154,7 @@ def test_every_class_of_layer_budgets_is_compacted_for_itself(
     model = random_model_dir("llama", 3, layers=len(ladder))
     method = f"{Ladder.__module__}.{Ladder.__qualname__}"
     options = rkv_vllm.engine_args(method=method, budget=CONFIG.budget, buffer=CONFIG.buffer)
-    engine, specs, compactions = serve(model, num_tokens, 3, **options)
+    engine, specs, compactions, _ = serve(model, num_tokens, 3, **options)
     configs = [replace(CONFIG, budget=budget) for budget in ladder]
     expected = assert_equal_explicit_eviction(engine, model, num_tokens, configs, runner)
     by_budget = dict(zip(ladder, expected.sum(dim=0).tolist(), strict=True))
@@ -153,3 +163,51 @@ def test_every_class_of_layer_budgets_is_compacted_for_itself(
     assert len(set(by_budget.values())) > 1
     budgets = [spec.layer_budget or CONFIG.budget for spec in specs]
     assert {budgets[g]: number for g, number in compactions.items()} == by_budget
+
+
+@pytest.mark.parametrize(
+    ("runner", "num_layers", "ladder", "num_tokens"),
+    [("v1", 6, (64, 64, 40, 40, 16, 16), 120), ("v2-async", 3, (70, 40, 10), 90)],
+    indirect=["runner"],
+)
+def test_a_pyramid_is_compacted_class_by_class_and_each_holds_only_its_own_blocks(
+    random_model_dir, runner, num_layers, ladder, num_tokens
+):
+    """Blocks are a third of a uniform group's, and upper layers hold fewer of them."""
+    model = random_model_dir("llama", 3, layers=num_layers)
+    config = ServerOptions(budget=40, buffer=32)
+    options = rkv_vllm.engine_args(layer_budgets="pyramid", budget=40, buffer=32)
+    engine, specs, compactions, blocks_left = serve(model, num_tokens, 3, **options)
+    configs = [replace(config, budget=budget) for budget in ladder]
+    expected = assert_equal_explicit_eviction(engine, model, num_tokens, configs, runner)
+    by_budget = dict(zip(ladder, expected.sum(dim=0).tolist(), strict=True))
+    assert min(by_budget.values()) >= len(PROMPTS)
+    budgets = [spec.layer_budget or config.budget for spec in specs]
+    assert {budgets[g]: number for g, number in compactions.items()} == by_budget
+    # A compaction leaves the budget, and the tokens of the steps under way.
+    in_flight = 1 + runner.unprocessed_steps
+    assert {budgets[g]: max(left) for g, left in blocks_left.items()} == {
+        budget: -(-(budget + in_flight) // BLOCK_SIZE) for budget in set(ladder)
+    }
+
+
+def test_requests_scale_the_pyramid_and_files_make_classes_of_any_layers(
+    random_model_dir, tmp_path
+):
+    model = random_model_dir("llama", 3)
+    path = tmp_path / "classes.json"
+    write_classes(path, model.name, [LayerClass((0, 3), 3), LayerClass((1, 2), 1)])
+    options = rkv_vllm.engine_args(layer_budgets=str(path), budget=40, buffer=32)
+    with running_engine(model, 256, 2, **options) as engine:
+        engine.add("whole", PROMPTS["r0"], 120)
+        engine.add("half", PROMPTS["r0"], 120, extra_args={"kv_budget": 20})
+        engine.run()
+        stats = engine.stats()
+        engine.assert_pool_is_empty()
+    compactions = 0
+    for req_id, ladder in {"whole": (56, 24, 24, 56), "half": (28, 12, 12, 28)}.items():
+        configs = [ServerOptions(budget=budget, buffer=32) for budget in ladder]
+        expected = generate_layered_reference(model, PROMPTS["r0"], 120, configs)
+        assert engine.outputs[req_id].token_ids == expected.token_ids, req_id
+        compactions += expected.compactions[0] + expected.compactions[1]
+    assert stats["compactions"] == compactions >= 6

@@ -21,7 +21,7 @@ FOLDERS = {"rkv_vllm": PACKAGE, "rkv_vllm.kernels": PACKAGE.parent / "kernels"}
 # From the ground up. A room is a file or folder of the package; "" is the package itself.
 FLOORS = (
     {"kernels", "option_field", "model_name"},
-    {"methods", "log", "policy"},
+    {"methods", "layer_budgets", "log", "policy"},
     {"options"},
     {"flags", "request_options", "fit"},
     {"scheduling"},
@@ -39,6 +39,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that know tensors or plain Python only.
 WITHOUT_VLLM = (
     "kernels",
+    "layer_budgets",
     "methods",
     "model_name",
     "option_field",

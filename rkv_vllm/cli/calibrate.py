@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from enum import Enum
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,7 @@ from rkv_vllm.cli.environment import quieten_vllm
 from rkv_vllm.cli.errors import REFUSED, CommandError, interruptible, one_line_errors
 from rkv_vllm.cli.options import DTYPE_BYTES, ModelArgument
 from rkv_vllm.cli.progress import progress, status
+from rkv_vllm.layer_budgets import require_classes, write_classes
 from rkv_vllm.model_name import model_name
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ _LEAST_TOKENS = 256
 
 DtypeName = Enum("DtypeName", {name: name for name in DTYPE_BYTES}, type=str)
 _OUT = "The file to write, for --kv-option statistics=FILE; replaces an older one."
-Out = Annotated[Path, typer.Option(metavar="FILE.safetensors", help=_OUT)]
+Out = Annotated[Path | None, typer.Option(metavar="FILE.safetensors", help=_OUT)]
+_LAYERS = "The file to write, for --kv-layer-budgets FILE.json; replaces an older one."
+LayerBudgets = Annotated[Path | None, typer.Option(metavar="FILE.json", help=_LAYERS)]
 _TEXT = (
     "Plain text, UTF-8, such as you expect the model to read and write. Default: a text of worked "
     "exercises, code and prose that comes with the package (about 2,000 tokens)."
@@ -51,7 +54,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JS
 
 def calibrate_model(
     model: ModelArgument,
-    out: Out,
+    out: Out = None,
+    layer_budgets: LayerBudgets = None,
     text: Text = None,
     max_tokens: Tokens = 16384,
     context: Context = 1024,
@@ -62,9 +66,10 @@ def calibrate_model(
     """Measure a model on a text and write what methods need to know of it.
 
     The method `triattention` judges keys by the model's mean queries before RoPE; this command
-    takes them from a text that the model reads once. Llama, Mistral, Qwen2 and Qwen3 are known,
-    with full attention. The file holds for one model and all its quantised forms of that name; it
-    is small, and every process of a server reads it.
+    takes them from a text that the model reads once (--out). Layer budgets weigh how much each
+    layer's attention changes what it is given (--layer-budgets). Llama, Mistral, Qwen2 and Qwen3
+    are known, with full attention. A file holds for the model of that name; it is small, and every
+    process of a server reads it.
 
     Examples, with the model that `make model` unpacks; a minute at most:
 
@@ -72,42 +77,60 @@ def calibrate_model(
     M=.models/SmolLM2-135M-Instruct
     rkv-vllm calibrate $M --out smollm2.safetensors
     vllm serve $M --kv-compression triattention --kv-option statistics=smollm2.safetensors
+    rkv-vllm calibrate $M --layer-budgets smollm2.json
+    vllm serve $M --kv-compression rkv --kv-layer-budgets smollm2.json
     ```
 
     Exit codes: 0 written; 1 the model or the text cannot be had; 2 the command line is wrong; 130
     interrupted, nothing written.
     """
     with one_line_errors(), interruptible():
-        _check_out(out, "--out")
+        outputs = {"--out": out, "--layer-budgets": layer_budgets}
+        _check_outputs(outputs)
         folder = find_config(model).parent
         written = _read_text(text)
         quieten_vllm()
         with status("Importing transformers ..."):
             from rkv_vllm.calibrate import forward
+            from rkv_vllm.calibrate.layer_importance import LayerImportance
             from rkv_vllm.calibrate.query_sums import QuerySums
         with _refused_by_name(model):
             config = forward.read_config(folder)
+            num_layers = config.num_hidden_layers
+            if layer_budgets is not None:
+                require_classes(num_layers)
             token_ids = forward.tokenize(folder, written)[:max_tokens]
         _check_length(text, len(token_ids))
         with status("Loading the model ..."), _refused_by_name(model):
             loaded = _load(folder, dtype.value, device)
-        sums = QuerySums(loaded)
+        sums, importance = QuerySums(loaded), LayerImportance(num_layers)
+        wanted = [sums] if out is not None else []
+        wanted += [importance] if layer_budgets is not None else []
         pieces = -(-len(token_ids) // context)
-        with progress("Reading", pieces * config.num_hidden_layers, "layers") as move:
-            forward.read(loaded, token_ids, context, [sums, _Steps(move)])
-        statistics = sums.statistics(model_name(str(folder)))
-        try:
-            statistics.save(out)
-        except OSError as error:
-            raise _cannot_write(out, "--out", error) from error
+        with progress("Reading", pieces * num_layers, "layers") as move:
+            forward.read(loaded, token_ids, context, [*wanted, _Steps(move)])
+        name = model_name(str(folder))
+        found: dict[str, Any] = {"model": name, "tokens": len(token_ids)}
+        if out is not None:
+            with _writing("--out", out):
+                sums.statistics(name).save(out)
+            found["out"] = str(out)
+        if layer_budgets is not None:
+            classes = importance.classes()
+            with _writing("--layer-budgets", layer_budgets):
+                write_classes(layer_budgets, name, classes)
+            found["layer_budgets"] = str(layer_budgets)
+            found["shares"] = [each.share for each in classes]
     if as_json:
-        found = {"out": str(out), "model": statistics.model, "tokens": statistics.num_tokens}
-        typer.echo(json.dumps(found | {"bytes": out.stat().st_size}))
-    else:
-        typer.echo(
-            f"{out}: {statistics.num_layers} layers of {statistics.num_query_heads} query heads of "
-            f"{statistics.model}, means of {statistics.num_tokens} tokens"
-        )
+        typer.echo(json.dumps(found))
+        return
+    typer.echo(f"{name}, {num_layers} layers, {len(token_ids)} tokens read")
+    if out is not None:
+        typer.echo(f"{out}: mean queries of {config.num_attention_heads} heads per layer")
+    if layer_budgets is not None:
+        for each in classes:
+            layers = ", ".join(map(str, each.layers))
+            typer.echo(f"{layer_budgets}: share {each.share:.3f} for layers {layers}")
 
 
 class _Steps:
@@ -123,21 +146,32 @@ class _Steps:
         self._move(self._num_done)
 
 
-def _check_out(path: Path, flag: str) -> None:
-    target = path if path.exists() else path.parent
-    if path.is_dir() or not path.parent.is_dir() or not os.access(target, os.W_OK):
+def _check_outputs(paths: dict[str, Path | None]) -> None:
+    if not any(paths.values()):
         raise CommandError(
-            f"{flag}: got {str(path)!r}, wanted a file that can be written, in a folder that "
-            "exists; change the path"
+            f"{' and '.join(paths)}: got neither, wanted at least one file to write; add one"
         )
+    for flag, path in paths.items():
+        if path is None:
+            continue
+        target = path if path.exists() else path.parent
+        if path.is_dir() or not path.parent.is_dir() or not os.access(target, os.W_OK):
+            raise CommandError(
+                f"{flag}: got {str(path)!r}, wanted a file that can be written, in a folder that "
+                "exists; change the path"
+            )
 
 
-def _cannot_write(path: Path, flag: str, error: OSError) -> CommandError:
-    return CommandError(
-        f"{flag}: got {error} for {str(path)!r}, wanted a file that can be written; change the "
-        "path",
-        REFUSED,
-    )
+@contextmanager
+def _writing(flag: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(
+            f"{flag}: got {error} for {str(path)!r}, wanted a file that can be written; change "
+            "the path",
+            REFUSED,
+        ) from error
 
 
 def _read_text(path: Path | None) -> str:

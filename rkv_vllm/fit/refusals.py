@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rkv_vllm.fit.overrides import check_overrides
 from rkv_vllm.fit.versions import SCHEDULER_CLS, check_vllm_version, platform_worker_cls
+from rkv_vllm.layer_budgets import METHOD, budgets_of_layers
 from rkv_vllm.log import init_logger
 from rkv_vllm.options import CONFIG_KEY, ServerOptions, find_method
 
@@ -80,10 +81,18 @@ def check(vllm_config: "VllmConfig") -> None:
     _raise_if_any(rule.find(vllm_config) for rule in REFUSALS)
     options = ServerOptions.from_dict(vllm_config.additional_config[CONFIG_KEY])
     options.check_room(vllm_config.model_config.max_model_len)
-    shape = _model_shape(vllm_config.model_config)
-    find_method(options.method).check_model(options.method_options, shape)
+    _check_model(_model_shape(vllm_config.model_config), options)
     _warn_if_never_due(vllm_config, options)
     _warn_if_unproven()
+
+
+def _check_model(shape: "ModelShape", options: ServerOptions) -> None:
+    """Raises ValueError where the model is another one than a file or a ladder is for."""
+    find_method(options.method).check_model(options.method_options, shape)
+    if options.layer_budgets != METHOD:
+        budgets_of_layers(
+            options.layer_budgets, shape.name, shape.num_layers, options.budget, options.window
+        )
 
 
 def _model_shape(model: "ModelConfig") -> "ModelShape":
@@ -191,6 +200,13 @@ def _attention_backend(vllm_config: "VllmConfig") -> str | None:
     return None if backend is None or backend.name in ATTENTION_BACKENDS else backend.name
 
 
+def _layer_budgets(vllm_config: "VllmConfig") -> str | None:
+    """The setting, where layers have budgets of their own."""
+    options = vllm_config.additional_config[CONFIG_KEY]
+    setting = options.get("layer_budgets", METHOD)
+    return None if setting == METHOD else setting
+
+
 def _runner(vllm_config: "VllmConfig") -> str | None:
     runner = vllm_config.model_config.runner_type
     return None if runner == "generate" else f"runner {runner!r}"
@@ -261,6 +277,28 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda c: "--kv-sharing-fast-prefill" if c.cache_config.kv_sharing_fast_prefill else None,
         "off",
         "remove the flag",
+    ),
+    # A stage would hold some classes of layers only, and every block of the others be empty there.
+    Refusal(
+        "layer budgets (--kv-layer-budgets) with pipeline parallelism",
+        lambda c: (
+            f"--pipeline-parallel-size {c.parallel_config.pipeline_parallel_size}"
+            if _layer_budgets(c) and c.parallel_config.pipeline_parallel_size > 1
+            else None
+        ),
+        "1",
+        "use tensor parallelism, or leave --kv-layer-budgets out",
+    ),
+    # Without it vLLM has one block table for all layers.
+    Refusal(
+        "layer budgets (--kv-layer-budgets) without vLLM's hybrid KV cache manager",
+        lambda c: (
+            "--disable-hybrid-kv-cache-manager"
+            if _layer_budgets(c) and c.scheduler_config.disable_hybrid_kv_cache_manager
+            else None
+        ),
+        "it enabled",
+        "remove the flag, or leave --kv-layer-budgets out",
     ),
     # Nothing is decoded, so nothing is ever compacted.
     Refusal(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 _FORMAT = "rkv-vllm query statistics"
@@ -70,10 +70,9 @@ class QueryStatistics:
         }
         half = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            save_file(tensors, half, metadata)
+            # Not `save_file`, whose files only their owner may read.
+            half.write_bytes(save(tensors, metadata))
             half.replace(path)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
         finally:
             half.unlink(missing_ok=True)
 

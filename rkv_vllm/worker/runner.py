@@ -29,6 +29,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from rkv_vllm.fit.overrides import check_overrides, overrides
+from rkv_vllm.layer_budgets import METHOD, budgets_of_layers
 from rkv_vllm.log import init_logger
 from rkv_vllm.methods import get_method
 from rkv_vllm.methods.base import Method
@@ -116,7 +117,7 @@ class CompressionRunner(ABC):
         return specs
 
     def _layer_budgets(self, names: list[str], has_others: bool) -> dict[str, int]:
-        """What the method lets each compressed layer of this rank keep.
+        """What each compressed layer of this rank keeps.
 
         Args:
             names: the layers, in the model's order.
@@ -129,9 +130,17 @@ class CompressionRunner(ABC):
         num_layers = len(names)
         if num_stages > 1:
             num_layers = self.model_config.get_total_num_hidden_layers()
-        budgets = self._method.layer_budgets(
-            self.compression.method_options, self.compression.budget, num_layers
-        )
+        options = self.compression
+        if options.layer_budgets == METHOD:
+            budgets = self._method.layer_budgets(options.method_options, options.budget, num_layers)
+        else:
+            budgets = budgets_of_layers(
+                options.layer_budgets,
+                self.model_config.model,
+                num_layers,
+                options.budget,
+                options.window,
+            )
         if len(budgets) != num_layers or min(budgets) <= self.compression.window:
             raise ValueError(
                 f"{self._method.__name__}.layer_budgets: got {list(budgets)}, wanted {num_layers} "

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from rkv_vllm.calibrate import forward
 from rkv_vllm.cli import app
+from rkv_vllm.layer_budgets import budgets_of_layers
 from rkv_vllm.methods.query_statistics import load_statistics
 from tests.checkpoint_configs import LLAMA, SLIDING_WINDOW, write_config
 from tests.models import tiny_tokenizer
@@ -49,13 +50,13 @@ def run(*arguments):
     return CliRunner().invoke(app, ["calibrate", *map(str, arguments)])
 
 
-def make_model(folder, config_class, **changes):
-    """A random model of two layers, 6 query heads, 2 KV heads of 32."""
+def make_model(folder, config_class, num_hidden_layers=2, **changes):
+    """A random model of 6 query heads and 2 KV heads of 32."""
     config = config_class(
         vocab_size=512,
         hidden_size=192,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=32,
@@ -111,12 +112,7 @@ def test_the_file_holds_the_means_of_the_queries_before_rope(tmp_path, text, con
     result = run(model, "--out", out, *arguments, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout.splitlines()[-1])
-    assert found == {
-        "out": str(out),
-        "model": "Tiny-1B",
-        "tokens": 330,
-        "bytes": out.stat().st_size,
-    }
+    assert found == {"model": "Tiny-1B", "tokens": 330, "out": str(out)}
     statistics = load_statistics(str(out))
     token_ids = AutoTokenizer.from_pretrained(model)(text.read_text()).input_ids[:330]
     expected = queries_before_rope(model, token_ids, 100)
@@ -135,8 +131,66 @@ def test_without_a_text_and_in_half_precision_the_default_one_is_read(tmp_path):
     out = tmp_path / "statistics.safetensors"
     result = run(model, "--out", out)
     assert result.exit_code == 0, result.output
-    assert "2 layers of 6 query heads of tiny" in result.stdout
-    assert load_statistics(str(out)).num_tokens > 1500
+    num_tokens = load_statistics(str(out)).num_tokens
+    assert f"tiny, 2 layers, {num_tokens} tokens read" in result.stdout
+    assert num_tokens > 1500
+    # As any file of the user's.
+    assert out.stat().st_mode == (tmp_path / "tiny" / "config.json").stat().st_mode
+
+
+def values_and_outputs(folder, token_ids, context):
+    """[layers, query heads, tokens, 32] of both, from hooks around the attention itself."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    values, outputs = ([[] for _ in model.model.layers] for _ in range(2))
+    for layer, of_values, of_outputs in zip(model.model.layers, values, outputs, strict=True):
+        layer.self_attn.v_proj.register_forward_hook(
+            lambda module, args, output, seen=of_values: seen.append(output.reshape(-1, 2, 32))
+        )
+        layer.self_attn.o_proj.register_forward_pre_hook(
+            lambda module, args, seen=of_outputs: seen.append(args[0].reshape(-1, 6, 32))
+        )
+    with torch.inference_mode():
+        for first in range(0, len(token_ids), context):
+            model(torch.tensor([token_ids[first : first + context]]), use_cache=False)
+    values = torch.stack([torch.cat(seen) for seen in values]).repeat_interleave(3, dim=2)
+    return values, torch.stack([torch.cat(seen) for seen in outputs])
+
+
+def test_layers_are_classed_by_how_far_attention_turns_their_values(tmp_path, text):
+    model = make_model(tmp_path / "Tiny-1B", LlamaConfig, num_hidden_layers=8)
+    path = tmp_path / "classes.json"
+    arguments = ["--text", text, "--context", 100, "--max-tokens", 330, "--dtype", "float32"]
+    result = run(model, "--layer-budgets", path, *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    token_ids = AutoTokenizer.from_pretrained(model)(text.read_text()).input_ids[:330]
+    cosines = torch.cosine_similarity(*values_and_outputs(model, token_ids, 100), dim=-1)
+    importance = 1 - cosines.mean(dim=(1, 2))
+    ranked = importance.argsort(descending=True).tolist()
+    found = json.loads(path.read_text())
+    assert (found["model"], found["num_layers"], len(found["classes"])) == ("Tiny-1B", 8, 4)
+    for i, each in enumerate(found["classes"]):
+        layers = sorted(ranked[2 * i : 2 * i + 2])
+        assert each["layers"] == layers
+        assert each["share"] == pytest.approx(float(importance[layers].mean()), abs=1e-4)
+    budgets = budgets_of_layers(str(path), str(model), 8, 100, 8)
+    assert sum(budgets) == 800
+    assert budgets[ranked[0]] == max(budgets) > budgets[ranked[-1]]
+    assert json.loads(result.stdout.splitlines()[-1]) == {
+        "model": "Tiny-1B",
+        "tokens": 330,
+        "layer_budgets": str(path),
+        "shares": [each["share"] for each in found["classes"]],
+    }
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["Tiny-1B", path.name, text.name]
+
+
+def test_layers_that_make_no_classes_are_refused_before_the_weights_are_read(tmp_path, text):
+    model = write_config(tmp_path / "model", {**LLAMA, "num_hidden_layers": 5})
+    result = run(model, "--layer-budgets", tmp_path / "out", "--text", text)
+    assert result.exit_code == 1
+    assert "got 'a model of 5 layers', wanted one whose layers make" in result.stderr
 
 
 def test_ctrl_c_leaves_the_older_file_as_it_was(tmp_path, text, monkeypatch):
@@ -181,6 +235,8 @@ def test_models_that_cannot_be_calibrated_are_refused_by_name(tmp_path, text, ch
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "sentence"),
     [
+        ([], 2, "--out and --layer-budgets: got neither, wanted at least one file"),
+        (["--layer-budgets", "."], 2, "--layer-budgets: got '.', wanted a file that can be"),
         (["--out", "missing/out"], 2, "--out: got 'missing/out', wanted a file that can be"),
         (["--out", "."], 2, "--out: got '.', wanted a file that can be written"),
         (["--out", "out", "--text", "missing"], 1, "--text: got [Errno 2]"),

@@ -78,6 +78,17 @@ REFUSED = [
         "a KV cache in another dtype than the model's: got float16 with",
         {"kv_cache_dtype": "float16"},
     ),
+    (
+        "layer budgets (--kv-layer-budgets) with pipeline parallelism: got --pipeline-parallel-s",
+        {"pipeline_parallel_size": 2, **rkv_vllm.engine_args(layer_budgets="pyramid")},
+    ),
+    (
+        "layer budgets (--kv-layer-budgets) without vLLM's hybrid KV cache manager",
+        {
+            "disable_hybrid_kv_cache_manager": True,
+            **rkv_vllm.engine_args(layer_budgets="pyramid"),
+        },
+    ),
     ("fast prefill with shared KV layers", {"kv_sharing_fast_prefill": True}),
     ("models that do not generate text", {"runner": "pooling", "convert": "embed"}),
     ("multi-head latent attention (MLA)", {"checkpoint": checkpoint_configs.LATENT}),
@@ -281,3 +292,16 @@ def test_a_method_is_shown_the_shape_of_the_whole_model(arguments, monkeypatch):
     engine_args.create_engine_config()
     shape = ModelShape(engine_args.model, 2, num_query_heads=2, num_kv_heads=1, head_size=32)
     assert seen == [(RKV.Options(), shape)]
+
+
+def with_pyramid(budget=96):
+    return rkv_vllm.engine_args(layer_budgets="pyramid", budget=budget, buffer=32)
+
+
+def test_layer_budgets_that_do_not_fit_the_model_are_refused_before_it_is_loaded(arguments):
+    arguments(**with_pyramid()).create_engine_config()
+    with pytest.raises(ValueError, match=r"--kv-layer-budgets \(layer_budgets\): got 'pyramid'"):
+        arguments(**with_pyramid(budget=9)).create_engine_config()
+    five = {**checkpoint_configs.LLAMA, "num_hidden_layers": 5}
+    with pytest.raises(ValueError, match="got 'a model of 5 layers'"):
+        arguments(checkpoint=five, **with_pyramid()).create_engine_config()
