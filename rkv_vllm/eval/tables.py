@@ -25,8 +25,9 @@ _FORCED += ("compac-\ntions", "evicted\ntokens")
 
 def print_report(document: dict[str, Any]) -> None:
     """Print card, checks and tables; a side that failed its check has no numbers."""
+    # Its lines are filled up to the longest, so that a wide one would break all of them.
+    report_console().print(card_grid(document["card"]))
     console = report_console(_WIDTH)
-    console.print(card_grid(document["card"]))
     if document["failure"]:
         console.print(f"\nNot all runs finished: {document['failure']}", style="bold red")
     for result in document["results"]:

@@ -19,7 +19,11 @@ from tests.eval.results import (
     speed_line,
 )
 
-CARD = {"command": "rkv-vllm eval", "model": "folder/of/model", "options": {"methods": "rkv[a=1]"}}
+CARD = {
+    "command": "rkv-vllm eval " + "--flag " * 40,
+    "model": "folder/of/model",
+    "options": {"methods": "rkv[a=1]"},
+}
 CHANCES = {STOCK: 0.8, RKV: 0.8, OLDEST: 0.2}
 
 
