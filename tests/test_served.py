@@ -286,6 +286,26 @@ def test_a_request_sets_its_own_budget_or_keeps_its_whole_cache(server, model):
         assert compactions == len(expected.compactions) == (0 if config is None else 4)
 
 
+def test_a_compacted_request_in_a_loop_is_counted_and_logged_and_another_is_not(server):
+    says_one_token = {"logit_bias": {"7": 100}}
+    for own, params, looping in (
+        ({}, {}, 0),
+        ({}, says_one_token, 1),
+        (OFF, says_one_token, 0),
+    ):
+        before, metrics_before, log_before = server.stats(), wait_until_idle(server), server.log
+        extra = {"vllm_xargs": own} if own else {}
+        response = server.complete(PROMPT, NUM_TOKENS, extra_body=extra, **params)
+        assert (set(response.choices[0].token_ids) == {7}) == bool(params)
+        compactions = server.stats()["compactions"] - before["compactions"]
+        assert compactions == (0 if own else num_compactions(len(PROMPT), NUM_TOKENS))
+        name = "kv_compression_looping_requests_total"
+        assert wait_until_idle(server)[name] - metrics_before[name] == looping
+        lines = re.findall(r"request (\S+) began to repeat", server.log[len(log_before) :])
+        assert len(lines) == looping
+        assert all(response.id in line for line in lines)
+
+
 def test_two_choices_of_one_prompt_are_both_compacted(server):
     before = server.stats()
     response = server.complete(PROMPT, 120, n=2, temperature=0.8, seed=5)

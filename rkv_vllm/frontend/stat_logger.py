@@ -87,6 +87,12 @@ class CompressionStatLogger(AggregateStatLoggerBase):
             "private copy of a shared one.",
             "reason",
         )
+        self._add(
+            Counter,
+            "vllm:kv_compression_looping_requests",
+            "Number of requests whose output began to repeat itself after a compaction. Many of "
+            "them: too much is evicted.",
+        )
 
     def _make_gauges(self) -> None:
         for name, documentation in (
@@ -129,6 +135,7 @@ class CompressionStatLogger(AggregateStatLoggerBase):
         self._of("freed_blocks", engine).inc(step.freed_blocks)
         self._of("deferred", engine, "seat").inc(step.deferred_for_seat)
         self._of("deferred", engine, "blocks").inc(step.deferred_for_blocks)
+        self._of("looping_requests", engine).inc(step.looping_requests)
         self._of("logical_tokens", engine).set(step.logical_tokens)
         self._of("physical_tokens", engine).set(step.physical_tokens)
         self._of("seats_in_use", engine).set(step.seats_in_use)

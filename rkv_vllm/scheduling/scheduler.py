@@ -25,6 +25,7 @@ from rkv_vllm.request_options import RequestOptionError, RequestOptions, read_re
 from rkv_vllm.scheduling.admission import Admission, Limits, Track
 from rkv_vllm.scheduling.books import GroupBooks
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, EvictionDirective, StepPlan
+from rkv_vllm.scheduling.loop_watch import LoopWatch
 from rkv_vllm.scheduling.planner import GroupPlanner, ScheduledRequest, Seats
 from rkv_vllm.scheduling.publishing import publish_no_more
 from rkv_vllm.scheduling.step_stats import StepStats
@@ -62,6 +63,7 @@ class CompressionSchedulerMixin:
         self._known: dict[str, _Known] = {}
         # Requests whose prefill has not ended; an ordered set.
         self._prefilling: dict[str, None] = {}
+        self._loop_watch = LoopWatch()
         self._step_stats = StepStats()
         # Of the last step; the workers skip those of requests that leave before the next one.
         self._booked: list[EvictionDirective] = []
@@ -159,8 +161,12 @@ class CompressionSchedulerMixin:
             if directive.num_evicted_before == 0:
                 publish_no_more(self._managers, directive.req_id)
             self._admission.note_compaction(self.requests[directive.req_id], directive)
+        # Those of the step before: the workers carry them out first thing in this one.
+        for directive in self._booked:
+            output = self.requests[directive.req_id].output_token_ids
+            is_new = self._loop_watch.note_compaction(directive.req_id, output)
+            self._step_stats.looping_requests += is_new
         if self.log_stats:
-            # Those of the step before: the workers carry them out first thing in this one.
             self._step_stats.add_compactions(self._booked)
             self._step_stats.add_waits(plan)
         self._booked = plan.directives
@@ -214,6 +220,8 @@ class CompressionSchedulerMixin:
         self._booked = [each for each in self._booked if each.req_id != req_id]
         if request.is_finished():
             del self._known[req_id]
+            is_new = self._loop_watch.note_end(req_id, request.output_token_ids)
+            self._step_stats.looping_requests += is_new
         super()._free_request_blocks(request)
         for track in self._tracks:
             track.planner.forget(req_id)

@@ -24,6 +24,7 @@ class StepStats:
         freed_blocks: blocks that the compacted requests hold less of.
         deferred_for_seat: compactions that began to wait for a seat or for its window.
         deferred_for_blocks: compactions that began to wait for a copy of a shared block.
+        looping_requests: compacted requests that were found in a loop for the first time.
         logical_tokens: tokens that the running requests have computed.
         physical_tokens: tokens of these that their caches hold.
         seats_in_use: seats of the query ring that belong to a request.
@@ -33,6 +34,7 @@ class StepStats:
     freed_blocks: int = 0
     deferred_for_seat: int = 0
     deferred_for_blocks: int = 0
+    looping_requests: int = 0
     logical_tokens: int = 0
     physical_tokens: int = 0
     seats_in_use: int = 0

@@ -26,12 +26,13 @@ FAMILIES = {
     "evicted_tokens": "counter",
     "freed_blocks": "counter",
     "deferred": "counter",
+    "looping_requests": "counter",
     "logical_tokens": "gauge",
     "physical_tokens": "gauge",
     "seats_in_use": "gauge",
     "evicted_tokens_per_compaction": "histogram",
 }
-STEP = StepStats([33, 70], 3, 2, 1, 900, 700, 5)
+STEP = StepStats([33, 70], 3, 2, 1, 4, 900, 700, 5)
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +83,19 @@ def test_page_has_every_metric_from_the_start(model):
     # Without a prefix of files, prometheus_client tells when each counter was made.
     assert {n: f.type for n, f in ours.items() if not n.endswith("_created")} == FAMILIES
     assert [sample("deferred_total", reason=reason) for reason in ("seat", "blocks")] == [0, 0]
-    for name in ("compactions_total", "physical_tokens", "evicted_tokens_per_compaction_count"):
+    for name in (
+        "looping_requests_total",
+        "compactions_total",
+        "physical_tokens",
+        "evicted_tokens_per_compaction_count",
+    ):
         assert sample(name) == 0
 
 
 def test_steps_add_up_and_gauges_show_the_last(model):
     manager = manager_of(engine_config(model), [0])
     report(manager, STEP, 0)
-    report(manager, StepStats([7], 1, 0, 4, 500, 400, 2), 0)
+    report(manager, StepStats([7], 1, 0, 4, 2, 500, 400, 2), 0)
     manager.record(None, None)
     manager.record(SchedulerStats(), None)
     assert sample("compactions_total") == sample("evicted_tokens_per_compaction_count") == 3
@@ -97,6 +103,7 @@ def test_steps_add_up_and_gauges_show_the_last(model):
     assert sample("freed_blocks_total") == 4
     assert sample("deferred_total", reason="seat") == 2
     assert sample("deferred_total", reason="blocks") == 5
+    assert sample("looping_requests_total") == 6
     assert sample("evicted_tokens_per_compaction_bucket", le="10.0") == 1
     assert sample("evicted_tokens_per_compaction_bucket", le="50.0") == 2
     gauges = ("logical_tokens", "physical_tokens", "seats_in_use")

@@ -384,6 +384,7 @@ class SimulatedEngine:
         assert self.num_seats_in_use == 0
         assert not self.scheduler._known
         assert not self.scheduler._prefilling
+        assert not self.scheduler._loop_watch._has_looped
         for track in self.tracks.values():
             assert not track.books.num_evicted
             assert not track.planner._progress

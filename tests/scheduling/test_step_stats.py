@@ -23,6 +23,7 @@ STEP = StepStats(
     freed_blocks=3,
     deferred_for_seat=2,
     deferred_for_blocks=1,
+    looping_requests=4,
     logical_tokens=900,
     physical_tokens=700,
     seats_in_use=5,
