@@ -88,6 +88,7 @@ class TriAttention(Method):
         statistics = load_statistics(options.statistics)
         device = model.scale.device
         self._inv_freq = statistics.inv_freq.to(device, torch.float64)
+        self._offsets = torch.tensor(_OFFSETS, dtype=torch.float64, device=device)
         # [layers, KV heads, group, head_size]
         self._mean_query = self._own(statistics, statistics.mean_query).to(device)
         magnitude = self._own(statistics, statistics.mean_magnitude).to(device)
@@ -136,8 +137,7 @@ class TriAttention(Method):
         Returns:
             complex64 [R, head_size / 2]. Angles in float64: float32 is off by .01 at 100K.
         """
-        offsets = torch.tensor(_OFFSETS, dtype=torch.float64, device=window_ends.device)
-        angles = (window_ends.double()[:, None] + offsets)[..., None] * self._inv_freq
+        angles = (window_ends.double()[:, None] + self._offsets)[..., None] * self._inv_freq
         return torch.polar(torch.ones_like(angles), angles).mean(dim=1).to(torch.complex64)
 
 
