@@ -6,10 +6,10 @@ moving of survivors are written here a second time, in the plainest way. Knows n
 batches or observation slots. The models it is run on come from `models.py`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,9 @@ from tests.methods.dense import keep_indices
 
 ATTENTION_NAME = "explicit_eviction"
 TOP = 5
+# Another method: of (layer, settled logical length, keys, values, queries), which are those of the
+# settled tokens behind the prefix and of the window, the indices int64 [heads, budget] to keep.
+Keep = Callable[[int, int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Compaction(NamedTuple):
@@ -81,21 +84,39 @@ class LayerCache:
         self.queries = queries[:, -self.num_queries :]
         self.keys, self.values = keys, values
 
-    def evict(self, settled_len: int, config: ServerOptions, prefix_len: int = 0) -> None:
-        """Shrinks the settled tokens behind the prefix to the budget; all others stay."""
+    def evict(
+        self,
+        settled_len: int,
+        config: ServerOptions,
+        prefix_len: int = 0,
+        keep: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        """Shrinks the settled tokens behind the prefix to the budget; all others stay.
+
+        Args:
+            settled_len: physical tokens that are judged or protected.
+            config: what to keep.
+            prefix_len: protected tokens.
+            keep: a `Keep` of this layer, None for R-KV.
+        """
         behind = self.keys.shape[1] - settled_len
         end = self.queries.shape[1] - behind
-        kept = keep_indices(
-            self.keys[:, prefix_len:settled_len],
-            self.queries[:, end - config.window : end],
-            config.budget,
-            window=config.window,
-            lam=config.method_options.lam,
-            pool=config.method_options.pool,
-            threshold=config.method_options.threshold,
-            center=config.method_options.center,
-            defensive=config.method_options.defensive,
-        )
+        keys, values = (part[:, prefix_len:settled_len] for part in (self.keys, self.values))
+        queries = self.queries[:, end - config.window : end]
+        if keep is None:
+            kept = keep_indices(
+                keys,
+                queries,
+                config.budget,
+                window=config.window,
+                lam=config.method_options.lam,
+                pool=config.method_options.pool,
+                threshold=config.method_options.threshold,
+                center=config.method_options.center,
+                defensive=config.method_options.defensive,
+            )
+        else:
+            kept = keep(keys, values, queries)
         kept = prefix_len + kept
         self.keys = _survivors(self.keys, prefix_len, kept, settled_len)
         self.values = _survivors(self.values, prefix_len, kept, settled_len)
@@ -174,9 +195,11 @@ class ReferenceRequest:
         config: ServerOptions | None,
         unprocessed_steps: int = 0,
         prefix_len: int = 0,
+        keep: Keep | None = None,
     ) -> None:
         self.model = model
         self.config = config
+        self.keep = keep
         # First tokens that are neither judged nor counted against the budget.
         self.prefix_len = prefix_len
         self.unprocessed_steps = unprocessed_steps
@@ -223,12 +246,14 @@ class ReferenceRequest:
             Log-probabilities `[vocab]`; the settled length before a compaction, None without one.
         """
         settled_len = self.physical_len - self.unprocessed_steps
+        settled_logical_len = self.logical_len - self.unprocessed_steps
         logprobs = self.forward([token_id])
         if not self._is_due(settled_len):
             return logprobs, None
         with torch.inference_mode():
-            for cache in self.layer_caches:
-                cache.evict(settled_len, self.config, self.prefix_len)
+            for layer, cache in enumerate(self.layer_caches):
+                keep = self.keep and partial(self.keep, layer, settled_logical_len)
+                cache.evict(settled_len, self.config, self.prefix_len, keep)
         kept = self.prefix_len + self.config.budget
         self.physical_len -= settled_len - kept
         self.counted_from = kept
@@ -254,6 +279,7 @@ def generate_reference(
     forced_ids: Sequence[int] | None = None,
     recompute_at: int | Sequence[int] = (),
     unprocessed_steps: int = 0,
+    keep: Keep | None = None,
 ) -> ReferenceResult:
     """Generates greedily for one request with explicit eviction.
 
@@ -271,6 +297,7 @@ def generate_reference(
         unprocessed_steps: earlier steps whose output the scheduler has not processed when it
             schedules the next one: 0 with synchronous, 1 with asynchronous scheduling. Their tokens
             are not settled.
+        keep: chooses what to keep, None for R-KV.
 
     Returns:
         Tokens, log-probabilities, compactions and physical lengths. A compaction due in the very
@@ -293,7 +320,7 @@ def generate_reference(
     if config is not None and config.protect != "none":
         prefix_len = len(prompt_ids) if config.protect == "prompt" else config.protect
     model = load_model(Path(model_dir), dtype)
-    request = ReferenceRequest(model, config, unprocessed_steps, prefix_len)
+    request = ReferenceRequest(model, config, unprocessed_steps, prefix_len, keep)
     result = ReferenceResult()
     tops = []
     for step in range(num_tokens):
