@@ -14,6 +14,7 @@ from tests.kernels.cases import CPU, HEADS, NAIVE, SMALL_STATES, Case, new_case,
 from tests.methods import judges
 from tests.methods.judges import Judged
 from tests.methods.oracle import assert_same_kept
+from tests.methods.test_rkv import LargestOutput
 
 # (settled_len, total_len, budget, prefix_len), blocks of 32: prefixes inside a block, at its end
 # and one behind; a request of one candidate; one that keeps but its window; sinks in the prefix.
@@ -152,6 +153,18 @@ def test_triton_keeps_it_as_well(name):
 def test_with_other_options_too(name, options):
     given = paged(group=3, head_size=16, window=5, soft_caps=(0.0, 2.0))
     assert_keeps_what_its_oracle_keeps(given, name, CPU, **options)
+
+
+@pytest.mark.parametrize("heads_at_once", [1, 2, 3])
+def test_a_long_request_is_judged_some_heads_at_a_time(monkeypatch, heads_at_once):
+    given = paged([(120, 120, 90, 2)], group=8, head_size=16, window=64)
+    method = given.method("vase", CPU)
+    whole = method.score(given.heads(method), given.batch)
+    of_a_head = 8 * 64 * (118 - 64)
+    monkeypatch.setattr("rkv_vllm.methods.vase._MAX_LOGITS", heads_at_once * of_a_head)
+    with LargestOutput() as largest:
+        torch.testing.assert_close(method.score(given.heads(method), given.batch), whole)
+    assert largest.numel == heads_at_once * of_a_head
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
