@@ -10,7 +10,7 @@ from typing import Any
 
 from rkv_vllm.bench.prompts import load_tokenizer
 from rkv_vllm.bench.sides import STOCK, split_engine_flags
-from rkv_vllm.cli.checkpoint import check_dtype, find_config, read_config, read_decoder
+from rkv_vllm.cli.checkpoint import Decoder, check_dtype, find_config, read_config, read_decoder
 from rkv_vllm.cli.errors import REFUSED, CommandError
 from rkv_vllm.eval.plan import Asked, EvalPlan
 from rkv_vllm.eval.problems import Problem, load_problems, prompt_of
@@ -25,6 +25,9 @@ from rkv_vllm.eval.sides import (
 )
 from rkv_vllm.eval.store import ResultStore
 from rkv_vllm.eval.verifier import require_math_verify
+from rkv_vllm.fit.refusals import check_model
+from rkv_vllm.methods import ModelShape
+from rkv_vllm.options import ServerOptions
 
 _NO_SERVER = "leave it out: eval runs the engine itself; to ask a server, use --base-url"
 # Flags of vLLM that would contradict what eval decides, with the way out.
@@ -155,7 +158,9 @@ def make_plan(options: EvalOptions) -> tuple[EvalPlan, dict[str, Endpoint]]:
     )
     if options.base_url is not None:
         return plan, _find_servers(options, plan)
-    _check_context(plan, read_decoder(read_config(config)).max_positions)
+    decoder = read_decoder(read_config(config))
+    _check_context(plan, decoder.max_positions)
+    _check_methods(plan, decoder)
     own = [f"--model={options.model}", f"--dtype={options.dtype}", f"--seed={options.seed}"]
     own += [f"--max-model-len={plan.max_model_len}"]
     return replace(plan, engine_flags=(*own, *flags)), {}
@@ -242,6 +247,21 @@ def _check_context(plan: EvalPlan, context: int | None) -> None:
             f"{plan.max_model_len - plan.max_tokens} tokens, wanted both together within the "
             f"model's context of {context}; lower it"
         )
+
+
+def _check_methods(plan: EvalPlan, decoder: Decoder) -> None:
+    """Refuse files of another model now: stock comes first, and may take an hour."""
+    shape = ModelShape(
+        name=plan.model,
+        num_layers=decoder.num_layers,
+        num_query_heads=decoder.num_heads,
+        num_kv_heads=decoder.num_kv_heads,
+        head_size=decoder.head_size,
+    )
+    for side in plan.sides:
+        if side.budget is not None:
+            options = side.choice.options(plan.common, side.budget)
+            check_model(shape, ServerOptions.from_dict(options))
 
 
 def _find_servers(options: EvalOptions, plan: EvalPlan) -> dict[str, Endpoint]:

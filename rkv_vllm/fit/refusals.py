@@ -81,13 +81,18 @@ def check(vllm_config: "VllmConfig") -> None:
     _raise_if_any(rule.find(vllm_config) for rule in REFUSALS)
     options = ServerOptions.from_dict(vllm_config.additional_config[CONFIG_KEY])
     options.check_room(vllm_config.model_config.max_model_len)
-    _check_model(_model_shape(vllm_config.model_config), options)
+    check_model(_model_shape(vllm_config.model_config), options)
     _warn_if_never_due(vllm_config, options)
     _warn_if_unproven()
 
 
-def _check_model(shape: "ModelShape", options: ServerOptions) -> None:
-    """Raises ValueError where the model is another one than a file or a ladder is for."""
+def check_model(shape: "ModelShape", options: ServerOptions) -> None:
+    """Raises ValueError where the model is another one than a file or a ladder is for.
+
+    Args:
+        shape: of the whole model.
+        options: of the engine.
+    """
     find_method(options.method).check_model(options.method_options, shape)
     if options.layer_budgets != METHOD:
         budgets_of_layers(

@@ -137,6 +137,8 @@ def test_a_plot_is_drawn(model, problems, measured, tmp_path):
     [
         (["--methods", "no_such"], 2, "(method): got 'no_such', wanted one of"),
         (["--methods", "rkv[strenght=3]"], 2, "strenght"),
+        (["--methods", "rkv,triattention"], 2, "rkv-vllm calibrate"),
+        (["--methods", "rkv[layer_budgets=steep]"], 2, "layer_budgets"),
         (["--methods", ""], 2, "--methods: got none"),
         (["--budgets", "8"], 2, "more tokens than --kv-window"),
         (["--budgets", "few"], 2, "--budgets: got 'few', wanted whole numbers"),
