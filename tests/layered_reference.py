@@ -5,12 +5,13 @@ The rule and the attention are those of reference.py; here each layer counts for
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from rkv_vllm.options import ServerOptions
-from tests.reference import ReferenceRequest, load_model, single_thread
+from tests.reference import Keep, ReferenceRequest, load_model, single_thread
 
 
 @dataclass
@@ -31,8 +32,13 @@ class LayeredResult:
 class _Layer:
     """Lengths of one layer's cache, which only grows by decoding here."""
 
-    def __init__(self, config: ServerOptions | None, prefill_len: int) -> None:
+    def __init__(
+        self, number: int, config: ServerOptions | None, prefill_len: int, keep: Keep | None
+    ) -> None:
+        self.number = number
         self.config = config
+        self.keep = keep
+        self.num_evicted = 0
         self.physical_len = self.counted_from = prefill_len
         self.compactions = 0
 
@@ -47,7 +53,11 @@ class _Layer:
             or settled_len - self.counted_from < config.buffer
         ):
             return
-        cache.evict(settled_len, config)
+        keep = self.keep
+        if keep is not None:
+            keep = partial(keep, self.number, settled_len + self.num_evicted)
+        cache.evict(settled_len, config, keep=keep)
+        self.num_evicted += settled_len - config.budget
         self.physical_len -= settled_len - config.budget
         self.counted_from = config.budget
         self.compactions += 1
@@ -61,6 +71,7 @@ def generate_layered_reference(
     num_tokens: int,
     configs: Sequence[ServerOptions | None],
     unprocessed_steps: int = 0,
+    keep: Keep | None = None,
 ) -> LayeredResult:
     """Generates greedily for one request.
 
@@ -70,10 +81,13 @@ def generate_layered_reference(
         num_tokens: output tokens.
         configs: of each layer what to keep and when; None keeps its whole cache.
         unprocessed_steps: as in `generate_reference`.
+        keep: what chooses, None for R-KV.
     """
     widest = next(config for config in configs if config is not None)
     request = ReferenceRequest(load_model(model_dir, torch.float32), widest, unprocessed_steps)
-    layers = [_Layer(config, len(prompt_ids)) for config in configs]
+    layers = [
+        _Layer(number, config, len(prompt_ids), keep) for number, config in enumerate(configs)
+    ]
     result = LayeredResult([], [], [])
     logprobs = request.prefill(prompt_ids)
     while True:
