@@ -23,8 +23,8 @@ def packages() -> list[str]:
 # compiler may vectorise square roots and comparisons; results stay those of IEEE arithmetic.
 CPU_KERNELS = Extension(
     "rkv_vllm.kernels._csrc",
-    sources=[f"csrc/cpu/{name}.cpp" for name in ("observe", "rkv", "select", "compact")],
-    depends=["csrc/cpu/paged.h"],
+    sources=[f"csrc/cpu/{name}.cpp" for name in ("observe", "rkv", "vase", "select", "compact")],
+    depends=["csrc/cpu/paged.h", "csrc/cpu/heads.h"],
     language="c++",
     extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"],
     extra_link_args=["-fopenmp"],

@@ -36,6 +36,7 @@ class Shape:
         num_requests: requests compacted at once.
         num_heads: KV heads of a layer.
         group: query heads per KV head.
+        window: newest tokens, whose queries judge.
     """
 
     num_tokens: int
@@ -45,6 +46,7 @@ class Shape:
     num_requests: int = 1
     num_heads: int = 8
     group: int = 4
+    window: int = WINDOW
 
     @property
     def total_heads(self) -> int:
@@ -67,7 +69,7 @@ class Workload:
         values: the cache's values.
         batch: one eviction per request; survivors go to fresh blocks, so that a run can be
             repeated and every survivor is moved.
-        queries: [seats, num_layers, RING_LEN, query heads, head_size].
+        queries: [seats, num_layers, window + 2, query heads, head_size].
     """
 
     shape: Shape
@@ -138,9 +140,10 @@ def new_workload(shape: Shape, kind: str, dtype: torch.dtype, device: torch.devi
         keys.write(row_ids, new_keys(kind, size, generator).to(dtype))
         values.write(row_ids, torch.randn(size, generator=generator, device=device).to(dtype))
     query_heads = shape.num_heads * shape.group
-    pool = (shape.num_requests, shape.num_layers, RING_LEN, query_heads, shape.head_size)
+    pool = (shape.num_requests, shape.num_layers, shape.window + 2, query_heads, shape.head_size)
     queries = torch.randn(pool, generator=generator, device=device).to(dtype)
-    return Workload(shape, keys, values, EvictionBatch.of(evictions, WINDOW, device), queries)
+    batch = EvictionBatch.of(evictions, shape.window, device)
+    return Workload(shape, keys, values, batch, queries)
 
 
 def new_keys(kind: str, size: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:

@@ -19,7 +19,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # RkvResult of csrc/cpu/paged.h.
 _NO_MEMORY = -2
 # kInterface there.
-_INTERFACE = 2
+_INTERFACE = 3
 
 
 class _Paged(Structure):
@@ -73,6 +73,13 @@ def library() -> ctypes.CDLL | None:
         *(*keys, c_int64, c_float),
         *(c_void_p, c_int64, c_void_p, c_bool),
     )
+    loaded.rkv_attention.restype = c_int64
+    loaded.rkv_attention.argtypes = (
+        *(*keys, c_void_p, c_void_p, c_void_p),
+        *(c_int64, c_int64, c_int64, c_void_p, c_int64),
+    )
+    loaded.rkv_channel_range.restype = c_int64
+    loaded.rkv_channel_range.argtypes = (*keys, c_void_p, c_int64)
     loaded.rkv_select.restype = c_int64
     loaded.rkv_select.argtypes = (
         *(c_void_p, c_int64, c_int64, c_int64, c_int64),

@@ -24,6 +24,8 @@ from rkv_vllm.kernels.rkv.cpu import importance_cpu, redundancy_cpu
 from rkv_vllm.kernels.rkv.naive import importance_naive, redundancy_naive
 from rkv_vllm.kernels.select.cpu import select_cpu
 from rkv_vllm.kernels.select.naive import select_naive
+from rkv_vllm.kernels.vase.cpu import attention_cpu, channel_range_cpu
+from rkv_vllm.kernels.vase.naive import attention_naive, channel_range_naive
 
 # Below vLLM's own name, because vLLM configures its loggers only; the kernels do not import it.
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -41,6 +43,9 @@ class Ops(NamedTuple):
         importance: (keys, batch, queries, scale, soft_cap, *, pool, defensive) -> scores, see
             `importance_naive`.
         redundancy: (keys, batch, *, threshold, center) -> scores, see `redundancy_naive`.
+        attention: (keys, batch, queries, scale, soft_cap, *, pool) -> weights, see
+            `attention_naive`.
+        channel_range: (values, batch) -> widths, see `channel_range_naive`.
         select: (scores, batch) -> keep, see `select_naive`.
         compact: (states, batch, keep), see `compact_naive`.
         scratch_bytes_per_token: temporaries of one importance, redundancy and select, per token,
@@ -51,6 +56,8 @@ class Ops(NamedTuple):
     observe: Callable[[Tensor, int, Tensor, Tensor], None]
     importance: Callable[..., Tensor]
     redundancy: Callable[..., Tensor]
+    attention: Callable[..., Tensor]
+    channel_range: Callable[[PagedStates, EvictionBatch], Tensor]
     select: Callable[[Tensor, EvictionBatch], Tensor]
     compact: Callable[[PagedStates, EvictionBatch, Tensor], None]
     scratch_bytes_per_token: int
@@ -87,6 +94,8 @@ def naive_ops(states: PagedStates) -> Ops:
         observe_naive,
         importance_naive,
         redundancy_naive,
+        attention_naive,
+        channel_range_naive,
         select_naive,
         compact_naive,
         _RESULT_BYTES + dense,
@@ -100,6 +109,8 @@ def cpu_ops() -> Ops:
         observe_cpu,
         importance_cpu,
         redundancy_cpu,
+        attention_cpu,
+        channel_range_cpu,
         select_cpu,
         compact_cpu,
         _RESULT_BYTES,
@@ -113,12 +124,15 @@ def triton_ops(states: PagedStates, window: int = 8) -> Ops:
     from rkv_vllm.kernels.observe.triton import observe_triton
     from rkv_vllm.kernels.rkv.triton import importance_triton, redundancy_triton, scratch_bytes
     from rkv_vllm.kernels.select.triton import select_triton
+    from rkv_vllm.kernels.vase.triton import attention_triton, channel_range_triton
 
     return Ops(
         "triton",
         observe_triton,
         importance_triton,
         redundancy_triton,
+        attention_triton,
+        channel_range_triton,
         select_triton,
         compact_triton,
         scratch_bytes(states.head_size, window),

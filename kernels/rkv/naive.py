@@ -142,7 +142,7 @@ def importance_of_heads(
     num_heads, m, head_size = candidates.shape
     group, window = queries.shape[0] // max(num_heads, 1), queries.shape[1]
     result = candidates.new_empty((num_heads, m), dtype=torch.float32)
-    for heads in _groups(num_heads, m * max(head_size, group * window)):
+    for heads in head_groups(num_heads, m * max(head_size, group * window)):
         own = queries[heads.start * group : heads.stop * group].float()
         # A head's group and window rows side by side: one product per KV head.
         rows = own.reshape(-1, group * window, head_size) * scale[heads].view(-1, 1, 1)
@@ -179,13 +179,13 @@ def redundancy_of_heads(keys: Tensor, *, threshold: float, center: bool = False)
     """
     num_heads, n, head_size = keys.shape
     result = keys.new_empty((num_heads, n), dtype=torch.float32)
-    for heads in _groups(num_heads, n * max(head_size, TILE)):
+    for heads in head_groups(num_heads, n * max(head_size, TILE)):
         own = keys[heads].float()
         result[heads] = _redundancy(_centred(own) if center else own, threshold)
     return result
 
 
-def _groups(num_heads: int, elements_per_head: int) -> Iterator[slice]:
+def head_groups(num_heads: int, elements_per_head: int) -> Iterator[slice]:
     """Heads whose temporaries are within bounds together, at least one at a time."""
     step = max(1, MAX_TEMPORARY_ELEMENTS // elements_per_head)
     for first in range(0, num_heads, step):

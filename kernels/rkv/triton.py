@@ -75,6 +75,9 @@ VARYING = (
     "num_tiles",
     "max_candidates",
     "rows_per_request",
+    "first_member",
+    "stop_member",
+    "group",
 )
 
 
@@ -113,60 +116,20 @@ def importance_triton(
     defensive: bool = False,
 ) -> Tensor:
     """As `importance_naive`."""
-    batch.check_rows(keys)
-    group = check_queries(queries, batch, keys)
-    check_scale(scale, soft_cap, keys)
-    if queries.stride(-1) != 1:
-        raise ValueError(
-            f"queries: expected a contiguous last dimension, got strides {queries.stride()}"
-        )
+    group = prepare_importance(keys, batch, queries, scale, soft_cap)
     result = new_scores(keys, batch)
     if result.numel() == 0:
         return result
     num_requests, rows_per_request, max_candidates = result.shape
     num_rows = num_requests * rows_per_request
-    num_tiles = triton.cdiv(max_candidates, TILE.value)
-    block_d = _block_d(keys)
     logits = result.new_empty((num_rows, batch.window, max_candidates))
     attention = result.new_empty((num_rows, max_candidates))
     floors = result.new_empty(num_rows) if defensive else None
-    lengths = (batch.settled_lens, batch.prefix_lens)
-    logits_kernel[(num_rows * num_tiles,)](
-        keys.cells,
-        strides_of(keys),
-        queries,
-        RingStrides(*queries.stride()[:4]),
-        batch.old_block_table,
-        batch.old_block_table.stride(0),
-        *lengths,
-        batch.seats,
-        batch.window_ends,
-        scale,
-        soft_cap,
-        logits,
-        keys.num_layers,
-        max_candidates,
-        num_tiles,
-        queries.shape[2],
-        GROUP=group,
-        WINDOW=batch.window,
-        # At least what tensor cores multiply.
-        BLOCK_W=max(16, triton.next_power_of_2(batch.window)),
-        **_layout(keys, block_d),
-    )
-    attend_kernel[(num_rows,)](
-        *lengths,
-        logits,
-        attention,
-        floors,
-        rows_per_request,
-        max_candidates,
-        DEFENSIVE=defensive,
-        WINDOW=batch.window,
-        BLOCK_W=triton.next_power_of_2(batch.window),
-    )
+    launch_logits(keys, batch, queries, scale, soft_cap, range(group), logits)
+    launch_attend(batch, logits, attention, rows_per_request, floors)
     pool_kernel[(num_rows, triton.cdiv(max_candidates, ROW_TILE.value))](
-        *lengths,
+        batch.settled_lens,
+        batch.prefix_lens,
         attention,
         floors,
         result,
@@ -177,6 +140,105 @@ def importance_triton(
         POOL=pool,
     )
     return result
+
+
+def prepare_importance(
+    keys: PagedStates, batch: EvictionBatch, queries: Tensor, scale: Tensor, soft_cap: Tensor
+) -> int:
+    """Query heads per KV head; ValueError unless everything fits together."""
+    batch.check_rows(keys)
+    check_scale(scale, soft_cap, keys)
+    group = check_queries(queries, batch, keys)
+    if queries.stride(-1) != 1:
+        raise ValueError(
+            f"queries: expected a contiguous last dimension, got strides {queries.stride()}"
+        )
+    return group
+
+
+def launch_logits(
+    keys: PagedStates,
+    batch: EvictionBatch,
+    queries: Tensor,
+    scale: Tensor,
+    soft_cap: Tensor,
+    members: range,
+    logits: Tensor,
+) -> None:
+    """Largest logits of some members of each group.
+
+    Args:
+        keys: see `importance_naive`.
+        batch: see there.
+        queries: see there.
+        scale: see there.
+        soft_cap: see there.
+        members: consecutive numbers within the group.
+        logits: out, float32 [R * num_layers * num_kv_heads, window, most candidates].
+    """
+    num_rows, window, max_candidates = logits.shape
+    num_tiles = triton.cdiv(max_candidates, TILE.value)
+    logits_kernel[(num_rows * num_tiles,)](
+        keys.cells,
+        strides_of(keys),
+        queries,
+        RingStrides(*queries.stride()[:4]),
+        batch.old_block_table,
+        batch.old_block_table.stride(0),
+        batch.settled_lens,
+        batch.prefix_lens,
+        batch.seats,
+        batch.window_ends,
+        scale,
+        soft_cap,
+        logits,
+        keys.num_layers,
+        max_candidates,
+        num_tiles,
+        queries.shape[2],
+        members.start,
+        members.stop,
+        GROUP=queries.shape[3] // keys.num_heads,
+        WINDOW=window,
+        # At least what tensor cores multiply.
+        BLOCK_W=max(16, triton.next_power_of_2(window)),
+        **layout_of(keys),
+    )
+
+
+def launch_attend(
+    batch: EvictionBatch,
+    logits: Tensor,
+    attention: Tensor,
+    rows_per_request: int,
+    floors: Tensor | None = None,
+    *,
+    add: bool = False,
+) -> None:
+    """Mean share of each candidate, or the largest where there are floors.
+
+    Args:
+        batch: the requests.
+        logits: as `launch_logits` leaves them.
+        attention: out, float32 [rows, most candidates].
+        rows_per_request: heads of all layers.
+        floors: out, float32 [rows], the mean of the largest shares of each head.
+        add: whether to add to what is there.
+    """
+    num_rows, window, max_candidates = logits.shape
+    attend_kernel[(num_rows,)](
+        batch.settled_lens,
+        batch.prefix_lens,
+        logits,
+        attention,
+        floors,
+        rows_per_request,
+        max_candidates,
+        DEFENSIVE=floors is not None,
+        ADD=add,
+        WINDOW=window,
+        BLOCK_W=triton.next_power_of_2(window),
+    )
 
 
 def redundancy_triton(
@@ -192,7 +254,6 @@ def redundancy_triton(
     num_rows = num_requests * rows_per_request
     max_len = batch.max_judged
     num_tiles = triton.cdiv(max_len, TILE.value)
-    block_d = _block_d(keys)
     inverse_norms = result.new_empty((num_rows, max_len))
     column_sums = result.new_empty((num_rows, max_len))
     shielded = result.new_zeros((num_rows, max_len), dtype=torch.int64)
@@ -208,8 +269,8 @@ def redundancy_triton(
         *lengths,
     )
     sizes = (keys.num_layers, max_len, num_tiles)
-    layout = _layout(keys, block_d)
-    add_up = {"HEAD_SIZE": keys.head_size, "BLOCK_D": block_d}
+    layout = layout_of(keys)
+    add_up = {key: layout[key] for key in ("HEAD_SIZE", "BLOCK_D")}
     shares = (*lengths, tile_sums)
     if center:
         sums_kernel[(num_rows * num_tiles,)](*cache, tile_sums, *sizes, **layout)
@@ -245,18 +306,15 @@ def redundancy_triton(
     return result
 
 
-def _block_d(keys: PagedStates) -> int:
-    return max(16, triton.next_power_of_2(keys.head_size))
-
-
-def _layout(keys: PagedStates, block_d: int) -> dict[str, int | bool]:
+def layout_of(states: PagedStates) -> dict[str, int | bool]:
     """What is fixed as long as a cache lives."""
+    block_d = max(16, triton.next_power_of_2(states.head_size))
     return {
-        "NUM_HEADS": keys.num_heads,
-        "HEAD_SIZE": keys.head_size,
+        "NUM_HEADS": states.num_heads,
+        "HEAD_SIZE": states.head_size,
         "BLOCK_D": block_d,
-        "BLOCK_SIZE": keys.block_size,
-        "KERNEL_BLOCK_SIZE": kernel_block_size(keys),
+        "BLOCK_SIZE": states.block_size,
+        "KERNEL_BLOCK_SIZE": kernel_block_size(states),
         # The interpreter multiplies bf16 as if it were integers.
         "IN_FLOAT32": is_interpreted(),
         # Tiles of wider heads need the registers of more threads.
@@ -296,6 +354,8 @@ def logits_kernel(
     max_candidates,
     num_tiles,
     ring_len,
+    first_member,
+    stop_member,
     GROUP: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -347,7 +407,7 @@ def logits_kernel(
     scale = tl.load(p_scale + i_layer)
     b_logits = tl.full((BLOCK_W, TILE), float("-inf"), tl.float32)
     b_bad = tl.zeros((BLOCK_W, TILE), tl.int32)
-    for i_group in range(GROUP):
+    for i_group in range(first_member, stop_member):
         b_queries = tl.load(p_rows + i_group * query_strides.head, mask=m_rows, other=0.0)
         b_part = product(b_queries.to(b_keys.dtype), b_keys_t, IN_FLOAT32) * scale
         # Maximum and cap would hide what is not finite. False for NaN as well.
@@ -372,6 +432,7 @@ def attend_kernel(
     rows_per_request,
     max_candidates,
     DEFENSIVE: tl.constexpr,
+    ADD: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -406,7 +467,12 @@ def attend_kernel(
             # A maximum may hide NaN; the sum has it, and is at least 0 otherwise.
             b_attention = tl.where(b_attention >= 0.0, tl.max(b_shares, axis=0), b_attention)
             total += tl.sum(b_attention, axis=0)
-        tl.store(p_attention + i_row * max_candidates + o_token, b_attention, mask=o_token < m)
+        p_out = p_attention + i_row * max_candidates + o_token
+        if ADD:
+            b_attention += tl.load(p_out, mask=o_token < m, other=0.0)
+            # The threads that store a number need not be those that loaded it.
+            tl.debug_barrier()
+        tl.store(p_out, b_attention, mask=o_token < m)
     if DEFENSIVE:
         tl.store(p_floors + i_row, total / m)
 

@@ -5,27 +5,25 @@ value has the widest range over its channels. The rest is drawn without replacem
 from an exponential distribution, the largest attention_i / e_i are such a draw, the first with
 probability in proportion to attention_i, and so on (Efraimidis, Spirakis, Weighted Random Sampling
 with a Reservoir, 2006; its logarithm is the Gumbel top-k trick). Meant for `--kv-window 64`.
+Next: kernels/vase/naive.py for attention and widths.
 """
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from rkv_vllm.kernels.batch import Eviction, EvictionBatch
+from rkv_vllm.kernels.batch import EvictionBatch
 from rkv_vllm.kernels.ops import Ops
-from rkv_vllm.methods.base import DenseMethod, Heads, ModelFacts, Need
+from rkv_vllm.methods.base import Heads, Method, ModelFacts, Need
 from rkv_vllm.methods.draws import Draws
 from rkv_vllm.option_field import option
 
 # Weight of what is not drawn but kept: divided by any number drawn it is finite, and above all.
 _ALWAYS = 1e30
-# Float32 elements of the logits at once: a long prompt costs time, not memory.
-_MAX_LOGITS = 1 << 22
 
 
-class VaSE(DenseMethod):
+class VaSE(Method):
     """Keeps sinks, the widest values, and tokens drawn by attention."""
 
     @dataclass(frozen=True)
@@ -63,53 +61,29 @@ class VaSE(DenseMethod):
     def __init__(self, options: Options, model: ModelFacts, ops: Ops) -> None:
         super().__init__(options, model, ops)
         self._draws = Draws(model)
-        self._soft_caps = model.soft_cap.tolist()
 
     def score(self, heads: Heads, batch: EvictionBatch) -> Tensor:
-        """Draw by the weights of `score_dense`. See the base class."""
-        exponential = self._draws.uniform(heads, batch).log_().neg_()
-        return super().score(heads, batch).div_(exponential)
-
-    def score_dense(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        queries: Tensor | None,
-        layer: int,
-        eviction: Eviction,
-    ) -> Tensor:
-        """The attention of each candidate, or a weight that no attention reaches."""
-        window = queries.shape[1]
-        m, places = keys.shape[1] - window, eviction.budget - window
-        values = values[:, :m]
-        width = values.amax(dim=-1).float() - values.amin(dim=-1).float()
-        num_sinks = min(max(self.options.sinks - eviction.prefix_len, 0), m)
-        num_widest = max(int(self.options.share * places), num_sinks)
+        """Draw by attention, and keep what is not drawn. See the base class."""
+        scale, soft_cap = self.model.scale[heads.layers], self.model.soft_cap[heads.layers]
+        weights = self.ops.attention(
+            heads.keys, batch, heads.queries, scale, soft_cap, pool=self.options.pool
+        )
+        width = self.ops.channel_range(heads.values, batch)
         # An infinite value shows as NaN in its head's weights.
-        weights = self._attention(keys[:, :m], queries, layer) + 0.0 * width
-        width[:, :num_sinks] = torch.inf
-        # Stable: of equal widths the lower index stays. They are common in half precision.
-        order = width.argsort(dim=1, descending=True, stable=True)
-        kept = torch.zeros_like(weights).scatter_(1, order[:, :num_widest], _ALWAYS)
-        return weights + kept
+        weights += 0.0 * width
+        weights += self._kept(width, batch)
+        return weights.div_(self._draws.uniform(heads, batch).log_().neg_())
 
-    def _attention(self, keys: Tensor, queries: Tensor, layer: int) -> Tensor:
-        """What the window pays to keys [KV heads, m, head_size]: float32 [KV heads, m]."""
-        num_heads, m, head_size = keys.shape
-        rows = queries.reshape(num_heads, -1, head_size)
-        step = max(1, _MAX_LOGITS // (rows.shape[1] * m))
-        means = []
-        for some_keys, some_rows in zip(keys.split(step), rows.split(step), strict=True):
-            logits = some_rows.float() @ some_keys.float().transpose(1, 2) * self.model.scale[layer]
-            if cap := self._soft_caps[layer]:
-                logits = cap * (logits / cap).tanh()
-            means.append(logits.softmax(dim=-1).mean(dim=1))
-        mean = torch.cat(means)
-        # The mean over the group and the pool may change places. What lies outside does not count.
-        return F.avg_pool1d(
-            mean.unsqueeze(1),
-            self.options.pool,
-            stride=1,
-            padding=self.options.pool // 2,
-            count_include_pad=False,
-        ).squeeze(1)
+    def _kept(self, width: Tensor, batch: EvictionBatch) -> Tensor:
+        """Of `width [R, heads, m]` a weight for each head's widest, the sinks first; else 0."""
+        place = torch.arange(width.shape[2], device=width.device)
+        num_sinks = (self.options.sinks - batch.prefix_lens).clamp(min=0)
+        places = batch.budgets - batch.window
+        num_widest = (self.options.share * places.double()).int().maximum(num_sinks)
+        is_sink = place < num_sinks.unsqueeze(1)
+        # Stable: of equal widths the lower index stays. They are common in half precision.
+        order = width.masked_fill_(is_sink.unsqueeze(1), torch.inf).argsort(
+            dim=2, descending=True, stable=True
+        )
+        weight = torch.where(place < num_widest.unsqueeze(1), _ALWAYS, 0.0)
+        return torch.zeros_like(width).scatter_(2, order, weight.unsqueeze(1).expand_as(width))

@@ -23,11 +23,12 @@ from rkv_vllm.kernels.rkv.triton import importance_triton, redundancy_triton
 from rkv_vllm.kernels.select.triton import select_triton
 from rkv_vllm.kernels.slots import StepRows, StepSlots
 from rkv_vllm.kernels.slots.triton import slots_triton
+from rkv_vllm.kernels.vase.triton import attention_triton, channel_range_triton
 from tests.kernels.cases import new_case, random_keep
 
 H100 = GPUTarget("cuda", 90, 32)
 # Arguments that make another kernel of the same function.
-VARIANTS = ("DEFENSIVE", "CENTER", "IS_MEAN")
+VARIANTS = ("ADD", "DEFENSIVE", "CENTER", "IS_MEAN")
 BACKEND = backends["nvidia"].compiler(H100)
 
 
@@ -66,6 +67,8 @@ def launch_all(states: PagedStates, batch: EvictionBatch, queries: torch.Tensor)
     for changed in (False, True):
         scores = importance_triton(states, batch, queries, *of_layers, pool=7, defensive=changed)
         redundancy_triton(states, batch, threshold=0.5, center=changed)
+    attention_triton(states, batch, queries, *of_layers, pool=5)
+    channel_range_triton(states, batch)
     select_triton(scores, batch)
     compact_triton(states, batch, random_keep(batch, states.num_layers * states.num_heads))
 

@@ -1,0 +1,1 @@
+"""What VaSE scores with: mean attention, and the range of values."""
