@@ -206,6 +206,10 @@ def adversarial_keys(kind: str, n: int, head_size: int) -> Tensor:
     keys = torch.eye(head_size)[:n]
     if kind == "one far":
         keys[n - 1] = 2.0 * keys[5]
+    if kind == "one mean":
+        # Centred, it is what rounding leaves of it.
+        keys = 100.0 * keys + torch.linspace(1, 2, head_size)
+        keys[10] = torch.cat([keys[:10], keys[11:]]).mean(dim=0)
     if kind == "all similar":
         keys += 1.0
     if kind == "two clusters":
@@ -217,7 +221,8 @@ def adversarial_keys(kind: str, n: int, head_size: int) -> Tensor:
     return keys
 
 
-ADVERSARIAL = ["identical", "zero", "orthogonal", "one far", "all similar", "two clusters"]
+ADVERSARIAL = ["identical", "zero", "orthogonal", "one far", "one mean", "all similar"]
+ADVERSARIAL += ["two clusters"]
 
 
 def assert_same_scores(got: Tensor, expected: Tensor, batch: EvictionBatch) -> None:

@@ -126,7 +126,8 @@ def test_adversarial_keys_of_the_backward_search(kind, center):
     case.states.write(case.batch.old_block_table[0], keys.expand(LAYERS, HEADS, -1, -1))
     expected = rkv_scores(case, NAIVE, center=center)
     got = rkv_scores(case, CPU, center=center)
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-8)
+    # The halves of a score may cancel.
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=5e-8)
 
 
 def test_the_window_is_found_where_the_ring_wraps():
