@@ -155,13 +155,14 @@ def test_with_other_options_too(name, options):
     assert_keeps_what_its_oracle_keeps(given, name, CPU, **options)
 
 
-@pytest.mark.parametrize("heads_at_once", [1, 2, 3])
+@pytest.mark.parametrize("heads_at_once", [2, 3, 6])
 def test_a_long_request_is_judged_some_heads_at_a_time(monkeypatch, heads_at_once):
     given = paged([(120, 120, 90, 2)], group=8, head_size=16, window=64)
-    method = given.method("vase", CPU)
+    method = given.method("vase", NAIVE)
     whole = method.score(given.heads(method), given.batch)
     of_a_head = 8 * 64 * (118 - 64)
-    monkeypatch.setattr("rkv_vllm.methods.vase._MAX_LOGITS", heads_at_once * of_a_head)
+    bound = "rkv_vllm.kernels.rkv.naive.MAX_TEMPORARY_ELEMENTS"
+    monkeypatch.setattr(bound, heads_at_once * of_a_head)
     with LargestOutput() as largest:
         torch.testing.assert_close(method.score(given.heads(method), given.batch), whole)
     assert largest.numel == heads_at_once * of_a_head
