@@ -259,19 +259,23 @@ def run_observe(head_size: int, num_heads: int, settings: Settings) -> dict[str,
 
 
 def count_pairs(settings: Settings) -> list[dict[str, Any]]:
-    """Share of pairs that the search visits on random, clustered and real keys."""
+    """Share of pairs that the search visits on random, clustered and real keys, centred or not."""
     generator = torch.Generator(settings.device).manual_seed(1)
     sizes = sorted({(s.head_size, s.num_tokens) for s in settings.shapes})
-    found = [
-        pairs_of(kind, new_keys(kind, (1, 2, n, d), generator))
+    counted = [
+        (kind, new_keys(kind, (1, 2, n, d), generator))
         for kind in KINDS
         for d, n in sizes
         if n <= LONGEST_COUNTED
     ]
     if settings.model is not None:
         tell(f"real keys: generating {REAL_TOKENS} tokens with {settings.model.name} ...")
-        found.append(pairs_of("real", real_keys(settings.model, REAL_TOKENS)))
-    return found
+        counted.append(("real", real_keys(settings.model, REAL_TOKENS)))
+    # As R-KV's option `center` sees them.
+    counted += [
+        (f"{kind}, centred", keys - keys.mean(dim=2, keepdim=True)) for kind, keys in counted
+    ]
+    return [pairs_of(kind, keys) for kind, keys in counted]
 
 
 def pairs_of(kind: str, keys: Tensor) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from benchmarks.gpu.children import Launcher
 from benchmarks.gpu.comparisons import compare_outputs
 from benchmarks.pairs_visited import Tile, share_visited, similar_and_newest
 from benchmarks.released_formulation import released_scores
+from rkv_vllm.methods import available_methods
 from tests.methods.dense import scores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,8 +56,21 @@ def test_the_kernel_benchmark_checks_then_times_and_ends_with_json():
     assert set(case["checks"].values()) == {"ok"}
     assert case["speedup"].keys() == {"naive", "released", "released, by head"}
     assert "x faster than released" in shown
-    assert {row["keys"] for row in document["pairs_visited"]} == {"random", "clustered"}
+    kinds = {"random", "clustered"}
+    kinds |= {f"{kind}, centred" for kind in kinds}
+    assert {row["keys"] for row in document["pairs_visited"]} == kinds
     assert document["observe"][0]["failed_checks"] == []
+
+
+def test_the_method_benchmark_times_every_method_beside_rkv():
+    rc, shown, document = run_child(str(BENCHMARKS / "bench_methods.py"), "--smoke")
+    assert rc == 0
+    assert document["failed_checks"] == []
+    (table,) = document["tables"]
+    methods = {name.partition(",")[0] for name in table["times_rkv"]}
+    assert methods == {*available_methods()} - {"recent"}
+    assert table["times_rkv"]["rkv"] == 1.0
+    assert "x rkv" in shown
 
 
 def test_a_wrong_kernel_gets_no_speedup_and_a_failing_exit_code():
