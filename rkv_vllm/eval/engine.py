@@ -20,7 +20,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.request import RequestStatus
 
 from rkv_vllm.bench.offline import PROGRESS_SECONDS, forget_prompts, read_engine_args
-from rkv_vllm.eval.forced import FORCED_KEY, NUM_LOGPROBS, PROCESSOR, ForcedPass, compare
+from rkv_vllm.eval.forced import NUM_LOGPROBS, PROCESSOR, ForcedPass, compare, forced_params
 from rkv_vllm.eval.plan import JOB, PROGRESS, RESULTS
 from rkv_vllm.eval.store import FORCED, RUN, SPEED, Line
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, EvictionDirective
@@ -148,25 +148,7 @@ class SideRunner:
                 extra_args=request["extra"] or None,
                 **self._sampling,
             )
-        token_ids = request["forced"]
-        extra, traced = dict(request["extra"]), {}
-        if self._traces:
-            traced = {"trace_decode_token_ids": token_ids}
-        else:
-            extra[FORCED_KEY] = token_ids
-        return SamplingParams(
-            temperature=0,
-            max_tokens=len(token_ids),
-            # Draws of a method depend on it.
-            seed=request["seed"],
-            ignore_eos=True,
-            logprobs=NUM_LOGPROBS,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args=extra or None,
-            **traced,
-        )
+        return forced_params(request["forced"], request["seed"], request["extra"], self._traces)
 
     def _line(self, task: dict[str, Any], request: dict[str, Any], output: RequestOutput) -> Line:
         req_id, completion = output.request_id, output.outputs[0]

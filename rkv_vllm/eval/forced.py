@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from vllm import SamplingParams
 from vllm.logprobs import FlatLogprobs
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 FORCED_KEY = "kv_forced"
@@ -41,6 +42,33 @@ class ForceTokens(AdapterLogitsProcessor):
             return logits
 
         return force
+
+
+def forced_params(
+    token_ids: list[int], seed: int, extra: dict[str, Any], traces: bool
+) -> SamplingParams:
+    """Returns what makes a request decode given tokens and report the odds of each.
+
+    Args:
+        token_ids: the output.
+        seed: draws of a method depend on it.
+        extra: the request's `extra_args`.
+        traces: force by trace replay (runner V2), not by `ForceTokens`.
+    """
+    if not traces:
+        extra = {**extra, FORCED_KEY: token_ids}
+    return SamplingParams(
+        temperature=0,
+        max_tokens=len(token_ids),
+        seed=seed,
+        ignore_eos=True,
+        logprobs=NUM_LOGPROBS,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args=extra or None,
+        trace_decode_token_ids=token_ids if traces else None,
+    )
 
 
 class ForcedPass(NamedTuple):
