@@ -184,7 +184,8 @@ class SideRunner:
             sums = compare(here, here, None)
             if self._sampling["temperature"] == 0:
                 # With what it said when it was free: what another batch alone changes.
-                sums["all_num_agree"] = int((here.token_ids[:, 1] == here.token_ids[:, 0]).sum())
+                # By probability: logits of 16 bits have ties, which no order decides.
+                sums["all_num_agree"] = int((here.logprobs[:, 0] >= here.logprobs[:, 1]).sum())
             return sums
         return compare(ForcedPass.load(path), here, self._counts.first.get(output.request_id))
 
