@@ -190,6 +190,7 @@ def test_the_same_command_goes_on_and_does_only_what_is_missing(evaluation, mode
     assert json.loads(result.stdout)["results"][0]["unfinished"] == []
 
 
+@pytest.mark.nightly
 def test_an_interrupted_evaluation_shows_what_is_finished(model, tmp_path):
     arguments = command(model, tmp_path, "--budgets", "64", "--rounds", "3", "--json")
     with subprocess.Popen(
