@@ -73,6 +73,11 @@ _FORCED = (
 Forced = Annotated[bool, typer.Option("--forced", help=_FORCED, rich_help_panel=_MEASURED)]
 _ROUNDS = "Parts of the problems; the sides take turns in each. Each costs a start per engine."
 Rounds = Annotated[int, option(_MEASURED, "ROUNDS", _ROUNDS, min=1)]
+_AT_ONCE = (
+    "Serve all sides of a method as one batch: several times faster where a step's time hardly "
+    "depends on its requests, but speeds cannot be told apart."
+)
+AtOnce = Annotated[bool, typer.Option("--at-once", help=_AT_ONCE, rich_help_panel=_MEASURED)]
 Dtype = Annotated[str, option(_ENGINE, "DTYPE", f"Of weights and cache: {', '.join(DTYPES)}.")]
 _BASE_URL = (
     "Measure this OpenAI endpoint of vllm serve --kv-compression instead of engines of this "
@@ -116,6 +121,7 @@ def run_evaluation(
     forced: Forced = False,
     free_running: FreeRunning = True,
     rounds: Rounds = 1,
+    at_once: AtOnce = False,
     dtype: Dtype = "auto",
     base_url: BaseUrl = None,
     stock_url: StockUrl = None,
@@ -174,6 +180,7 @@ def run_evaluation(
                         forced=forced,
                         free_running=free_running,
                         rounds=rounds,
+                        at_once=at_once,
                         dtype=dtype,
                         base_url=base_url,
                         stock_url=stock_url,

@@ -71,6 +71,7 @@ class EvalOptions:
     forced: bool
     free_running: bool
     rounds: int
+    at_once: bool
     dtype: str
     base_url: str | None
     stock_url: str | None
@@ -151,6 +152,7 @@ def make_plan(options: EvalOptions) -> tuple[EvalPlan, dict[str, Endpoint]]:
         seed=options.seed,
         sampling=options.sampling,
         rounds=options.rounds,
+        at_once=options.at_once,
         is_free=options.free_running,
         is_forced=options.forced,
         engine_flags=(),

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +89,8 @@ class SideRunner:
     """Serves the tasks of a job with one engine.
 
     Args:
-        job: `engine_flags`, `is_compressed`, `is_forced`, `sampling`, `tasks`; see session.py.
+        job: `engine_flags`, `is_compressed`, `is_forced`, `sampling`, `at_once`, `tasks`; see
+            session.py.
         write: takes each line of the results.
         show: takes what is being done, and the requests done so far, those under way in part.
     """
@@ -100,26 +101,29 @@ class SideRunner:
         self._llm, self._traces = make_eval_engine(job["engine_flags"], job["is_forced"])
         self._counts = CompactionCounts(self._llm, job["is_compressed"])
         self._sampling = job["sampling"]
+        # Sides that share the engine have no speeds of their own.
+        self._at_once = job["at_once"]
         self._write, self._show = write, show
         self._num_done, self._shown_at = 0.0, 0.0
         # What stock says here, to be forced through it afterwards.
         self._said: dict[tuple[str, str, int], list[int]] = {}
 
-    def run(self, task: dict[str, Any]) -> None:
-        """Serve the requests of one side, set and kind, all at once, and write what they bring.
+    def run(self, tasks: list[dict[str, Any]]) -> None:
+        """Serve the requests of some tasks of one kind, all at once, and write what they bring.
 
         Args:
-            task: `kind`, `side`, `set`, `round`, and `requests`, each with `problem`, `sample`,
-                `seed`, `prompt` (token ids), `max_tokens`, `extra` (its `extra_args`), `forced`
-                (token ids; None: those that this engine said) and `passes`, the file of stock's
-                forced pass.
+            tasks: each with `kind`, `side`, `set`, `round`, and `requests`, each with `problem`,
+                `sample`, `seed`, `prompt` (token ids), `max_tokens`, `extra` (its `extra_args`),
+                `forced` (token ids; None: those that this engine said) and `passes`, the file of
+                stock's forced pass.
         """
         engine = self._llm.llm_engine
         forget_prompts(self._llm)
         self._counts.reset()
-        waiting = {str(number): each for number, each in enumerate(task["requests"])}
+        all_requests = [(task, request) for task in tasks for request in task["requests"]]
+        waiting = {str(number): each for number, each in enumerate(all_requests)}
         num_tokens, started = 0, time.perf_counter()
-        for req_id, request in waiting.items():
+        for req_id, (task, request) in waiting.items():
             if task["kind"] == FORCED and request["forced"] is None:
                 request["forced"] = self._said[_place(task, request)]
             prompt = {"prompt_token_ids": request["prompt"]}
@@ -127,13 +131,14 @@ class SideRunner:
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
-                    request = waiting.pop(output.request_id)
+                    task, request = waiting.pop(output.request_id)
                     num_tokens += len(output.outputs[0].token_ids)
                     self._write(self._line(task, request, output))
                     self._num_done += 1
-            self._show_progress(task, waiting)
+            self._show_progress(tasks, waiting)
         seconds = time.perf_counter() - started
-        if task["kind"] == RUN:
+        task = tasks[0]
+        if task["kind"] == RUN and not self._at_once:
             speed = {"seconds": seconds, "output_tokens": num_tokens}
             names = {name: task[name] for name in ("side", "set", "round")}
             num_requests = len(task["requests"])
@@ -189,18 +194,25 @@ class SideRunner:
             return sums
         return compare(ForcedPass.load(path), here, self._counts.first.get(output.request_id))
 
-    def _show_progress(self, task: dict[str, Any], waiting: dict[str, dict[str, Any]]) -> None:
+    def _show_progress(
+        self,
+        tasks: list[dict[str, Any]],
+        waiting: dict[str, tuple[dict[str, Any], dict[str, Any]]],
+    ) -> None:
         if time.monotonic() < self._shown_at + PROGRESS_SECONDS:
             return
         self._shown_at = time.monotonic()
         decoded = self._counts.decoded
         under_way = (
             min(1.0, decoded[req_id] / len(request["forced"] or range(request["max_tokens"])))
-            for req_id, request in waiting.items()
+            for req_id, (_, request) in waiting.items()
             if req_id in decoded
         )
+        task = tasks[0]
         forced = ", forced" if task["kind"] == FORCED else ""
         what = f"{task['side']}{forced}, {task['set']}, round {task['round']}"
+        if len(tasks) > 1:
+            what = f"{len(tasks)} sides and sets{forced}, round {task['round']}"
         self._show(what, self._num_done + sum(under_way))
 
 
@@ -233,6 +245,17 @@ def make_eval_engine(flags: list[str], is_forced: bool) -> tuple["LLM", bool]:
     return LLM.from_engine_args(engine_args), traces
 
 
+def batches(tasks: list[dict[str, Any]], at_once: bool) -> Iterator[list[dict[str, Any]]]:
+    """Yields the tasks that are served together: each by itself, or all of a kind."""
+    if not at_once:
+        yield from ([task] for task in tasks)
+        return
+    # Stock's texts are forced through it as soon as they are there.
+    for kind in (RUN, FORCED):
+        if together := [task for task in tasks if task["kind"] == kind]:
+            yield together
+
+
 def main() -> None:
     """Do the job in the folder named on the command line."""
     folder = Path(sys.argv[1])
@@ -249,8 +272,8 @@ def main() -> None:
             os.replace(folder / f"{PROGRESS}.new", folder / PROGRESS)
 
         runner = SideRunner(job, write, show)
-        for task in job["tasks"]:
-            runner.run(task)
+        for tasks in batches(job["tasks"], job["at_once"]):
+            runner.run(tasks)
 
 
 if __name__ == "__main__":

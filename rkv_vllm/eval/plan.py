@@ -40,6 +40,7 @@ class EvalPlan:
         seed: of the first sample; the next one has the next.
         sampling: `temperature` and `top_p`.
         rounds: parts of the problems; the sides take turns in each.
+        at_once: whether an engine serves all its sides as one batch, and not one by one.
         is_free: whether compressed sides write texts of their own.
         is_forced: whether stock's texts are forced through all sides.
         engine_flags: of all engines.
@@ -54,6 +55,7 @@ class EvalPlan:
     seed: int
     sampling: dict[str, float]
     rounds: int
+    at_once: bool
     is_free: bool
     is_forced: bool
     engine_flags: tuple[str, ...]

@@ -133,6 +133,7 @@ def _run_job(
         "is_compressed": choice.name is not None,
         "is_forced": plan.is_forced,
         "sampling": plan.sampling,
+        "at_once": plan.at_once,
         "tasks": tasks,
     }
     with tempfile.TemporaryDirectory(prefix="rkv-eval-", ignore_cleanup_errors=True) as made:

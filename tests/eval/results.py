@@ -31,6 +31,7 @@ def new_plan(sides=(STOCK, RKV, OLDEST), num_problems: int = 40, **changes: Any)
         "seed": 0,
         "sampling": {"temperature": 0.0, "top_p": 1.0},
         "rounds": 1,
+        "at_once": False,
         "is_free": True,
         "is_forced": False,
         "engine_flags": (),

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from rkv_vllm.bench.workload import num_compactions
 from rkv_vllm.cli import app
+from rkv_vllm.eval.engine import batches
 from rkv_vllm.eval.statistics import paired_bootstrap
 from rkv_vllm.policy import Terms
 
@@ -171,23 +172,33 @@ def test_a_method_that_keeps_the_oldest_is_found_worse(evaluation):
 def test_the_same_command_goes_on_and_does_only_what_is_missing(evaluation, model, tmp_path):
     shutil.copytree(evaluation.folder, tmp_path, dirs_exist_ok=True)
     before = lines_of(tmp_path)
-    # As a kill leaves it: the last three results are not there, and one more is cut short.
-    missing = [line for line in before if line["kind"] == "forced"][-3:]
+    # As a kill leaves it: results of two sides are not there, and one more is cut short.
+    sides = ("rkv 64 +prompt", "rkv 4000 +prompt")
+    missing = [line for line in before if line["kind"] == "forced" and line["side"] in sides]
     text = (tmp_path / "out.jsonl").read_bytes().splitlines(keepends=True)
     kept = [line for line in text if json.loads(line) not in missing]
     (tmp_path / "out.jsonl").write_bytes(b"".join(kept) + json.dumps(missing[0]).encode()[:50])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
-        result = CliRunner().invoke(app, command(model, tmp_path, *SIDES, "--json"))
+        # Both sides share a batch now, which must change nothing.
+        arguments = command(model, tmp_path, *SIDES, "--at-once", "--json")
+        result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1, result.stderr
     added = lines_of(tmp_path)[len(kept) :]
-    assert [line["kind"] for line in added] == ["card", *("forced",) * 3]
-    assert by_side(added[1:]).keys() == by_side(missing).keys()
-    for line in added[1:]:
-        (same,) = [each for each in missing if each["problem"] == line["problem"]]
-        assert line["kl"] == pytest.approx(same["kl"], rel=1e-2, abs=1e-3)
-        assert line["compactions"] == same["compactions"]
+    assert [line["kind"] for line in added] == ["card", *("forced",) * len(missing)]
+    found = by_side(added[1:])
+    assert found.keys() == set(sides)
+    for line in missing:
+        again = found[line["side"]][line["problem"]]
+        assert again["kl"] == pytest.approx(line["kl"], rel=1e-2, abs=1e-3)
+        assert again["compactions"] == line["compactions"]
     assert json.loads(result.stdout)["results"][0]["unfinished"] == []
+
+
+def test_sides_are_served_one_by_one_or_all_of_a_kind_at_once():
+    tasks = [{"kind": kind} for kind in ("run", "forced", "run")]
+    assert list(batches(tasks, at_once=False)) == [[task] for task in tasks]
+    assert list(batches(tasks, at_once=True)) == [[tasks[0], tasks[2]], [tasks[1]]]
 
 
 @pytest.mark.nightly
