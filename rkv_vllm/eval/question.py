@@ -27,7 +27,7 @@ class Problem(NamedTuple):
 def prompt_of(problem: Problem) -> str:
     """Returns the user's message: the question, and the form of answer that its grader reads."""
     if problem.grader == "integer":
-        how = "End your reply with a line `Answer: N`, where N is the number."
+        how = "End your reply with a line that says `Answer:` and the number."
     else:
         how = "Please reason step by step, and put your final answer within \\boxed{}."
     return f"{problem.question}\n\n{how}"

@@ -130,4 +130,4 @@ def test_prompts_ask_for_what_the_grader_reads():
     problem = Problem("s", "1", "How many?", "5", "math")
     assert prompt_of(problem).startswith("How many?\n")
     assert "\\boxed{}" in prompt_of(problem)
-    assert "`Answer: N`" in prompt_of(problem._replace(grader="integer"))
+    assert "`Answer:`" in prompt_of(problem._replace(grader="integer"))
