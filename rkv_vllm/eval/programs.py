@@ -44,7 +44,10 @@ def _program(num_steps: int, identity: str) -> Problem:
     rng = random.Random(identity)
     start, *numbers = (rng.randint(1, _LARGEST) for _ in range(num_steps + 1))
     totals = list(accumulate(numbers, initial=start))
-    lines = [f"i={i}: x[i]={x}, total={t}" for i, (x, t) in enumerate(zip(numbers, totals[1:]))]
+    lines = [
+        f"i={i}: x[i]={x}, total={t}"
+        for i, (x, t) in enumerate(zip(numbers, totals[1:], strict=True))
+    ]
     question = _QUESTION.format(
         numbers=numbers, start=start, num_steps=num_steps, first_lines="\n".join(lines[:2])
     )
