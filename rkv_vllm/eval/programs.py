@@ -20,8 +20,8 @@ for i in range({num_steps}):
 print(total)
 ```
 
-Write one line for each iteration of the loop and nothing else, then what the program prints, exactly \
-in this form:
+Write one line for each iteration of the loop and nothing else, then what the program prints, \
+exactly in this form:
 {first_lines}
 ...
 Answer: <what is printed>"""
