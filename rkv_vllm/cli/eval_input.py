@@ -139,7 +139,7 @@ def make_plan(options: EvalOptions) -> tuple[EvalPlan, dict[str, Endpoint]]:
     problems = _problems(options)
     if options.base_url is None:
         config = find_config(options.model)
-        asked = ask(config.parent, problems)
+        asked = _ask(config.parent, problems)
     else:
         # The server puts them into its template.
         asked = tuple(Asked(problem, []) for problem in problems)
@@ -218,7 +218,7 @@ def _problems(options: EvalOptions) -> list[Problem]:
     return found
 
 
-def ask(folder: Path, problems: Sequence[Problem]) -> tuple[Asked, ...]:
+def _ask(folder: Path, problems: Sequence[Problem]) -> tuple[Asked, ...]:
     """The problems in the model's chat template, as token ids: the same for all sides.
 
     Args:
@@ -284,8 +284,10 @@ def card_options(plan: EvalPlan, options: EvalOptions) -> dict[str, Any]:
 
     Which problems, sides and samples there are may grow from one start to the next.
     """
+    servers = {"base_url": options.base_url, "stock_url": options.stock_url}
     return {
         "model": options.model,
+        **{name: url for name, url in servers.items() if url is not None},
         "dtype": options.dtype,
         "max_tokens": options.max_tokens,
         "seed": options.seed,

@@ -117,6 +117,21 @@ def test_a_second_start_asks_only_for_what_is_missing(server, tmp_path):
     assert [side["compactions"] for side in found["sides"]] == [0, 2, 2]
 
 
+def test_results_of_another_server_are_not_gone_on_with(server, tmp_path):
+    assert run(tmp_path, "--base-url", server.url).exit_code == 0
+    with fake_server() as other:
+        for urls in (
+            ["--base-url", other.url],
+            [*("--base-url", server.url), "--stock-url", other.url],
+        ):
+            result = run(tmp_path, *urls)
+            assert (result.exit_code, result.stdout) == (2, "")
+            assert re.search(
+                f"whose results have .*_url = .*, wanted the '{other.url}'", result.stderr
+            )
+        assert not other.asked
+
+
 def test_what_a_server_refuses_ends_the_evaluation_with_its_words(server, tmp_path):
     server.refuses = (400, "kv_budget: got 64, wanted more tokens than --kv-window 128")
     result = run(tmp_path, "--base-url", server.url, "--budgets", "64")
