@@ -136,13 +136,15 @@ def _free_sides(sides: _Sides, seed: int) -> list[dict[str, Any]]:
 
 def _summary(runs: _Runs) -> dict[str, Any]:
     all_runs = runs.values()
+    # A server that is not vLLM tells no tokens, and so no loops.
+    looping = [run["is_looping"] for run in all_runs if run["is_looping"] is not None]
     return {
         "num_problems": len({problem for problem, _ in runs}),
         "num_requests": len(runs),
         "accuracy": plain(share_interval(_by_problem(runs, _score))),
         "output_len": fmean(run["output_len"] for run in all_runs),
         "cut_off": fmean(run["finish"] == "length" for run in all_runs),
-        "looping": fmean(bool(run["is_looping"]) for run in all_runs),
+        "looping": fmean(looping) if looping else None,
         "ungraded": fmean(run["is_correct"] is None for run in all_runs),
         "compactions": fmean(run["compactions"] for run in all_runs),
         "compacted": fmean(run["compactions"] > 0 for run in all_runs),

@@ -6,6 +6,7 @@ nobody else may use it meanwhile. Next: report.py.
 """
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -120,7 +121,7 @@ def _get(url: str, path: str) -> str:
 
 def _served_models(flag: str, url: str) -> list[str]:
     try:
-        answer = requests.models.complexjson.loads(_get(url, "/v1/models"))
+        answer = json.loads(_get(url, "/v1/models"))
         return [each["id"] for each in answer["data"]]
     except requests.HTTPError as error:
         cure = "correct the URL"

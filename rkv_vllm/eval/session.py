@@ -53,7 +53,8 @@ def run_offline_eval(plan: EvalPlan, store: ResultStore) -> None:
     Raises:
         ChildError: an engine failed; none is tried after it.
     """
-    store.folder.mkdir(exist_ok=True)
+    if plan.is_forced:
+        store.folder.mkdir(exist_ok=True)
     with progress_of(plan, store) as show:
         for number in range(plan.rounds):
             for choice, sides in plan.engines_of_round(number):

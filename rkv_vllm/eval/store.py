@@ -27,7 +27,7 @@ class ResultStore:
 
     Attributes:
         path: of the file.
-        folder: beside it, for stock's forced passes.
+        folder: beside it, for stock's forced passes; who writes them makes it.
         card: the first line.
         lines: all others, in their order.
     """
@@ -65,10 +65,6 @@ class ResultStore:
     def get(self, *key: Any) -> Line | None:
         """The result of that kind, side, set, problem and sample, if there is one."""
         return self._done.get(key)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
     def _write(self, line: Line) -> None:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")

@@ -101,7 +101,7 @@ def _outputs_table(result: dict[str, Any]) -> Table:
             f"{side['output_len']:,.0f}",
             _shown(side.get("against_stock", {}).get("output_len_ratio"), ".2f"),
             f"{100 * side['cut_off']:.0f} %",
-            f"{100 * side['looping']:.0f} %",
+            "-" if side["looping"] is None else f"{100 * side['looping']:.0f} %",
             f"{side['compactions']:.1f} ({100 * side['compacted']:.0f} %)",
             f"{side['evicted']:,.0f}",
             f"{speed['tokens_per_s']:,.1f}" if speed else "-",

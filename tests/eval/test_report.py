@@ -109,6 +109,24 @@ def test_a_side_without_compactions_is_refused_and_has_no_numbers(capsys):
     assert len(re.findall("oldest 128", shown)) == 1
 
 
+def test_loops_that_nobody_could_look_for_are_not_said_to_be_none(capsys):
+    plan = new_plan((STOCK, RKV), num_problems=4)
+    lines = lines_of(plan, CHANCES)
+    for line in lines:
+        if line["side"] == STOCK.name:
+            line["is_looping"] = None
+        elif line["problem"] != "p0":
+            line["is_looping"] = line["problem"] == "p1"
+        else:
+            line["is_looping"] = None
+    sides = by_name(result_of(plan, lines)["sides"])
+    assert sides[STOCK.name]["looping"] is None
+    assert sides[RKV.name]["looping"] == 1 / 3
+    shown = printed(plan, lines, capsys)
+    row = [line for line in shown.splitlines() if line.startswith("│ stock ")][1]
+    assert [cell.strip() for cell in row.split("│")][5] == "-"
+
+
 def test_one_compaction_is_enough_for_a_side():
     plan = new_plan((STOCK, RKV), num_problems=5)
     lines = lines_of(plan, CHANCES)
