@@ -43,6 +43,7 @@ class CompactionCounts:
         self._schedule = self._scheduler.schedule
         self._is_compressed = is_compressed
         self._planned: list[EvictionDirective] = []
+        self._num_groups = 1
         self.reset()
         self._scheduler.schedule = self._count_step
 
@@ -56,7 +57,7 @@ class CompactionCounts:
         """A request's `compactions`, and the `evicted` tokens per layer and head."""
         # Groups of layers are compacted on their own, down to budgets of their own.
         groups = list(self._evicted[req_id].values())
-        evicted = sum(map(sum, groups)) // max(len(groups), 1)
+        evicted = sum(map(sum, groups)) // self._num_groups
         return {"compactions": max(map(len, groups), default=0), "evicted": evicted}
 
     def _count_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -69,7 +70,10 @@ class CompactionCounts:
                 request = self._scheduler.requests.get(directive.req_id)
                 if request is not None and request.status == RequestStatus.RUNNING:
                     self._count(directive)
-            self._planned = getattr(output, STEP_PLAN_ATTRIBUTE).directives
+            plan = getattr(output, STEP_PLAN_ATTRIBUTE)
+            self._planned = plan.directives
+            # Every compressed group has its own requests to watch, be they none.
+            self._num_groups = len(plan.watched)
         return output
 
     def _count(self, directive: EvictionDirective) -> None:
