@@ -50,13 +50,16 @@ def load_problems(name_or_path: str, *, limit: int | None = None, seed: int = 0)
     if name in _SHIPPED:
         rows = list(_read(_DATA / f"{name}.jsonl"))
         rows = _of_levels(rows, name_or_path, choice)
-        of_set = name_or_path
+        of_set, ids = name_or_path, [row["id"] for row in rows]
     elif name_or_path.endswith(".jsonl"):
         rows = list(_read(Path(name_or_path)))
-        of_set = Path(name_or_path).name
+        of_set, ids = Path(name_or_path).name, [_id_by_content(row) for row in rows]
     else:
         raise ValueError(f"--problems: got {name_or_path!r}, wanted {_WANTED}; correct it")
-    problems = [Problem(of_set, row["id"], row["question"], row["answer"], "math") for row in rows]
+    problems = [
+        Problem(of_set, identity, row["question"], row["answer"], "math")
+        for identity, row in zip(ids, rows, strict=True)
+    ]
     order = _spread([(row["id"], row.get("level")) for row in rows], seed)
     return [problems[i] for i in order[:limit]]
 
@@ -76,6 +79,11 @@ def _spread(ids_levels: Sequence[tuple[str, Any]], seed: int) -> list[int]:
         # Where in its level a problem stands, 0 to 1: levels of any size interleave evenly.
         ranked += [((rank + 0.5) / len(members), i) for rank, i in enumerate(members)]
     return [i for _, i in sorted(ranked, key=lambda r: (r[0], draw(ids_levels[r[1]][0])))]
+
+
+def _id_by_content(row: dict[str, Any]) -> str:
+    """An id that a problem loses when it is edited: results of the old one are not its own."""
+    return f"{row['id']}-{_digest(repr((row['question'], row['answer'])))}"
 
 
 def _digest(text: str) -> str:

@@ -11,7 +11,7 @@ class Problem(NamedTuple):
 
     Attributes:
         set: the problem set as it was asked for, such as "math500:1-3".
-        id: unique within the set, the same in every run.
+        id: unique within the set, the same in every run; of a file, another after an edit.
         question: what is asked, without how to answer.
         answer: the reference; for "math" in LaTeX, without `\boxed`.
         grader: "math" (compared as mathematics) or "integer" (the last "Answer: N").

@@ -136,7 +136,7 @@ def test_what_a_server_refuses_ends_the_evaluation_with_its_words(server, tmp_pa
     server.refuses = (400, "kv_budget: got 64, wanted more tokens than --kv-window 128")
     result = run(tmp_path, "--base-url", server.url, "--budgets", "64")
     assert result.exit_code == 1
-    assert re.search("Error: rkv 64, problem [0-3]: .*kv-window 128", result.stderr)
+    assert re.search(r"Error: rkv 64, problem [0-3]-\w+: .*kv-window 128", result.stderr)
     document = json.loads(result.stdout)
     assert document["results"][0]["unfinished"] == ["rkv 64: 0 of 4 requests finished"]
 

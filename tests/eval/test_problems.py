@@ -50,6 +50,18 @@ def test_a_sample_depends_on_the_seed_and_not_on_the_order_of_the_file(tmp_path)
     assert load_problems(str(written(tmp_path, *rows)), limit=10, seed=1) == sample
 
 
+@pytest.mark.parametrize("edited", [{"answer": "6"}, {"question": "What is 2 + 4?"}])
+def test_a_problem_that_was_edited_is_another_one_in_the_same_place(tmp_path, edited):
+    rows = [{**ROW, "id": i} for i in range(9)]
+    before = load_problems(str(written(tmp_path, *rows)))
+    assert load_problems(str(written(tmp_path, *rows))) == before
+    rows[4].update(edited)
+    after = load_problems(str(written(tmp_path, *rows)))
+    changed = [i for i in range(9) if before[i] != after[i]]
+    assert [before[i].id != after[i].id for i in changed] == [True]
+    assert before[changed[0]].id.startswith("4-")
+
+
 def test_a_file_needs_only_question_and_answer(tmp_path):
     path = written(tmp_path, {**ROW, "source": None}, "", {"question": "1 + 1?", "answer": 2})
     by_answer = {problem.answer: problem for problem in load_problems(str(path))}
