@@ -13,6 +13,8 @@ from rkv_vllm.fit.versions import installed_version
 
 PACKAGE = Path(__file__).resolve().parent.parent
 _DISTRIBUTIONS = ("rkv-vllm", "vllm", "torch", "transformers")
+# What of a card tells which code ran.
+CODE = (*_DISTRIBUTIONS, "commit")
 _VARIABLES = ("OMP_", "VLLM_", "CUDA_VISIBLE_DEVICES")
 # In the names of variables whose values nobody wants in a published result.
 _SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")

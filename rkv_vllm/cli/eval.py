@@ -6,11 +6,11 @@ Reads the options and prints the answer; what is refused stands in `eval_input.p
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from rkv_vllm.bench.card import make_card
+from rkv_vllm.bench.card import CODE, make_card
 from rkv_vllm.bench.processes import ChildError, InterruptedBySignal, ended_by_signals
 from rkv_vllm.cli.bench_input import usage_errors
 from rkv_vllm.cli.errors import REFUSED, CommandError, check_plot, one_line_errors
@@ -217,8 +217,7 @@ def _show(
     from rkv_vllm.eval.server import with_counts
     from rkv_vllm.eval.tables import print_report
 
-    card = {name: value for name, value in store.card.items() if name != "kind"}
-    document = make_document(card, plan, with_counts(store.lines), failure)
+    document = make_document(_card(store), plan, with_counts(store.lines), failure)
     if not as_json:
         print_report(document)
     typer.echo(json.dumps(document, allow_nan=False))
@@ -233,3 +232,15 @@ def _show(
                 f"--plot: got {error}, wanted a file that can be written; change the path", REFUSED
             ) from error
     return REFUSED if has_failed(document) else 0
+
+
+def _card(store: ResultStore) -> dict[str, Any]:
+    """That of the first start, and what later ones ran with where it was other code."""
+    first, *later = store.cards
+    card = {name: value for name, value in first.items() if name != "kind"}
+    others = []
+    for each in later:
+        changed = [f"{name} {each.get(name)}" for name in CODE if each.get(name) != first.get(name)]
+        if changed:
+            others.append(f"{each['date']}: {', '.join(changed)}")
+    return {**card, "continued_by": others} if others else card

@@ -28,7 +28,7 @@ class ResultStore:
     Attributes:
         path: of the file.
         folder: beside it, for stock's forced passes; who writes them makes it.
-        card: the first line.
+        cards: of all starts, the oldest is the first line.
         lines: all others, in their order.
     """
 
@@ -48,12 +48,12 @@ class ResultStore:
         found = _read(path)
         if found:
             _check_same(path, found[0]["options"], card["options"])
-        self.card = found[0] if found else card
+        self.cards = [line for line in found if line["kind"] == CARD] + [{"kind": CARD, **card}]
         self.lines = [line for line in found[1:] if line["kind"] != CARD]
         self._done = {key_of(line): line for line in self.lines if line["kind"] in (RUN, FORCED)}
         self._file: IO[str] = path.open("a", encoding="utf-8")
         # When and with what it went on is part of the results.
-        self._write({"kind": CARD, **card})
+        self._write(self.cards[-1])
 
     def append(self, line: Line) -> None:
         """Keep a line, in the file at once."""

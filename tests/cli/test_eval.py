@@ -126,6 +126,19 @@ def test_a_second_start_with_other_options_is_refused(model, problems, measured)
     assert len(measured["plans"]) == 2
 
 
+def test_results_of_other_code_are_told_apart_on_the_card(model, problems, measured, monkeypatch):
+    assert "continued_by" not in json.loads(run(model, problems, "--json").stdout)["card"]
+    again = json.loads(run(model, problems, "--budgets", "96", "--json").stdout)["card"]
+    assert "continued_by" not in again
+    changes = {"commit": "abc", "date": "later"}
+    monkeypatch.setattr("rkv_vllm.cli.eval.make_card", lambda model: {**again, **changes})
+    result = run(model, problems, "--budgets", "64")
+    *shown, line = result.stdout.splitlines()
+    card = json.loads(line)["card"]
+    assert card == {**again, "continued_by": ["later: commit abc"]}
+    assert any("later: commit abc" in text for text in shown)
+
+
 def test_a_plot_is_drawn(model, problems, measured, tmp_path):
     result = run(model, problems, "--plot", tmp_path / "a.png")
     assert result.exit_code == 0, result.stderr
