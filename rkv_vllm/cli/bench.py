@@ -26,7 +26,7 @@ from rkv_vllm.cli.bench_input import (
     read_budgets,
     usage_errors,
 )
-from rkv_vllm.cli.errors import REFUSED, CommandError, one_line_errors
+from rkv_vllm.cli.errors import REFUSED, one_line_errors, plot_errors
 from rkv_vllm.cli.options import DTYPES, RKV, ModelArgument, option
 
 ScenarioName = Enum("ScenarioName", {name: name for name in SCENARIOS}, type=str)
@@ -201,9 +201,5 @@ def _show(document: dict[str, Any], as_json: bool, plot: Path | None) -> None:
     if plot is not None:
         from rkv_vllm.bench.plot import draw
 
-        try:
+        with plot_errors():
             draw(plot, document)
-        except OSError as error:
-            raise CommandError(
-                f"--plot: got {error}, wanted a file that can be written; change the path", REFUSED
-            ) from error

@@ -61,6 +61,17 @@ def require_package(package: str, option: str) -> None:
         ) from error
 
 
+@contextmanager
+def plot_errors() -> Iterator[None]:
+    """Turn what stops a plot from being written into a CommandError."""
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(
+            f"--plot: got {error}, wanted a file that can be written; change the path", REFUSED
+        ) from error
+
+
 def check_plot(path: Path | None) -> None:
     """Raise CommandError unless the plot, if one is wanted, can be drawn and written."""
     if path is None:

@@ -13,7 +13,7 @@ import typer
 from rkv_vllm.bench.card import CODE, make_card
 from rkv_vllm.bench.processes import ChildError, InterruptedBySignal, ended_by_signals
 from rkv_vllm.cli.bench_input import usage_errors
-from rkv_vllm.cli.errors import REFUSED, CommandError, check_plot, one_line_errors
+from rkv_vllm.cli.errors import REFUSED, check_plot, one_line_errors, plot_errors
 from rkv_vllm.cli.options import DTYPES, RKV, ModelArgument, option, tokens
 from rkv_vllm.eval.plan import EvalPlan
 from rkv_vllm.eval.store import CARD, ResultStore
@@ -50,7 +50,9 @@ Budgets = Annotated[str, option(RKV, "TOKENS", _BUDGETS)]
 _PROTECT = "none, prompt or both, with a comma; of a budget, at most three quarters are protected."
 Protect = Annotated[str, option(RKV, "none|prompt", _PROTECT)]
 Buffer = Annotated[int, tokens(RKV, "Between two compactions.", "--buffer", "--kv-buffer")]
-_WINDOW = "Newest tokens, always kept, whose queries judge the others."
+_WINDOW = (
+    "Newest tokens, always kept, whose queries judge the others. With --base-url: that server's."
+)
 Window = Annotated[int, tokens(RKV, _WINDOW, "--window", "--kv-window")]
 MaxTokens = Annotated[int, tokens(_ANSWERS, "Of one output; what is longer is cut off.")]
 _TEMPERATURE = "0 takes the likeliest token."
@@ -225,12 +227,8 @@ def _show(
     if plot is not None:
         from rkv_vllm.eval.plot import draw
 
-        try:
+        with plot_errors():
             draw(plot, document)
-        except OSError as error:
-            raise CommandError(
-                f"--plot: got {error}, wanted a file that can be written; change the path", REFUSED
-            ) from error
     return REFUSED if has_failed(document) else 0
 
 

@@ -76,6 +76,6 @@ class LoopWatch:
             "much is evicted: raise --kv-budget (per request: kv_budget) or keep the prompt with "
             "--kv-protect prompt (kv_protect)",
             req_id,
-            f", as did {self._num_unsaid} others since the last such line" * bool(self._num_unsaid),
+            f", as did {self._num_unsaid} more since the last such line" * bool(self._num_unsaid),
         )
         self._next_line_at, self._num_unsaid = now + SECONDS_BETWEEN_LINES, 0

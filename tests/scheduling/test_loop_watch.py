@@ -190,4 +190,4 @@ def test_log_names_the_request_and_the_cure_and_does_not_flood(lines, monkeypatc
         assert watch.note_end(req_id, LOOP)
     assert len(lines) == 2
     assert "request late" in lines[1]
-    assert "as did 4 others since the last such line" in lines[1]
+    assert "as did 4 more since the last such line" in lines[1]
