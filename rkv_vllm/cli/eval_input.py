@@ -37,6 +37,7 @@ _TAKEN = {
     "--dtype": "pass --dtype before `--`",
     "--seed": "pass --seed before `--`",
     "--max-model-len": "leave it out: it is the longest prompt plus --max-tokens",
+    "--logprobs-mode": "leave it out: --forced compares the odds of the model itself",
     "--kv-compression": "pass --methods before `--`",
     "--kv-budget": "pass --budgets before `--`",
     "--kv-protect": "pass --protect before `--`",

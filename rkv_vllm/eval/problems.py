@@ -10,6 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from rkv_vllm.eval.programs import make_programs
 from rkv_vllm.eval.question import Problem, prompt_of
 
 __all__ = ["Problem", "load_problems", "prompt_of"]
@@ -118,8 +119,6 @@ def _generated(asked: str, choice: str, limit: int | None, seed: int) -> list[Pr
             f"--problems: got {asked!r}, wanted how many lines each program executes, such as "
             "trace:40; correct it"
         )
-    from rkv_vllm.eval.programs import make_programs
-
     programs = make_programs(limit or _TRACE_COUNT, int(choice or _TRACE_LINES), seed)
     return [program._replace(set=asked) for program in programs]
 

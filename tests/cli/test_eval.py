@@ -168,6 +168,7 @@ def test_a_plot_is_drawn(model, problems, measured, tmp_path):
         (["--max-tokens", "5000"], 2, "within the model's context of 4096"),
         (["--plot", "plot.pdf"], 2, "wanted a file that ends in .png"),
         (["--", "--max-model-len=9"], 2, "none that eval decides about; leave it out"),
+        (["--", "--logprobs-mode", "processed_logprobs"], 2, "the odds of the model itself"),
         (["--", "--kv-budget=9"], 2, "pass --budgets before `--`"),
         (["--", "--kv-threshold=9"], 2, "--kv-threshold"),
     ],

@@ -1,12 +1,16 @@
 """Problem sets: what ships, samples that stay the same, files that cannot be used."""
 
+import io
 import json
 import random
+import re
 from collections import Counter
+from contextlib import redirect_stdout
 
 import pytest
 
 from rkv_vllm.eval.problems import Problem, load_problems, prompt_of
+from rkv_vllm.eval.programs import make_programs
 
 ROW = {"question": "What is 2 + 3?", "answer": "5"}
 
@@ -131,11 +135,27 @@ def test_a_limit_below_one_is_refused():
 
 
 def test_generated_programs_have_a_length_and_a_number():
-    programs = pytest.importorskip("rkv_vllm.eval.programs")
     problems = load_problems("trace:12", limit=3, seed=5)
-    assert problems == [p._replace(set="trace:12") for p in programs.make_programs(3, 12, 5)]
+    assert problems == [p._replace(set="trace:12") for p in make_programs(3, 12, 5)]
+    assert load_problems("trace:12", limit=5, seed=5)[:3] == problems
+    assert not {p.question for p in problems} & {p.question for p in make_programs(3, 12, 6)}
     assert {problem.grader for problem in problems} == {"integer"}
     assert len(load_problems("trace")) >= 50
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 40])
+def test_a_generated_program_prints_its_answer_and_begins_as_its_prompt_says(num_steps):
+    for problem in make_programs(20, num_steps, 5):
+        program = problem.question.partition("```python\n")[2].partition("```")[0]
+        printed = io.StringIO()
+        with redirect_stdout(printed):
+            exec(program, found := {})
+        assert printed.getvalue() == f"{problem.answer}\n"
+        assert len(found["x"]) == num_steps
+        total = int(re.search("total = ([0-9]+)", program)[1])
+        for i, x in enumerate(found["x"][:2]):
+            total += x
+            assert f"\ni={i}: x[i]={x}, total={total}\n" in problem.question
 
 
 def test_prompts_ask_for_what_the_grader_reads():
