@@ -12,6 +12,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from rkv_vllm.bench.sides import STOCK
+from rkv_vllm.eval.sides import most_protected
 from rkv_vllm.eval.statistics import Interval, paired_bootstrap, pooled_interval, share_interval
 from rkv_vllm.eval.store import FORCED, RUN, SPEED, Line
 
@@ -53,6 +54,7 @@ def make_document(
                 "sides": _free_sides(sides, plan.seed),
                 "forced": _forced_sides(forced_sides, plan.seed),
                 "speeds": _speeds(sides, of_set),
+                "protected": _protected(plan, free),
                 "failed_checks": checks + forced_checks,
                 "unfinished": _unfinished(plan, name, "", free)
                 + _unfinished(plan, name, _OF_FORCED, forced),
@@ -109,6 +111,29 @@ def _usable(sides: _Sides, what: str) -> tuple[_Sides, list[str]]:
         elif runs:
             usable[side] = runs
     return usable, problems
+
+
+def _protected(plan: "EvalPlan", free: _Sides) -> dict[str, dict[str, float]]:
+    """By budget, what of the prompts is protected: tokens on average, and the share of whole ones.
+
+    Prompts are as long on every side, and stock's answers tell how long.
+    """
+    prompts = [
+        run["prompt_len"]
+        for side, runs in free.items()
+        if side.name == STOCK
+        for run in runs.values()
+    ]
+    budgets = sorted({side.budget for side in plan.sides if side.protect == "prompt"})
+    return {
+        str(budget): {
+            "most_tokens": most_protected(budget),
+            "tokens": fmean(min(length, most_protected(budget)) for length in prompts),
+            "whole": fmean(length <= most_protected(budget) for length in prompts),
+        }
+        for budget in budgets
+        if prompts
+    }
 
 
 def _of_side(side: "EvalSide") -> dict[str, Any]:

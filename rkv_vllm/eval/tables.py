@@ -33,6 +33,7 @@ def print_report(document: dict[str, Any]) -> None:
     for result in document["results"]:
         console.print(f"\n{in_words(result)}", style="bold", markup=False)
         _print_problems(console, result)
+        _print_protected(console, result)
         if result["sides"]:
             console.print(_accuracy_table(result))
             console.print(_outputs_table(result))
@@ -66,6 +67,17 @@ def _print_problems(console: Console, result: dict[str, Any]) -> None:
         )
     for problem in result["unfinished"]:
         console.print(f"- {problem}", soft_wrap=True, markup=False)
+
+
+def _print_protected(console: Console, result: dict[str, Any]) -> None:
+    """A side may protect the beginning of its prompts only."""
+    for budget, found in result["protected"].items():
+        console.print(
+            f"{budget} +prompt: of a prompt the first {found['most_tokens']} tokens at most, "
+            f"{found['tokens']:,.0f} on average; the whole of it in "
+            f"{100 * found['whole']:.0f} % of the requests",
+            soft_wrap=True,
+        )
 
 
 def _table(title: str, headings: tuple[str, ...]) -> Table:

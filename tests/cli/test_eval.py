@@ -41,6 +41,7 @@ def measured(monkeypatch):
                         **names,
                         "kind": RUN,
                         "problem": asked.problem.id,
+                        "prompt_len": 20,
                         "output_len": 9,
                         "finish": "stop",
                         "compactions": count,

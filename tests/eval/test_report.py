@@ -15,6 +15,7 @@ from tests.eval.results import (
     forced_line,
     lines_of,
     new_plan,
+    new_side,
     run_line,
     speed_line,
 )
@@ -125,6 +126,24 @@ def test_loops_that_nobody_could_look_for_are_not_said_to_be_none(capsys):
     shown = printed(plan, lines, capsys)
     row = [line for line in shown.splitlines() if line.startswith("│ stock ")][1]
     assert [cell.strip() for cell in row.split("│")][5] == "-"
+
+
+def test_how_much_of_the_prompts_is_protected_is_said(capsys):
+    sides = (STOCK, RKV, new_side("snapkv", 128, "prompt"), new_side("rkv", 40, "prompt"), OLDEST)
+    plan = new_plan(sides, num_problems=4)
+    lines = lines_of(plan, dict.fromkeys(sides, 0.5))
+    of_stock = [line for line in lines if line["side"] == "stock"]
+    for line, length in zip(of_stock, (20, 96, 97, 300), strict=True):
+        line["prompt_len"] = length
+    assert result_of(plan, lines)["protected"] == {
+        "40": {"most_tokens": 30, "tokens": (20 + 3 * 30) / 4, "whole": 0.25},
+        "128": {"most_tokens": 96, "tokens": (20 + 3 * 96) / 4, "whole": 0.5},
+    }
+    shown = printed(plan, lines, capsys)
+    assert "128 +prompt: of a prompt the first 96 tokens at most, 77 on average; the whole" in shown
+    assert "in 50 % of the requests" in shown
+    assert result_of(new_plan((STOCK, OLDEST)), lines)["protected"] == {}
+    assert result_of(plan, [])["protected"] == {}
 
 
 def test_one_compaction_is_enough_for_a_side():
