@@ -19,7 +19,7 @@ _DATA = Path(__file__).resolve().parent / "data"
 _SHIPPED = ("math500", "aime24")
 _GENERATED = "trace"
 # Lines that a generated program executes and how many programs there are, where nothing is said.
-_TRACE_LINES = 40
+_TRACE_LINES = 20
 _TRACE_COUNT = 100
 _WANTED = (
     "math500, math500:1-3 (levels), aime24, trace, trace:40 (lines), or a file of JSON lines that "

@@ -25,8 +25,8 @@ exactly in this form:
 {first_lines}
 ...
 Answer: <what is printed>"""
-# Small models slip at sums with a carry: the fewer, the longer the texts they get right.
-_LARGEST = 4
+# Small models slip at sums with a carry, and find their number by its index only.
+_LARGEST = 5
 
 
 def make_programs(count: int, num_steps: int, seed: int) -> list[Problem]:
@@ -48,7 +48,8 @@ def _program(num_steps: int, identity: str) -> Problem:
         f"i={i}: x[i]={x}, total={t}"
         for i, (x, t) in enumerate(zip(numbers, totals[1:], strict=True))
     ]
+    table = "{" + ", ".join(f"{i}: {x}" for i, x in enumerate(numbers)) + "}"
     question = _QUESTION.format(
-        numbers=numbers, start=start, num_steps=num_steps, first_lines="\n".join(lines[:2])
+        numbers=table, start=start, num_steps=num_steps, first_lines="\n".join(lines[:2])
     )
     return Problem("trace", identity, question, str(totals[-1]), "integer")
