@@ -153,7 +153,7 @@ def test_a_generated_program_prints_its_answer_and_begins_as_its_prompt_says(num
         assert printed.getvalue() == f"{problem.answer}\n"
         assert len(found["x"]) == num_steps
         total = int(re.search("total = ([0-9]+)", program)[1])
-        for i, x in enumerate(found["x"][:2]):
+        for i, x in list(found["x"].items())[:2]:
             total += x
             assert f"\ni={i}: x[i]={x}, total={total}\n" in problem.question
 
