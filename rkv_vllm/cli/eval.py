@@ -29,8 +29,8 @@ EngineFlags = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="-- ENGINE_FLAGS",
-        help="Flags of vllm serve, after `--`, for all sides alike, such as --max-num-seqs; "
-        "--kv-seats and the like, for the compressed sides.",
+        help="Flags of vllm serve, after `--`, for all sides alike, such as --max-num-seqs "
+        "(default: 256); --kv-seats and the like, for the compressed sides.",
     ),
 ]
 _SETS = (
@@ -151,7 +151,8 @@ def run_evaluation(
     rkv-vllm eval $M --base-url http://127.0.0.1:8000 --budgets 128,256
     ```
 
-    Exit codes: 0 fine; 1 a side without compactions, or a process failed; 2 the command line is
+    Exit codes: 0 fine; 1 a side without compactions or with more than its budget, or a process
+    failed; 2 the command line is
     wrong; 130 Ctrl-C.
     """
     # Only now: they import what comes with vLLM.

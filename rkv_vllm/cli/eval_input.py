@@ -3,6 +3,7 @@
 Runs before any process starts. Next: `rkv_vllm/eval/plan.py`.
 """
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -166,7 +167,10 @@ def make_plan(options: EvalOptions) -> tuple[EvalPlan, dict[str, Endpoint]]:
     _check_methods(plan, decoder)
     own = [f"--model={options.model}", f"--dtype={options.dtype}", f"--seed={options.seed}"]
     own += [f"--max-model-len={plan.max_model_len}"]
-    return replace(plan, engine_flags=(*own, *flags)), {}
+    max_num_seqs = _max_num_seqs(flags)
+    # vLLM's default depends on the device, and each request needs a seat.
+    own += [f"--max-num-seqs={max_num_seqs}"]
+    return replace(plan, engine_flags=(*own, *flags), max_num_seqs=max_num_seqs), {}
 
 
 def _sides(options: EvalOptions, common: dict[str, Any]) -> list[EvalSide]:
@@ -183,6 +187,18 @@ def _sides(options: EvalOptions, common: dict[str, Any]) -> list[EvalSide]:
             )
     budgets = _numbers("--budgets", options.budgets)
     return make_eval_sides(choices, budgets, _once("--protect", protections), common)
+
+
+def _max_num_seqs(flags: Sequence[str]) -> int:
+    """What the flags of the engine say, or our default."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--max-num-seqs", type=int, default=EvalPlan.max_num_seqs)
+    try:
+        return parser.parse_known_args(flags)[0].max_num_seqs
+    except argparse.ArgumentError as error:
+        raise CommandError(
+            f"ENGINE_FLAGS: got {error}, wanted a number of requests; correct it"
+        ) from error
 
 
 def _as_they_are() -> list[EvalSide]:

@@ -36,6 +36,7 @@ class CompactionCounts:
     Attributes:
         first: by request, index of the first output token that was decoded after a compaction.
         decoded: steps by request.
+        num_deferred: compactions of the batch that were due and began to wait.
     """
 
     def __init__(self, llm: "LLM", is_compressed: bool) -> None:
@@ -52,18 +53,33 @@ class CompactionCounts:
         self._evicted: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
         self.first: dict[str, int] = {}
         self.decoded: dict[str, int] = defaultdict(int)
+        self._preemptions: dict[str, int] = {}
+        self.num_deferred = 0
 
     def of(self, req_id: str) -> dict[str, int]:
-        """A request's `compactions`, and the `evicted` tokens per layer and head."""
+        """What happened to a request.
+
+        Returns:
+            `compactions`; `evicted` tokens per layer and head; `preemptions`, after each of which
+            its whole text was computed again; `deferred`, compactions of its batch that had to
+            wait until now.
+        """
         # Groups of layers are compacted on their own, down to budgets of their own.
         groups = list(self._evicted[req_id].values())
         evicted = sum(map(sum, groups)) // self._num_groups
-        return {"compactions": max(map(len, groups), default=0), "evicted": evicted}
+        return {
+            "compactions": max(map(len, groups), default=0),
+            "evicted": evicted,
+            "preemptions": self._preemptions.get(req_id, 0),
+            "deferred": self.num_deferred,
+        }
 
     def _count_step(self, *args: Any, **kwargs: Any) -> Any:
         output = self._schedule(*args, **kwargs)
         for internal_id in output.num_scheduled_tokens:
-            self.decoded[_own_id(internal_id)] += 1
+            req_id = _own_id(internal_id)
+            self.decoded[req_id] += 1
+            self._preemptions[req_id] = self._scheduler.requests[internal_id].num_preemptions
         if self._is_compressed:
             # The workers carry out what was planned one step ago, but for requests that left.
             for directive in self._planned:
@@ -72,6 +88,7 @@ class CompactionCounts:
                     self._count(directive)
             plan = getattr(output, STEP_PLAN_ATTRIBUTE)
             self._planned = plan.directives
+            self.num_deferred += plan.num_deferred
             # Every compressed group has its own requests to watch, be they none.
             self._num_groups = len(plan.watched)
         return output

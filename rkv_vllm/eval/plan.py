@@ -45,6 +45,7 @@ class EvalPlan:
         is_forced: whether stock's texts are forced through all sides.
         engine_flags: of all engines.
         common: options of all compressed engines, as the JSON object has them.
+        max_num_seqs: requests that an engine runs at once, as its flags say.
     """
 
     model: str
@@ -60,6 +61,7 @@ class EvalPlan:
     is_forced: bool
     engine_flags: tuple[str, ...]
     common: dict[str, Any]
+    max_num_seqs: int = 256
 
     @property
     def max_model_len(self) -> int:

@@ -6,7 +6,7 @@ plot.py, which draws it.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import isinf
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
@@ -110,7 +110,24 @@ def _usable(sides: _Sides, what: str) -> tuple[_Sides, list[str]]:
             )
         elif runs:
             usable[side] = runs
+            problems += _kept_too_much(side, runs, what) if side.name != STOCK else []
     return usable, problems
+
+
+def _kept_too_much(side: "EvalSide", runs: _Runs, what: str) -> Iterator[str]:
+    """Why requests saw more of their text than the budget, which makes a side look better."""
+    # Servers do not tell.
+    preempted = sum(bool(run.get("preemptions")) for run in runs.values())
+    if preempted:
+        yield (
+            f"{side.name}: {preempted} requests{what} were preempted and computed again from their "
+            "whole text; give the pool more memory or lower --max-num-seqs"
+        )
+    if deferred := max(run.get("deferred", 0) for run in runs.values()):
+        yield (
+            f"{side.name}: {deferred} compactions{what} of a batch had to wait while requests grew "
+            "beyond the budget; raise --kv-seats, or give the pool more memory"
+        )
 
 
 def _protected(plan: "EvalPlan", free: _Sides) -> dict[str, dict[str, float]]:
@@ -174,6 +191,7 @@ def _summary(runs: _Runs) -> dict[str, Any]:
         "compactions": fmean(run["compactions"] for run in all_runs),
         "compacted": fmean(run["compactions"] > 0 for run in all_runs),
         "evicted": fmean(run["evicted"] for run in all_runs),
+        "preemptions": sum(run.get("preemptions", 0) for run in all_runs),
     }
 
 
@@ -258,6 +276,7 @@ def _forced_sides(sides: _Sides, seed: int) -> list[dict[str, Any]]:
                 shown[prefix + name] = plain(interval)
         for name in ("compactions", "evicted"):
             shown[name] = fmean(run[name] for run in runs.values())
+        shown["preemptions"] = sum(run.get("preemptions", 0) for run in runs.values())
         found.append(shown)
     return found
 

@@ -36,9 +36,6 @@ LOG_SECONDS = 60
 # The rate of which the time left is guessed: sides differ, so over a long while.
 _RATE_SECONDS = 1800
 
-# As many requests as engines run at once by default, on most devices.
-_MOST_SEATS = 256
-
 # What is being done, and how many requests of the job, those under way in part.
 Show = Callable[[str, float], None]
 
@@ -125,7 +122,7 @@ def _run_job(
     """Serve the tasks of one engine in a fresh process."""
     budget = max(side.budget or 0 for side in sides)
     # A request that waits for a seat keeps more than its budget: that would be no fair side.
-    seats = min(_MOST_SEATS, sum(len(task["requests"]) for task in tasks))
+    seats = min(plan.max_num_seqs, sum(len(task["requests"]) for task in tasks))
     job = {
         "engine_flags": [
             *plan.engine_flags,

@@ -56,7 +56,7 @@ def in_words(result: dict[str, Any]) -> str:
 
 def _print_problems(console: Console, result: dict[str, Any]) -> None:
     if result["failed_checks"]:
-        console.print("Refused:", style="bold red")
+        console.print("Failed checks:", style="bold red")
     for problem in result["failed_checks"]:
         console.print(f"- {problem}", soft_wrap=True, markup=False)
     if result["unfinished"]:

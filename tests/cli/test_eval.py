@@ -78,12 +78,16 @@ def test_standard_output_ends_with_the_document(model, problems, measured):
 def test_engines_get_what_was_asked_for(model, problems, measured):
     flags = ["--dtype", "float32", "--max-tokens", "70", "--", "--max-num-seqs=8", "--kv-seats=2"]
     assert run(model, problems, *flags).exit_code == 0
-    (plan,) = measured["plans"]
+    assert run(model, problems, "--out", problems.with_name("other.jsonl")).exit_code == 0
+    plan, plain = measured["plans"]
     longest = max(len(asked.prompt_ids) for asked in plan.asked)
     assert plan.engine_flags == (
         *(f"--model={model}", "--dtype=float32", "--seed=0", f"--max-model-len={longest + 70}"),
         "--max-num-seqs=8",
+        "--max-num-seqs=8",
     )
+    assert (plan.max_num_seqs, plain.max_num_seqs) == (8, 256)
+    assert plain.engine_flags[-1] == "--max-num-seqs=256"
     assert plan.common == {"seats": 2, "buffer": 64, "window": 8}
 
 

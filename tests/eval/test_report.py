@@ -319,3 +319,27 @@ def test_sets_have_results_of_their_own():
     first, second = make_document(CARD, plan, lines, None)["results"]
     assert (first["set"], len(first["sides"]), first["unfinished"]) == ("made-up", 2, [])
     assert (second["set"], second["sides"], len(second["unfinished"])) == ("other", [], 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"preemptions": 2}, "1 requests were preempted"),
+        ({"deferred": 3}, "3 compactions of a batch had to wait"),
+    ],
+)
+def test_a_side_that_kept_more_than_its_budget_is_named(changes, said, capsys):
+    plan = new_plan((STOCK, RKV), num_problems=4)
+    lines = lines_of(plan, CHANCES)
+    for line in lines:
+        line.update(preemptions=0, deferred=0)
+    assert result_of(plan, lines)["failed_checks"] == []
+    # Stock loses nothing by it.
+    lines[0].update(changes)
+    assert result_of(plan, lines)["failed_checks"] == []
+    lines[1].update(changes)
+    result = result_of(plan, lines)
+    (problem,) = result["failed_checks"]
+    assert problem.startswith(f"{RKV.name}: {said}")
+    assert by_name(result["sides"])[RKV.name]["preemptions"] == changes.get("preemptions", 0)
+    assert problem in printed(plan, lines, capsys)
