@@ -251,11 +251,13 @@ class CompressionSchedulerMixin:
         ]
 
     def _group_budget(self, budget: int, track: Track) -> int:
-        """A request's budget, in the proportion that the group's has to the server's."""
+        """A request's share: what it has above the window is spread as the server's is."""
         of_group = track.books.kv_cache_spec.layer_budget
         if of_group is None:
             return budget
-        return max(self._server.window + 1, round(budget * of_group / self._server.budget))
+        window = self._server.window
+        share = (of_group - window) / (self._server.budget - window)
+        return window + max(1, round((budget - window) * share))
 
     @calls("vllm.v1.core.block_pool:BlockPool.get_num_free_blocks")
     def _required_at_admission(self, req_id: str, num_blocks: int) -> int:

@@ -104,7 +104,8 @@ class Setting:
         layer_budget = self.groups[group_id].layer_budget
         if layer_budget is None:
             return budget
-        return max(self.window + 1, round(budget * layer_budget / self.budget))
+        share = (layer_budget - self.window) / (self.budget - self.window)
+        return self.window + max(1, round((budget - self.window) * share))
 
 
 @cache

@@ -121,7 +121,7 @@ def test_each_group_is_compacted_to_its_own_budget(model):
         ("server's", 0): {10},
         ("server's", 1): {20},
         ("own", 0): {15},
-        ("own", 1): {30},
+        ("own", 1): {31},
     }
 
 
@@ -148,3 +148,13 @@ def test_a_protected_prefix_that_leaves_no_room_in_the_pool_is_refused(model):
     engine.add("a", [1] * 5, 230)
     engine.run()
     assert len(engine.directives) > 3
+
+
+def test_the_budget_of_a_request_is_the_mean_of_its_classes_and_the_window_is_whole_in_each(model):
+    groups = Group(layer_budget=26), Group(layer_budget=14)
+    engine = SimulatedEngine(model, Setting(budget=20, buffer=8, window=8, groups=groups))
+    engine.add("own", [1] * 9, 60, {"kv_budget": 14})
+    engine.run()
+    budgets = [{d.budget for d in engine.directives if d.group_id == i} for i in range(2)]
+    # Of the 6 above the window one class has 1.5, the other 0.5 shares.
+    assert budgets == [{8 + 9}, {8 + 3}]
