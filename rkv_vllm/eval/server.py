@@ -302,6 +302,11 @@ class _Batch:
             raise ServerError(
                 f"{where}: {self._endpoint.url} refuses it: {error.message}"
             ) from error
+        if answer.usage is None:
+            raise ServerError(
+                f"{where}: got an answer without usage from {self._endpoint.url}, wanted its "
+                "numbers of tokens; use an endpoint that counts them"
+            )
         choice = answer.choices[0]
         token_ids = (choice.model_extra or {}).get("token_ids") or []
         return {

@@ -19,6 +19,7 @@ class FakeServer:
         compacts: whether requests of compressed sides are.
         refuses: status and message for requests of compressed sides; None: it answers them.
         wait_seconds: until it answers.
+        counts_tokens: whether answers say their numbers of tokens.
         asked: bodies of all requests for answers.
         open_at_once: most requests that were open at the same time.
     """
@@ -27,6 +28,7 @@ class FakeServer:
         self.has_plugin = self.compacts = True
         self.refuses: tuple[int, str] | None = None
         self.wait_seconds = 0.0
+        self.counts_tokens = True
         self.asked: list[dict[str, Any]] = []
         self.open_at_once = self._open = 0
         self._compactions = 5
@@ -71,7 +73,9 @@ class FakeServer:
                 "prompt_tokens": PROMPT_LEN,
                 "completion_tokens": OUTPUT_LEN,
                 "total_tokens": PROMPT_LEN + OUTPUT_LEN,
-            },
+            }
+            if self.counts_tokens
+            else None,
         }
 
 

@@ -141,6 +141,13 @@ def test_what_a_server_refuses_ends_the_evaluation_with_its_words(server, tmp_pa
     assert document["results"][0]["unfinished"] == ["rkv 64: 0 of 4 requests finished"]
 
 
+def test_answers_without_numbers_of_tokens_are_refused_by_name(server, tmp_path):
+    server.counts_tokens = False
+    result = run(tmp_path, "--base-url", server.url)
+    assert result.exit_code == 1
+    assert f"got an answer without usage from {server.url}, wanted" in result.stderr
+
+
 def test_servers_that_cannot_be_measured_are_refused_before_anything_is_asked(server, tmp_path):
     nowhere = "http://127.0.0.1:9"
     server.has_plugin = False
