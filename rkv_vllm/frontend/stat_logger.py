@@ -67,12 +67,14 @@ class CompressionStatLogger(AggregateStatLoggerBase):
         self._add(
             Counter,
             "vllm:kv_compression_compactions",
-            "Number of compactions: one request's KV cache cut down to its budget.",
+            "Number of compactions: one request's KV cache cut down to its budget; counted once "
+            "for each class of layers that has a budget of its own.",
         )
         self._add(
             Counter,
             "vllm:kv_compression_evicted_tokens",
-            "Number of tokens evicted from KV caches, counted once for all layers and heads.",
+            "Number of tokens evicted from KV caches, counted once for all heads, and for all "
+            "layers of one budget.",
         )
         self._add(
             Counter,

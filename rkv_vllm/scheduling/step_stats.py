@@ -20,7 +20,8 @@ class StepStats:
     """Booked since the last message, and the state after it.
 
     Attributes:
-        evicted_tokens: tokens that each compaction evicts, per layer and head.
+        evicted_tokens: tokens that each compaction evicts, per layer and head; each class of layers
+            with a budget of its own has its own compactions.
         freed_blocks: blocks that the compacted requests hold less of.
         deferred_for_seat: compactions that began to wait for a seat or for its window.
         deferred_for_blocks: compactions that began to wait for a copy of a shared block.
