@@ -15,6 +15,8 @@ from vllm.logprobs import FlatLogprobs
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
+from rkv_vllm.fit.overrides import overrides
+
 FORCED_KEY = "kv_forced"
 PROCESSOR = "rkv_vllm.eval.forced:ForceTokens"
 # Most likely tokens of a step whose probabilities are kept.
@@ -24,10 +26,12 @@ NUM_LOGPROBS = 32
 class ForceTokens(AdapterLogitsProcessor):
     """Leaves each step of a request one token: that of `extra_args["kv_forced"]`."""
 
+    @overrides("vllm.v1.sample.logits_processor:AdapterLogitsProcessor.is_argmax_invariant")
     def is_argmax_invariant(self) -> bool:
         """False: greedy requests are forced, too."""
         return False
 
+    @overrides("vllm.v1.sample.logits_processor:AdapterLogitsProcessor.new_req_logits_processor")
     def new_req_logits_processor(self, params: SamplingParams) -> Any:
         """What forces a request's logits; None for requests that are free."""
         token_ids = (params.extra_args or {}).get(FORCED_KEY)
