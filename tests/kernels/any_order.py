@@ -22,6 +22,8 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+import triton.language as tl
+from triton.language import core
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, interpreter_builder
 
@@ -55,6 +57,8 @@ def any_order() -> Iterator[Order]:
     order = Order()
     usual_call, usual_class = GridExecutor.__call__, type(interpreter_builder)
     usual_index = interpreter_builder.__dict__.pop("grid_idx", None)
+    # vLLM's shared-memory module for CPUs, once imported, has put one there that does nothing.
+    usual_barrier, tl.debug_barrier = tl.debug_barrier, core.debug_barrier
     GridExecutor.__call__ = lambda executor, *args, **kwargs: _launch(order, executor, args, kwargs)
     interpreter_builder.__class__ = _builder_class(usual_class, order)
     try:
@@ -63,6 +67,7 @@ def any_order() -> Iterator[Order]:
         GridExecutor.__call__ = usual_call
         interpreter_builder.__class__ = usual_class
         interpreter_builder.grid_idx = usual_index
+        tl.debug_barrier = usual_barrier
 
 
 _program = threading.local()
