@@ -125,7 +125,12 @@ def serving(
             with (
                 vllm_server.serving(all_flags, Path(scratch) / "log", environment) as running,
                 openai.OpenAI(
-                    base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=240
+                    base_url=f"{running.url}/v1",
+                    api_key="none",
+                    max_retries=0,
+                    timeout=240,
+                    # A server closes idle connections, and a request may just have taken one.
+                    default_headers={"Connection": "close"},
                 ) as client,
             ):
                 yield Server(running, str(model), client)
