@@ -103,7 +103,7 @@ def naive_ops(states: PagedStates) -> Ops:
 
 
 def cpu_ops() -> Ops:
-    """The C++ kernels; what their threads need besides is bounded in csrc/cpu/rkv.cpp."""
+    """The C++ kernels; what their threads need besides is bounded in csrc/cpu/heads.h."""
     return Ops(
         "cpu",
         observe_cpu,

@@ -1,7 +1,9 @@
 """Importance and redundancy in C++: read the paged keys in place, memory O(tokens) per thread."""
 
 import math
+from collections.abc import Callable
 from ctypes import byref
+from typing import Any
 
 from torch import Tensor
 
@@ -22,6 +24,32 @@ def importance_cpu(
     defensive: bool = False,
 ) -> Tensor:
     """As `importance_naive`; one call per request, whose heads the threads share."""
+    call = library().rkv_importance
+    return score_windows_cpu(call, keys, batch, queries, scale, soft_cap, pool, defensive)
+
+
+def score_windows_cpu(
+    call: Callable[..., int],
+    keys: PagedStates,
+    batch: EvictionBatch,
+    queries: Tensor,
+    scale: Tensor,
+    soft_cap: Tensor,
+    pool: int,
+    *more: Any,
+) -> Tensor:
+    """What a function of the library says each request's window pays to its candidates.
+
+    Args:
+        call: takes one request; the rows of its result are those of its heads.
+        keys: see `importance_naive`, as all the others.
+        batch: see there.
+        queries: see there.
+        scale: see there.
+        soft_cap: see there.
+        pool: see there.
+        more: further arguments of the function, behind the others.
+    """
     batch.check_rows(keys)
     group = check_queries(queries, batch, keys)
     check_scale(scale, soft_cap, keys)
@@ -31,7 +59,7 @@ def importance_cpu(
         if not batch.num_candidates(i):
             continue
         window = batch.window_queries(i, queries).to(keys.dtype).contiguous()
-        done = library().rkv_importance(
+        done = call(
             byref(described),
             batch.old_block_table[i].data_ptr(),
             DTYPES[keys.dtype],
@@ -45,7 +73,7 @@ def importance_cpu(
             pool,
             result[i].data_ptr(),
             result.stride(1),
-            defensive,
+            *more,
         )
         check_memory(done, f"score {eviction.num_judged} tokens")
     return result

@@ -9,7 +9,8 @@ section 3, with the tie, order and default rules that `docs/method.md` lists.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -68,19 +69,39 @@ def importance_naive(
     Raises:
         ValueError: the shapes do not fit.
     """
+    of_heads = partial(importance_of_heads, pool=pool, defensive=defensive)
+    return score_windows_naive(of_heads, keys, batch, queries, scale, soft_cap)
+
+
+def score_windows_naive(
+    of_heads: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    keys: PagedStates,
+    batch: EvictionBatch,
+    queries: Tensor,
+    scale: Tensor,
+    soft_cap: Tensor,
+) -> Tensor:
+    """What a function of dense heads says each request's window pays to its candidates.
+
+    Args:
+        of_heads: (candidates, queries, scale, soft_cap) -> [heads, m], see `importance_of_heads`.
+        keys: see `importance_naive`, as all the others.
+        batch: see there.
+        queries: see there.
+        scale: see there.
+        soft_cap: see there.
+    """
     batch.check_rows(keys)
     check_queries(queries, batch, keys)
     check_scale(scale, soft_cap, keys)
     result = new_scores(keys, batch).fill_(-math.inf)
-    of_heads = [t.repeat_interleave(keys.num_heads) for t in (scale, soft_cap)]
+    by_head = [t.repeat_interleave(keys.num_heads) for t in (scale, soft_cap)]
     for i, eviction in enumerate(batch.evictions):
         if m := batch.num_candidates(i):
             row, end = batch.old_block_table[i], eviction.prefix_len + m
             dense = keys.read(row, end, eviction.prefix_len).flatten(0, 1)
             window = batch.window_queries(i, queries)
-            result[i, :, :m] = importance_of_heads(
-                dense, window, *of_heads, pool=pool, defensive=defensive
-            )
+            result[i, :, :m] = of_heads(dense, window, *by_head)
     return result
 
 

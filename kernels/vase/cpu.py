@@ -1,6 +1,5 @@
 """VaSE's two halves in C++: read the paged cache in place, memory O(tokens) per thread."""
 
-import math
 from ctypes import byref
 
 from torch import Tensor
@@ -8,7 +7,8 @@ from torch import Tensor
 from rkv_vllm.kernels.batch import EvictionBatch
 from rkv_vllm.kernels.native import DTYPES, check_memory, library, paged
 from rkv_vllm.kernels.paged import PagedStates
-from rkv_vllm.kernels.rkv.naive import check_keys, check_queries, check_scale, new_scores
+from rkv_vllm.kernels.rkv.cpu import score_windows_cpu
+from rkv_vllm.kernels.rkv.naive import check_keys, new_scores
 
 
 def attention_cpu(
@@ -21,32 +21,8 @@ def attention_cpu(
     pool: int,
 ) -> Tensor:
     """As `attention_naive`; one call per request, whose heads the threads share."""
-    batch.check_rows(keys)
-    group = check_queries(queries, batch, keys)
-    check_scale(scale, soft_cap, keys)
-    result = new_scores(keys, batch).fill_(-math.inf)
-    described = paged(keys)
-    for i, eviction in enumerate(batch.evictions):
-        if not batch.num_candidates(i):
-            continue
-        window = batch.window_queries(i, queries).to(keys.dtype).contiguous()
-        done = library().rkv_attention(
-            byref(described),
-            batch.old_block_table[i].data_ptr(),
-            DTYPES[keys.dtype],
-            eviction.prefix_len,
-            eviction.num_judged,
-            window.data_ptr(),
-            scale.data_ptr(),
-            soft_cap.data_ptr(),
-            group,
-            batch.window,
-            pool,
-            result[i].data_ptr(),
-            result.stride(1),
-        )
-        check_memory(done, f"score {eviction.num_judged} tokens")
-    return result
+    call = library().rkv_attention
+    return score_windows_cpu(call, keys, batch, queries, scale, soft_cap, pool)
 
 
 def channel_range_cpu(values: PagedStates, batch: EvictionBatch) -> Tensor:

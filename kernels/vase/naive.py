@@ -6,7 +6,7 @@ score is said in rkv_vllm/methods/vase.py.
 Source: VaSE (arXiv:2606.03928).
 """
 
-import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,9 @@ from rkv_vllm.kernels.batch import EvictionBatch
 from rkv_vllm.kernels.paged import PagedStates
 from rkv_vllm.kernels.rkv.naive import (
     check_keys,
-    check_queries,
-    check_scale,
     head_groups,
     new_scores,
+    score_windows_naive,
 )
 
 
@@ -51,18 +50,8 @@ def attention_naive(
     Raises:
         ValueError: the shapes do not fit.
     """
-    batch.check_rows(keys)
-    check_queries(queries, batch, keys)
-    check_scale(scale, soft_cap, keys)
-    result = new_scores(keys, batch).fill_(-math.inf)
-    of_heads = [t.repeat_interleave(keys.num_heads) for t in (scale, soft_cap)]
-    for i, eviction in enumerate(batch.evictions):
-        if m := batch.num_candidates(i):
-            row, end = batch.old_block_table[i], eviction.prefix_len + m
-            dense = keys.read(row, end, eviction.prefix_len).flatten(0, 1)
-            window = batch.window_queries(i, queries)
-            result[i, :, :m] = attention_of_heads(dense, window, *of_heads, pool=pool)
-    return result
+    of_heads = partial(attention_of_heads, pool=pool)
+    return score_windows_naive(of_heads, keys, batch, queries, scale, soft_cap)
 
 
 def channel_range_naive(values: PagedStates, batch: EvictionBatch) -> Tensor:

@@ -14,7 +14,8 @@ from rkv_vllm.bench.sides import STOCK, split_engine_flags
 from rkv_vllm.cli.checkpoint import Decoder, check_dtype, find_config, read_config, read_decoder
 from rkv_vllm.cli.errors import REFUSED, CommandError
 from rkv_vllm.eval.plan import Asked, EvalPlan
-from rkv_vllm.eval.problems import Problem, load_problems, prompt_of
+from rkv_vllm.eval.problems import load_problems
+from rkv_vllm.eval.question import Problem, prompt_of
 from rkv_vllm.eval.server import Endpoint, ServerError
 from rkv_vllm.eval.sides import (
     PROTECTIONS,

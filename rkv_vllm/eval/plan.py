@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rkv_vllm.bench.sides import STOCK
-from rkv_vllm.eval.problems import Problem
+from rkv_vllm.eval.question import Problem
 from rkv_vllm.eval.sides import EvalSide, MethodChoice
 from rkv_vllm.eval.store import FORCED, RUN, Line, ResultStore
 

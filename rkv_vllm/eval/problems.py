@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rkv_vllm.eval.programs import make_programs
-from rkv_vllm.eval.question import Problem, prompt_of
+from rkv_vllm.eval.question import Problem
 
-__all__ = ["Problem", "load_problems", "prompt_of"]
 
 _DATA = Path(__file__).resolve().parent / "data"
 _SHIPPED = ("math500", "aime24")

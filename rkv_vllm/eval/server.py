@@ -21,7 +21,7 @@ from rkv_vllm.bench.samples import Scrape
 from rkv_vllm.bench.server import HTTP_SECONDS, POLL_SECONDS
 from rkv_vllm.bench.sides import STOCK
 from rkv_vllm.eval.plan import Asked, EvalPlan
-from rkv_vllm.eval.problems import prompt_of
+from rkv_vllm.eval.question import prompt_of
 from rkv_vllm.eval.session import Show, graded, problems_of, progress_of
 from rkv_vllm.eval.sides import EvalSide
 from rkv_vllm.eval.store import COUNTS, RUN, SPEED, Line, ResultStore

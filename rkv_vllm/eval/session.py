@@ -27,7 +27,7 @@ from rkv_vllm.bench.offline import POLL_SECONDS
 from rkv_vllm.bench.processes import ChildError, child_environment, process_group
 from rkv_vllm.eval.grade import grade
 from rkv_vllm.eval.plan import JOB, PROGRESS, RESULTS, EvalPlan, Task, open_tasks
-from rkv_vllm.eval.problems import Problem
+from rkv_vllm.eval.question import Problem
 from rkv_vllm.eval.sides import EvalSide, MethodChoice
 from rkv_vllm.eval.store import RUN, SPEED, Line, ResultStore
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from rkv_vllm.eval.plan import Asked, EvalPlan
-from rkv_vllm.eval.problems import Problem
+from rkv_vllm.eval.question import Problem
 from rkv_vllm.eval.sides import EvalSide, MethodChoice, read_methods
 
 STOCK = EvalSide(MethodChoice(None))

@@ -11,7 +11,8 @@ import pytest
 
 from rkv_vllm.eval import grade as grading
 from rkv_vllm.eval.grade import grade, last_boxed
-from rkv_vllm.eval.problems import Problem, load_problems
+from rkv_vllm.eval.problems import load_problems
+from rkv_vllm.eval.question import Problem
 
 pytest.importorskip("math_verify")
 
@@ -201,7 +202,7 @@ def test_an_unknown_grader_is_refused():
 def test_grading_imports_neither_torch_nor_vllm_nor_sympy():
     code = (
         "import sys; from rkv_vllm.eval.grade import grade\n"
-        "from rkv_vllm.eval.problems import Problem\n"
+        "from rkv_vllm.eval.question import Problem\n"
         r"assert grade(Problem('s', '1', '?', '5', 'math'), r'\boxed{\frac{10}{2}}')" "\n"
         "print(sorted({'torch', 'vllm', 'sympy'} & set(sys.modules)))"
     )  # fmt: skip

@@ -9,8 +9,9 @@ from contextlib import redirect_stdout
 
 import pytest
 
-from rkv_vllm.eval.problems import Problem, load_problems, prompt_of
+from rkv_vllm.eval.problems import load_problems
 from rkv_vllm.eval.programs import make_programs
+from rkv_vllm.eval.question import Problem, prompt_of
 
 ROW = {"question": "What is 2 + 3?", "answer": "5"}
 
