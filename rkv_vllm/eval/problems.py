@@ -13,7 +13,6 @@ from typing import Any
 from rkv_vllm.eval.programs import make_programs
 from rkv_vllm.eval.question import Problem
 
-
 _DATA = Path(__file__).resolve().parent / "data"
 _SHIPPED = ("math500", "aime24")
 _GENERATED = "trace"
