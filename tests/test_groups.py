@@ -205,7 +205,7 @@ def test_requests_scale_the_pyramid_and_files_make_classes_of_any_layers(
         stats = engine.stats()
         engine.assert_pool_is_empty()
     compactions = 0
-    for req_id, ladder in {"whole": (56, 24, 24, 56), "half": (28, 12, 12, 28)}.items():
+    for req_id, ladder in {"whole": (56, 24, 24, 56), "half": (26, 14, 14, 26)}.items():
         configs = [ServerOptions(budget=budget, buffer=32) for budget in ladder]
         expected = generate_layered_reference(model, PROMPTS["r0"], 120, configs)
         assert engine.outputs[req_id].token_ids == expected.token_ids, req_id
