@@ -4,57 +4,19 @@ One planner per compressed KV-cache group. Knows the policy and the seats of the
 no vLLM, no tensors, no blocks beyond the `Books` it asks to move them. All lengths kept here are
 logical, because those never shrink: a compaction changes what a request holds, not how far it has
 come. A step costs nothing for requests that are far from due: a calendar brings them back in time.
-Next: books.py.
+Next: booking.py.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 from rkv_vllm.policy import Policy, Terms
-from rkv_vllm.scheduling.directive import EvictionDirective, StepPlan
-
-
-class ScheduledRequest(NamedTuple):
-    """One decoding request of a step, as the scheduler leaves it after advancing its counters.
-
-    Attributes:
-        req_id: vLLM's request id.
-        num_computed: tokens computed once this step has run, drafts counted as accepted.
-        num_scheduled: tokens that this step computes.
-        num_in_flight: tokens whose step has not been processed yet, this step included.
-        prompt_len: tokens of its prompt.
-        seed: 64 bits that a repeated run repeats.
-        method_options: the method's options if the request has its own.
-    """
-
-    req_id: str
-    num_computed: int
-    num_scheduled: int
-    num_in_flight: int
-    prompt_len: int = 0
-    seed: int = 0
-    method_options: Any | None = None
-
-    @property
-    def settled(self) -> int:
-        """Tokens that can no longer be rejected or rolled back."""
-        return self.num_computed - self.num_in_flight
-
+from rkv_vllm.scheduling.booking import Books, ScheduledRequest, book_eviction
+from rkv_vllm.scheduling.directive import StepPlan
 
 Lookup = Callable[[str], ScheduledRequest | None]
-
-
-class Books(Protocol):
-    """The block bookkeeping the planner relies on (GroupBooks)."""
-
-    num_evicted: dict[str, int]
-
-    def evict(
-        self, req_id: str, num_evict: int, total_len: int, prefix_len: int
-    ) -> tuple[list[int], list[int]] | None:
-        """Book one eviction; returns (old, new) block ids, None when blocks are short."""
 
 
 class Seats(NamedTuple):
@@ -213,7 +175,9 @@ class GroupPlanner:
         if not self._window_is_warm(request, progress):
             self._count_wait(progress, "seat", plan)
             return -1
-        directive = self._book_eviction(request, progress)
+        directive = book_eviction(
+            self._group_id, self._books, request, progress.terms, progress.seat
+        )
         if directive is None:
             self._count_wait(progress, "blocks", plan)
             return -1
@@ -237,34 +201,6 @@ class GroupPlanner:
             plan.num_waiting_for_seat += 1
         else:
             plan.num_waiting_for_blocks += 1
-
-    def _book_eviction(
-        self, request: ScheduledRequest, progress: _Progress
-    ) -> EvictionDirective | None:
-        """Book the eviction, or return None when blocks are short."""
-        prefix_len = progress.terms.prefix_len
-        before = self._books.num_evicted.get(request.req_id, 0)
-        settled_len, total_len = request.settled - before, request.num_computed - before
-        num_evict = settled_len - prefix_len - progress.terms.budget
-        blocks = self._books.evict(request.req_id, num_evict, total_len, prefix_len)
-        if blocks is None:
-            return None
-        return EvictionDirective(
-            req_id=request.req_id,
-            group_id=self._group_id,
-            num_evicted_before=before,
-            prefix_len=prefix_len,
-            settled_len=settled_len,
-            total_len=total_len,
-            num_evict=num_evict,
-            seat=-1 if progress.seat is None else progress.seat,
-            prompt_len=request.prompt_len,
-            # Odd, so that the seeds of one request never coincide.
-            seed=(request.seed + 0x9E3779B97F4A7C15 * request.settled) % 2**64,
-            method_options=request.method_options,
-            old_block_ids=blocks[0],
-            new_block_ids=blocks[1],
-        )
 
     def _window_is_warm(self, request: ScheduledRequest, progress: _Progress) -> bool:
         """Whether the seat holds the queries of the last settled tokens."""

@@ -23,10 +23,11 @@ from rkv_vllm.options import CONFIG_KEY, ServerOptions, find_method
 from rkv_vllm.policy import EveryBuffer, Terms, floor_blocks
 from rkv_vllm.request_options import RequestOptionError, RequestOptions, read_request_options
 from rkv_vllm.scheduling.admission import Admission, Limits, Track
+from rkv_vllm.scheduling.booking import ScheduledRequest
 from rkv_vllm.scheduling.books import GroupBooks
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, EvictionDirective, StepPlan
 from rkv_vllm.scheduling.loop_watch import LoopWatch
-from rkv_vllm.scheduling.planner import GroupPlanner, ScheduledRequest, Seats
+from rkv_vllm.scheduling.planner import GroupPlanner, Seats
 from rkv_vllm.scheduling.publishing import publish_no_more
 from rkv_vllm.scheduling.step_stats import StepStats
 

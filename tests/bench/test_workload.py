@@ -5,8 +5,9 @@ import pytest
 from rkv_vllm.bench.prompts import PROBES, TASKS, own_prompts, read_prompts
 from rkv_vllm.bench.workload import SCENARIOS, num_compactions
 from rkv_vllm.policy import EveryBuffer, Terms
+from rkv_vllm.scheduling.booking import ScheduledRequest
 from rkv_vllm.scheduling.directive import StepPlan
-from rkv_vllm.scheduling.planner import GroupPlanner, ScheduledRequest, Seats
+from rkv_vllm.scheduling.planner import GroupPlanner, Seats
 from tests.bench.results import new_workload
 
 

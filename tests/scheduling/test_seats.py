@@ -3,8 +3,9 @@
 import pytest
 
 from rkv_vllm.policy import EveryBuffer, Terms
+from rkv_vllm.scheduling.booking import ScheduledRequest
 from rkv_vllm.scheduling.directive import StepPlan
-from rkv_vllm.scheduling.planner import GroupPlanner, ScheduledRequest, Seats
+from rkv_vllm.scheduling.planner import GroupPlanner, Seats
 from tests.models import random_model
 from tests.scheduling.simulation import Setting, SimulatedEngine
 
