@@ -13,6 +13,7 @@ from children import HERE, ROOT, Child, Launcher
 from comparisons import compare_outputs, compare_with_reference
 
 from rkv_vllm.bench.checks import failed_checks
+from rkv_vllm.bench.expected import ALWAYS
 from rkv_vllm.bench.sides import STOCK
 from rkv_vllm.bench.workload import Workload
 
@@ -249,10 +250,18 @@ def serving(launcher: Launcher, plan: Plan) -> Iterator[Document]:
     seconds = sum(child.seconds for child in children)
     problems = [child.problem for child in children if child.problem]
     runs = [child.result["runs"] if child.result else [] for child in children]
+    of_side = {"pool_tokens": None, "is_exact": True}
     served = list(zip(loads.items(), *runs, strict=False))[1:]
     for (label, workload), *pair in served:
         results = [
-            {"side": side, "budget": budget, "repeat": 1, **run}
+            {
+                "side": side,
+                "budget": budget,
+                "when": ALWAYS,
+                "repeat": 1,
+                **of_side,
+                **run,
+            }
             for (side, (_, budget, _)), run in zip(sides.items(), pair, strict=True)
         ]
         yield _ratio(label, workload, results, plan.rehearse, seconds)
@@ -273,11 +282,12 @@ def _workload(
         prompts=tuple(prompts),
         prompt_lens=(shared + own,) * requests,
         probe_lens=(1,),
-        output_len=output_len,
+        output_lens=(output_len,) * requests,
         buffer=buffer,
         pool_tokens=pool,
         block_size=REHEARSAL_BLOCK_SIZE if plan.rehearse else GPU_BLOCK_SIZE,
         bytes_per_token=0,
+        element_bytes=0,
         dtype="float32" if plan.rehearse else "bfloat16",
         seed=0,
         request_rate=float("inf"),
@@ -286,7 +296,7 @@ def _workload(
 
 
 def _load(workload: Workload) -> Document:
-    load = {"prompts": workload.prompts, "output_len": workload.output_len}
+    load = {"prompts": workload.prompts, "output_lens": workload.output_lens, "priorities": ()}
     return load | ({"pool_blocks": workload.pool_blocks} if workload.pool_tokens else {})
 
 

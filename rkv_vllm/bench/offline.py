@@ -1,7 +1,7 @@
 """One offline run: a child process with an engine inside, whose scheduler is counted step by step.
 
 `run_offline` is the outside. The inside, `python -m rkv_vllm.bench.offline FOLDER`, reads
-`job.json` there, writes `result.json`, and `progress` while it works. Next: checks.py.
+`job.json` there, writes `result.json`, and `progress` while it works. Next: counts.py.
 """
 
 import json
@@ -9,11 +9,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rkv_vllm
+from rkv_vllm.bench.counts import SchedulerCounts
+from rkv_vllm.bench.latencies import latencies_of
 from rkv_vllm.bench.processes import ChildError, child_environment, process_group
 from rkv_vllm.bench.prompts import PROBES
 from rkv_vllm.bench.sides import Side
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 POLL_SECONDS = 0.2
-PROGRESS_SECONDS = 1.0
 
 # What a run does now, and which share of its output exists.
 Show = Callable[[str, float], None]
@@ -50,12 +50,21 @@ def run_offline(
     """
     job = {
         "engine_flags": [
-            *(f"--model={workload.model}", *workload.engine_flags(), *engine_flags, *side.flags)
+            f"--model={workload.model}",
+            *workload.engine_flags(side.pool_tokens),
+            *engine_flags,
+            *side.flags,
         ],
         "is_compressed": side.budget is not None,
         "probes": PROBES,
         "probe_len": workload.probe_len,
-        "loads": [{"prompts": workload.prompts, "output_len": workload.output_len}],
+        "loads": [
+            {
+                "prompts": workload.prompts,
+                "output_lens": workload.output_lens,
+                "priorities": workload.priorities,
+            }
+        ],
     }
     (folder / "job.json").write_text(json.dumps(job))
     command = [sys.executable, "-m", "rkv_vllm.bench.offline", str(folder)]
@@ -78,8 +87,8 @@ def run_job(job: dict[str, Any], show: Callable[[float], None]) -> Iterator[dict
 
     Args:
         job: `engine_flags` as for `vllm serve`, `is_compressed`, `probes`, `probe_len`, `loads`:
-            each with `prompts` (texts or token ids), `output_len`, and with `pool_blocks` where it
-            is to run in a smaller pool than the engine's.
+            each with `prompts` (texts or token ids), `output_lens` and `priorities` (of each, or
+            empty), and with `pool_blocks` where it is to run in a smaller pool than the engine's.
         show: told which share of a load's output exists, about once per second.
 
     Yields:
@@ -104,12 +113,14 @@ def run_job(job: dict[str, Any], show: Callable[[float], None]) -> Iterator[dict
             text if isinstance(text, str) else {"prompt_token_ids": text}
             for text in load["prompts"]
         ]
-        num_tokens = len(prompts) * load["output_len"]
-        params = SamplingParams(max_tokens=load["output_len"], **greedy)
+        num_tokens = sum(load["output_lens"])
+        params = [SamplingParams(max_tokens=length, **greedy) for length in load["output_lens"]]
+        # vLLM refuses priorities, also equal ones, without its policy of that name.
+        more = {"priority": load["priorities"]} if load["priorities"] else {}
         before = rkv_vllm.stats(llm) if job["is_compressed"] else {}
         with counts.of_load(load.get("pool_blocks"), lambda done, all=num_tokens: show(done / all)):
             started = time.perf_counter()
-            outputs = llm.generate(prompts, params, use_tqdm=False)
+            outputs = llm.generate(prompts, params, use_tqdm=False, **more)
             seconds = time.perf_counter() - started
         after = rkv_vllm.stats(llm) if job["is_compressed"] else {}
         output_lens = [len(output.outputs[0].token_ids) for output in outputs]
@@ -120,6 +131,7 @@ def run_job(job: dict[str, Any], show: Callable[[float], None]) -> Iterator[dict
             "prompt_lens": [len(output.prompt_token_ids) for output in outputs],
             "output_lens": output_lens,
             **counts.numbers(),
+            **latencies_of(counts.times, load["priorities"]),
             **{n: after.get(n, 0) - before.get(n, 0) for n in ("compactions", "deferred")},
             "probe": probe,
         }
@@ -147,78 +159,6 @@ def read_engine_args(flags: list[str]) -> "EngineArgs":
     # As `LLM(...)` has it by default; the flags' default is that of a server.
     engine_args.disable_log_stats = True
     return engine_args
-
-
-def forget_prompts(llm: "LLM") -> None:
-    """Empty the prefix cache; with asynchronous scheduling a last step may hold blocks.
-
-    Raises:
-        RuntimeError: blocks are held although no request is left.
-    """
-    for _ in range(5):
-        if llm.reset_prefix_cache():
-            return
-        llm.llm_engine.step()
-    raise RuntimeError("the prefix cache cannot be emptied: an earlier load left blocks behind")
-
-
-class SchedulerCounts:
-    """Counts what the scheduler of an engine in this process does, one load at a time."""
-
-    def __init__(self, llm: "LLM") -> None:
-        self._llm = llm
-        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        self._pool = scheduler.kv_cache_manager.block_pool
-        self._schedule, self._preempt = scheduler.schedule, scheduler._preempt_request
-        scheduler.schedule, scheduler._preempt_request = self._count_step, self._count_preemption
-
-    @contextmanager
-    def of_load(self, pool_blocks: int | None, show: Callable[[int], None]) -> Iterator[None]:
-        """Count what happens in this block.
-
-        Args:
-            pool_blocks: the pool that the load gets; the others are taken out of the engine's for
-                as long. None leaves it all.
-            show: takes the tokens scheduled so far, about once per second.
-        """
-        self._steps = self._running = self._running_peak = self._preempted = self._held_peak = 0
-        self._show, self._shown_at = show, time.monotonic()
-        self._usable = self._pool.num_gpu_blocks - 1
-        taken = []
-        forget_prompts(self._llm)
-        if pool_blocks is not None and pool_blocks < self._usable:
-            taken = self._pool.get_new_blocks(self._usable - pool_blocks)
-            self._usable = pool_blocks
-        yield
-        self._pool.free_blocks(taken)
-
-    def numbers(self) -> dict[str, float]:
-        """Of the last load."""
-        return {
-            "running_mean": self._running / max(self._steps, 1),
-            "running_peak": self._running_peak,
-            "preemptions": self._preempted,
-            "peak_blocks": self._held_peak,
-            "engines": 1,
-            "pool_blocks": self._usable,
-        }
-
-    def _count_step(self, *args: Any, **kwargs: Any) -> Any:
-        output = self._schedule(*args, **kwargs)
-        running = len(output.num_scheduled_tokens)
-        self._steps += running > 0
-        self._running += running
-        self._running_peak = max(self._running_peak, running)
-        free = self._pool.get_num_free_blocks()
-        self._held_peak = max(self._held_peak, self._usable - free)
-        if time.monotonic() > self._shown_at + PROGRESS_SECONDS:
-            self._shown_at = time.monotonic()
-            self._show(self._running)
-        return output
-
-    def _count_preemption(self, *args: Any, **kwargs: Any) -> Any:
-        self._preempted += 1
-        return self._preempt(*args, **kwargs)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ server.py for `vllm serve`.
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,8 @@ from types import FrameType
 
 LOG_TAIL_LINES = 30
 STOP_SECONDS = 15
+# As the last line of a traceback has it, with or without a prefix of vLLM's.
+_PYTHON_ERROR = re.compile(r"\b[A-Z]\w*(?:Error|Exception): .+")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -26,6 +29,7 @@ class ChildError(Exception):
 
     Attributes:
         log_tail: the last lines that it printed.
+        reason: the first Python error that its log names, or else the problem.
     """
 
     def __init__(self, problem: str, log: Path | None) -> None:
@@ -33,6 +37,8 @@ class ChildError(Exception):
         super().__init__(problem)
         text = "" if log is None else log.read_text(errors="replace")
         self.log_tail = text.splitlines()[-LOG_TAIL_LINES:]
+        found = _PYTHON_ERROR.search(text)
+        self.reason = found[0] if found else problem
 
 
 class InterruptedBySignal(KeyboardInterrupt):

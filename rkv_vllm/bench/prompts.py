@@ -1,5 +1,6 @@
 """The prompts of a benchmark: short tasks whose answers are written out step by step."""
 
+import itertools
 import json
 import random
 from collections.abc import Callable
@@ -34,6 +35,26 @@ def own_prompts(count: int, seed: int) -> list[str]:
     tasks = [f"Exercise {i + 1}. {TASKS[i % len(TASKS)]}" for i in range(count)]
     random.Random(seed).shuffle(tasks)
     return tasks
+
+
+def filled(task: str, num_tokens: int, count_tokens: Callable[[str], int], seed: int) -> str:
+    """Returns the task behind notes that have nothing to do with it.
+
+    Args:
+        task: of `own_prompts`.
+        num_tokens: that both have together, at most; a longer task stays as it is.
+        count_tokens: of a text.
+        seed: of the notes.
+    """
+    draw, room = random.Random(seed), num_tokens - count_tokens(task)
+    notes = ""
+    for number in itertools.count(1):
+        note = f"Note {number}: shelf {draw.randrange(1000)} holds {draw.randrange(1000)} bolts.\n"
+        # Counted by itself: a few tokens more than in the whole, whose counts would take long.
+        room -= count_tokens(note)
+        if room < 0:
+            return notes + task
+        notes += note
 
 
 def read_prompts(path: Path, count: int) -> list[str]:

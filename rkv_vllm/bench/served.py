@@ -43,7 +43,8 @@ def run_served(
     Raises:
         ChildError: the server did not come up or died, or the client failed.
     """
-    flags = [workload.model, *workload.engine_flags(), *engine_flags, *side.flags]
+    pool = workload.engine_flags(side.pool_tokens)
+    flags = [workload.model, *pool, *engine_flags, *side.flags]
     started = time.monotonic()
     log = folder / "server.log"
     try:
@@ -89,14 +90,18 @@ def _completed(server: Server, model: str, text: str, max_tokens: int) -> list[i
 
 def _client_command(workload: Workload, model: str, url: str, folder: Path) -> list[str]:
     dataset = folder / "prompts.jsonl"
-    dataset.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in workload.prompts))
+    lines = [
+        json.dumps({"prompt": prompt, "output_tokens": output_len}) + "\n"
+        for prompt, output_len in zip(workload.prompts, workload.output_lens, strict=True)
+    ]
+    dataset.write_text("".join(lines))
     command = [
         *(*vllm_command(), "bench", "serve", "--base-url", url, "--backend", "openai"),
         *("--model", workload.model, "--served-model-name", model),
         *("--dataset-name", "custom", "--dataset-path", str(dataset), "--disable-shuffle"),
         # The prompts are in the chat template already.
         *("--skip-chat-template", "--num-prompts", str(len(workload.prompts))),
-        *("--custom-output-len", str(workload.output_len), "--ignore-eos", "--temperature", "0"),
+        *("--custom-output-len", "-1", "--ignore-eos", "--temperature", "0"),
         *("--seed", str(workload.seed), "--disable-tqdm", "--metric-percentiles", "50,99"),
         *("--save-result", "--save-detailed", "--result-dir", str(folder)),
         *("--result-filename", "client.json"),
@@ -112,7 +117,7 @@ def _sample(
     client: subprocess.Popen, server: Server, before: Scrape, workload: Workload, show: Show
 ) -> list[Scrape]:
     """Scrapes /metrics until the client ends; without a server it would wait for hours."""
-    num_tokens = len(workload.prompts) * workload.output_len
+    num_tokens = sum(workload.output_lens)
     scrapes: list[Scrape] = []
     next_sample = time.monotonic()
     while client.poll() is None and server.process.poll() is None:

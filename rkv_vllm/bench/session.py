@@ -15,20 +15,22 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rkv_vllm.bench.checks import Result
+from rkv_vllm.bench.checks import Measured
 from rkv_vllm.bench.offline import Show, run_offline
 from rkv_vllm.bench.processes import ChildError
 from rkv_vllm.bench.served import run_served
 from rkv_vllm.bench.sides import Run
 from rkv_vllm.bench.workload import Workload
 
+# What the checks ask about a side.
+_OF_SIDE = ("budget", "when", "pool_tokens", "is_exact")
 RUNNERS = {"offline": run_offline, "served": run_served}
 # In a run's folder; the process that was started last comes first.
 _LOGS = ("client.log", "server.log", "offline.log")
 
 
 def run_all(
-    workload: Workload, schedule: Sequence[Run], engine_flags: Sequence[str], results: list[Result]
+    workload: Workload, schedule: Sequence[Run], engine_flags: Sequence[str], measured: Measured
 ) -> None:
     """Carry the runs out.
 
@@ -36,8 +38,9 @@ def run_all(
         workload: what is asked.
         schedule: the runs in their order.
         engine_flags: further flags of every side.
-        results: takes the result of each run as soon as it is over, so that those of finished runs
-            are there when a later one fails or is interrupted.
+        measured: takes the result of each run as soon as it is over, so that those of finished runs
+            are there when a later one fails or is interrupted; and why a side that may refuse did
+            not start. It is not tried again.
 
     Raises:
         ChildError: a run failed; none is tried after it.
@@ -55,13 +58,24 @@ def run_all(
             bar.update(task, completed=done + share, description=f"{name}, {phase}{how_far}")
 
         for number, run in enumerate(schedule):
+            side = run.side
+            if (run.mode, side.name) in measured.refusals:
+                continue
             name = f"run {number + 1} of {len(schedule)}: {run.side.name}, {run.mode}"
             if not is_live:
                 seconds = time.monotonic() - started
                 console.print(f"{name} ({seconds:.0f} s so far)", soft_wrap=True)
-            numbers = _carry_out(workload, run, engine_flags, partial(show, number, name))
-            names = {"mode": run.mode, "side": run.side.name, "budget": run.side.budget}
-            results.append({**names, "repeat": run.repeat, **numbers})
+            try:
+                numbers = _carry_out(workload, run, engine_flags, partial(show, number, name))
+            except ChildError as error:
+                # A side that worked once is available: then it is a failure like any other.
+                if not side.may_refuse or run.repeat > 1:
+                    raise
+                measured.refusals[run.mode, side.name] = error.reason
+                continue
+            names = {"mode": run.mode, "side": side.name, "repeat": run.repeat}
+            more = {each: getattr(side, each) for each in _OF_SIDE}
+            measured.results.append({**names, **more, **numbers})
 
 
 def _carry_out(

@@ -1,17 +1,26 @@
-"""The sides of a benchmark: stock vLLM and one budget each, their flags, and who runs when.
+"""The sides of a benchmark: stock vLLM, further baselines, and one for each budget.
 
-Knows the flags of vLLM by name only. Next: offline.py and served.py, which run one side once.
+Says which flags set them apart and who runs when. Knows the flags of vLLM by name only. Next:
+offline.py and served.py, which run one side once.
 """
 
 import argparse
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from rkv_vllm.bench.expected import ALWAYS
+from rkv_vllm.bench.workload import Workload
 from rkv_vllm.flags import FLAGS_KEY, OPTION_FLAG, add_flags
 from rkv_vllm.options import CONFIG_KEY, METHOD_KEY, OPTIONS, ServerOptions
 
+# The side that the others are compared with.
 STOCK = "stock"
+FP8 = "fp8"
+_CACHE_FLAG = "--kv-cache-dtype"
+# Bytes of one element of caches that hold nothing but elements.
+_CACHE_BYTES = {"float16": 2, "bfloat16": 2, **dict.fromkeys((FP8, "fp8_e4m3", "fp8_e5m2"), 1)}
 _OWN_SERVER = "leave it out: bench starts its own server on a free port"
 # Flags of vLLM that would contradict what bench decides for all sides, with the way out.
 _TAKEN = {
@@ -25,6 +34,7 @@ _TAKEN = {
     "--num-gpu-blocks-override": "pass --pool-tokens before `--`",
     "--kv-budget": "pass --budget before `--`",
     "--kv-buffer": "pass --buffer before `--`",
+    "--scheduling-policy": "pass --priority before `--`",
     "--disable-log-stats": "leave it out: the counts come from /metrics",
     "--hf-token": "leave it out: nothing is downloaded, and the command is printed",
     "--ignore-eos": "leave it out: all outputs have --output-len tokens",
@@ -39,15 +49,27 @@ class Side:
     Attributes:
         budget: `--kv-budget`; None for stock vLLM.
         flags: of this side alone.
+        label: what sets it apart from others of its kind, as tables say it; may be empty.
+        when: it compacts, see `expected.py`; None for stock vLLM.
+        pool_tokens: what its own pool holds; None for the workload's.
+        is_exact: whether its text is stock's as long as nothing is compacted.
+        may_refuse: whether the others go on, and it is reported with vLLM's reason, when it does
+            not start.
     """
 
     budget: int | None
     flags: tuple[str, ...]
+    label: str = ""
+    when: str | None = None
+    pool_tokens: int | None = None
+    is_exact: bool = True
+    may_refuse: bool = False
 
     @property
     def name(self) -> str:
         """How tables and JSON call it."""
-        return STOCK if self.budget is None else f"budget {self.budget}"
+        kind = STOCK if self.budget is None else f"budget {self.budget}"
+        return f"{kind}, {self.label}" if self.label else kind
 
 
 @dataclass(frozen=True)
@@ -121,16 +143,90 @@ def _with_dashes(flag: str) -> str:
     return flag[:end].replace("_", "-") + flag[end:]
 
 
-def make_sides(budgets: Sequence[int], buffer: int, compression: dict[str, Any]) -> list[Side]:
-    """Returns the stock side and one for each budget, in the order of the tables."""
-    sides = [Side(None, ())]
+def make_compressed_sides(budgets: Sequence[int], compression: Mapping[str, Any]) -> list[Side]:
+    """Returns one side for each budget, in the order of the tables.
+
+    Args:
+        budgets: `--kv-budget` of each.
+        compression: options that they share, as in JSON.
+    """
+    sides = []
     for budget in budgets:
-        own = {"method": ServerOptions.method, "budget": budget, "buffer": buffer, **compression}
+        own = {"method": ServerOptions.method, "budget": budget, **compression}
         pairs = own.pop(METHOD_KEY, {})
-        flags = [f"{OPTIONS[name].flag}={value}" for name, value in own.items()]
-        flags += [OPTION_FLAG, *(f"{name}={pairs[name]}" for name in pairs)] if pairs else []
-        sides.append(Side(budget, tuple(flags)))
+        flags = [_flag(name, value) for name, value in own.items()]
+        if pairs:
+            flags += [OPTION_FLAG, *(f"{name}={pairs[name]}" for name in pairs)]
+        sides.append(Side(budget, tuple(flags), when=ALWAYS))
     return sides
+
+
+def _flag(name: str, value: Any) -> str:
+    """One option as its flag."""
+    return f"{OPTIONS[name].flag}={str(value).lower() if isinstance(value, bool) else value}"
+
+
+def make_stock_sides(workload: Workload, baselines: Sequence[str]) -> list[Side]:
+    """Returns stock vLLM as it is, and once more with the flags of each further baseline.
+
+    Args:
+        workload: what is asked.
+        baselines: flags as texts; "fp8" for those of an fp8 cache.
+
+    Raises:
+        ValueError: flags that bench decides about, or none of stock vLLM.
+    """
+    if len(set(baselines)) < len(baselines):
+        raise ValueError(
+            f"--baseline: got {', '.join(map(repr, baselines))}, wanted a side for each; name none "
+            "more than once"
+        )
+    pool = None
+    sides = []
+    if workload.pool_tokens and workload.pool_blocks < workload.whole_blocks:
+        # It refuses to start in that pool, and gets the smallest that serves every request.
+        pool = workload.whole_blocks * workload.block_size
+        sides.append(Side(None, (), "same pool", may_refuse=True))
+    for text in baselines:
+        flags = _baseline_flags(text)
+        cache = _cache_dtype(flags)
+        tokens = pool if cache == "auto" else _tokens_of_cache(workload, cache)
+        sides.append(
+            Side(None, flags, text, None, tokens, is_exact=cache == "auto", may_refuse=True)
+        )
+    return [Side(None, (), pool_tokens=pool), *sides]
+
+
+def _baseline_flags(text: str) -> tuple[str, ...]:
+    """The flags of one `--baseline`."""
+    try:
+        flags, compression = split_engine_flags(
+            [f"{_CACHE_FLAG}={FP8}"] if text == FP8 else shlex.split(text)
+        )
+    except ValueError as error:
+        raise ValueError(f"--baseline: got {text!r}: {error}") from error
+    if compression or not text.startswith(("-", FP8)):
+        raise ValueError(
+            f"--baseline: got {text!r}, wanted flags of stock vLLM in quotes, or {FP8}; options of "
+            "compression follow `--`"
+        )
+    return tuple(flags)
+
+
+def _cache_dtype(flags: Sequence[str]) -> str:
+    parser = _Parser("--baseline", add_help=False)
+    parser.add_argument(_CACHE_FLAG, default="auto")
+    return parser.parse_known_args(flags)[0].kv_cache_dtype
+
+
+def _tokens_of_cache(workload: Workload, dtype: str) -> int | None:
+    """Tokens that a cache of another dtype holds in as many bytes as the workload's pool."""
+    if dtype not in _CACHE_BYTES:
+        raise ValueError(
+            f"--baseline: got {_CACHE_FLAG} {dtype}, wanted {', '.join(_CACHE_BYTES)}: of others "
+            "bench does not know how many blocks the same bytes hold; take one of these"
+        )
+    return workload.pool_tokens * workload.element_bytes // _CACHE_BYTES[dtype] or None
 
 
 def make_schedule(modes: Sequence[str], sides: Sequence[Side], repeats: int) -> list[Run]:

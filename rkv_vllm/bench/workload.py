@@ -1,11 +1,13 @@
-"""What a benchmark asks of every side alike: prompts, lengths, the pool of blocks.
+"""What a benchmark asks of every side alike: prompts, lengths, priorities, the pool of blocks.
 
 Knows no process and no vLLM. Next: sides.py.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from rkv_vllm.options import prefix_len
+from rkv_vllm.options import ServerOptions, prefix_len
 from rkv_vllm.policy import EveryBuffer, Terms
 
 PROBE_LEN = 32
@@ -17,33 +19,72 @@ class Scenario:
 
     Attributes:
         num_prompts: requests.
-        output_len: forced output tokens per request.
+        output_lens: forced output tokens; requests take them in turn.
         pool_tokens: tokens that the pool of blocks holds.
         budgets: `--kv-budget` of each compressed side.
         buffer: `--kv-buffer` of the compressed sides.
+        prompt_lens: what the own prompts are filled up to, in turn; 0 leaves a task as it is.
+        priorities: of the requests, in turn, as vLLM has them: the lower, the earlier. Empty: first
+            come, first served.
         block_size: tokens per block.
         dtype: of weights and cache.
-        protect: `--kv-protect` of the compressed sides.
+        compression: further options of the compressed sides, by name, as in JSON.
     """
 
     num_prompts: int
-    output_len: int
+    output_lens: tuple[int, ...]
     pool_tokens: int
     budgets: tuple[int, ...]
     buffer: int
+    prompt_lens: tuple[int, ...] = (0,)
+    priorities: tuple[int, ...] = ()
     block_size: int = 32
     # A CPU without bf16 instructions is bound by computing in bf16 and by memory in float32.
     dtype: str = "float32"
-    protect: str | int = "none"
+    compression: Mapping[str, Any] = field(default_factory=dict)
 
 
-# For SmolLM2-135M on two to four cores. Starved: the pool holds two whole requests, or eight that
-# keep 128 tokens each. Ample: memory never lacks, so compression can only cost.
+# For SmolLM2-135M on two to four cores.
 SCENARIOS = {
+    # The pool holds two whole requests, or eight that keep 128 tokens each.
     "starved": Scenario(
-        num_prompts=16, output_len=768, pool_tokens=1792, budgets=(128,), buffer=64
+        num_prompts=16, output_lens=(768,), pool_tokens=1792, budgets=(128,), buffer=64
     ),
-    "ample": Scenario(num_prompts=8, output_len=512, pool_tokens=8192, budgets=(128,), buffer=64),
+    # Memory never lacks, so compression can only cost.
+    "ample": Scenario(
+        num_prompts=8, output_lens=(512,), pool_tokens=8192, budgets=(128,), buffer=64
+    ),
+    # Many prompts at once, short answers: the pool holds ten requests, or sixteen.
+    "burst": Scenario(
+        num_prompts=48, output_lens=(128,), pool_tokens=2048, budgets=(64,), buffer=32
+    ),
+    # Prompts are most of the cache; they shrink with the first compaction.
+    "long-prompt": Scenario(
+        num_prompts=6,
+        output_lens=(256,),
+        prompt_lens=(1024,),
+        pool_tokens=4096,
+        budgets=(512,),
+        buffer=64,
+    ),
+    # Three lengths of prompts, four of answers, so that each meets each.
+    "mixed": Scenario(
+        num_prompts=24,
+        output_lens=(64, 128, 256, 512),
+        prompt_lens=(0, 128, 384),
+        pool_tokens=2048,
+        budgets=(128,),
+        buffer=64,
+    ),
+    # The pool holds three whole requests; every other one may overtake.
+    "priorities": Scenario(
+        num_prompts=12,
+        output_lens=(256,),
+        pool_tokens=1024,
+        budgets=(96,),
+        buffer=32,
+        priorities=(1, 0),
+    ),
 }
 
 
@@ -56,32 +97,36 @@ class Workload:
         prompts: texts, chat template included.
         prompt_lens: of each prompt.
         probe_lens: of each of `prompts.PROBES`.
-        output_len: forced output of every request.
+        output_lens: forced output of each request.
         buffer: `--kv-buffer` of the compressed sides.
-        protect: `--kv-protect` of the compressed sides.
         pool_tokens: what the pool holds; 0 leaves its size to vLLM.
         block_size: tokens per block.
         bytes_per_token: of the whole model's KV cache.
+        element_bytes: of one element of it.
         dtype: of weights and cache.
         seed: of the engines.
         request_rate: requests per second that arrive at a server, infinite for all at once.
         max_concurrency: requests that the client of a server has open, None for all.
+        priorities: of each request, or empty.
+        compression: further options of the compressed sides, by name, as in JSON.
     """
 
     model: str
     prompts: tuple[str, ...]
     prompt_lens: tuple[int, ...]
     probe_lens: tuple[int, ...]
-    output_len: int
+    output_lens: tuple[int, ...]
     buffer: int
     pool_tokens: int
     block_size: int
     bytes_per_token: int
+    element_bytes: int
     dtype: str
     seed: int
     request_rate: float
     max_concurrency: int | None
-    protect: str | int = "none"
+    priorities: tuple[int, ...] = ()
+    compression: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def probe_len(self) -> int:
@@ -92,25 +137,45 @@ class Workload:
     def max_model_len(self) -> int:
         """Tokens of the longest request."""
         longest_probe = max(self.probe_lens) + self.probe_len
-        return max(max(self.prompt_lens) + self.output_len, longest_probe)
+        return max(*self.total_lens, longest_probe)
+
+    @property
+    def total_lens(self) -> tuple[int, ...]:
+        """Prompt and output of each request."""
+        return tuple(map(sum, zip(self.prompt_lens, self.output_lens, strict=True)))
 
     @property
     def pool_blocks(self) -> int:
         """Blocks that requests can hold; vLLM keeps one more."""
         return self.pool_tokens // self.block_size
 
-    def engine_flags(self) -> list[str]:
-        """Flags of `vllm serve` that every side gets."""
+    @property
+    def whole_blocks(self) -> int:
+        """Blocks of the longest request: the smallest pool that serves it without compression."""
+        return self.blocks_of(self.max_model_len)
+
+    def blocks_of(self, num_tokens: int) -> int:
+        """Blocks that so many tokens take."""
+        return -(-num_tokens // self.block_size)
+
+    def engine_flags(self, pool_tokens: int | None = None) -> list[str]:
+        """Flags of `vllm serve` that a side gets, whoever it is.
+
+        Args:
+            pool_tokens: of a side with a pool of its own.
+        """
         flags = [
             f"--dtype={self.dtype}",
             f"--seed={self.seed}",
             f"--max-model-len={self.max_model_len}",
             f"--block-size={self.block_size}",
         ]
+        if self.priorities:
+            flags += ["--scheduling-policy=priority"]
         if self.pool_tokens:
-            blocks = self.pool_blocks + 1
+            blocks = (pool_tokens or self.pool_tokens) // self.block_size + 1
             # The bytes spare a CPU the search for free memory; the blocks are exact with any
-            # number of ranks.
+            # number of ranks and any dtype of the cache.
             bytes_of_pool = blocks * self.block_size * self.bytes_per_token
             flags += [f"--kv-cache-memory-bytes={bytes_of_pool}"]
             flags += [f"--num-gpu-blocks-override={blocks}"]
@@ -123,39 +188,38 @@ class Workload:
             ValueError: the pool cannot hold one request, or a budget under which nothing is
                 compacted.
         """
-        needed = -(-self.max_model_len // self.block_size) * self.block_size
-        if self.pool_tokens and self.pool_blocks * self.block_size < needed:
+        if 0 < self.pool_tokens < self.whole_blocks * self.block_size:
             raise ValueError(
-                f"--pool-tokens: got {self.pool_tokens}, wanted at least {needed}: the pool must "
-                f"hold one whole request, prompt and output, in blocks of {self.block_size}; raise "
-                "it or lower --output-len"
+                f"--pool-tokens: got {self.pool_tokens}, wanted at least "
+                f"{self.whole_blocks * self.block_size}: the pool must hold one whole request, "
+                f"prompt and output, in blocks of {self.block_size}; raise it or lower --output-len"
             )
         longest = max(self.prompt_lens)
         for budget in budgets:
             if self.expected_compactions(budget)[0] == 0:
                 raise ValueError(
                     f"--budget, --buffer: got {budget} and {self.buffer} for prompts of at most "
-                    f"{longest} and outputs of {self.output_len} tokens, wanted less: no request "
-                    f"outgrows max(budget, prompt) + buffer = {max(budget, longest) + self.buffer}"
-                    " tokens and --kv-protect, so nothing would ever be compacted; raise "
-                    "--output-len or lower them"
+                    f"{longest} and outputs of at most {max(self.output_lens)} tokens, wanted "
+                    f"less: no request outgrows max(budget, prompt) + buffer = "
+                    f"{max(budget, longest) + self.buffer} tokens and --kv-protect, so nothing "
+                    "would ever be compacted; raise --output-len or lower them"
                 )
+
+    def terms(self, budget: int, prompt_len: int) -> Terms:
+        """What holds for a request of a compressed side."""
+        protect = self.compression.get("protect", ServerOptions.protect)
+        return Terms(budget, self.buffer, prefix_len(protect, prompt_len))
 
     def expected_compactions(self, budget: int) -> tuple[int, int]:
         """Fewest and most compactions of a run in which none waits and none is preempted.
 
         They differ where asynchronous scheduling, which a platform may have, learns of the last
-        due token one step too late.
+        due token one step too late. Of a side that compacts under pressure alone: expected.py.
         """
         fewest, most = (
             sum(
-                num_compactions(
-                    prompt_len,
-                    self.output_len,
-                    Terms(budget, self.buffer, prefix_len(self.protect, prompt_len)),
-                    in_flight,
-                )
-                for prompt_len in self.prompt_lens
+                num_compactions(prompt_len, output_len, self.terms(budget, prompt_len), in_flight)
+                for prompt_len, output_len in zip(self.prompt_lens, self.output_lens, strict=True)
             )
             for in_flight in (2, 1)
         )

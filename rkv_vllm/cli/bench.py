@@ -13,17 +13,24 @@ from typing import Annotated, Any
 import typer
 
 from rkv_vllm.bench.card import make_card
-from rkv_vllm.bench.checks import Result
+from rkv_vllm.bench.checks import Measured
 from rkv_vllm.bench.processes import ChildError, InterruptedBySignal, ended_by_signals
 from rkv_vllm.bench.report import make_document, print_report
-from rkv_vllm.bench.sides import make_schedule, make_sides, split_engine_flags
+from rkv_vllm.bench.sides import (
+    make_compressed_sides,
+    make_schedule,
+    make_stock_sides,
+    split_engine_flags,
+)
 from rkv_vllm.bench.workload import SCENARIOS
 from rkv_vllm.cli.bench_input import (
     check_options,
+    check_own_prompts,
     check_packages,
     make_workload,
     override,
     read_budgets,
+    read_numbers,
     usage_errors,
 )
 from rkv_vllm.cli.errors import REFUSED, one_line_errors, plot_errors
@@ -33,18 +40,20 @@ ScenarioName = Enum("ScenarioName", {name: name for name in SCENARIOS}, type=str
 ModeName = Enum("ModeName", {name: name for name in ("offline", "served", "both")}, type=str)
 _LOAD = "Requests"
 _ENGINE = "Engine, equal on all sides"
+_ENGINE_OF_ONE = "Engine, further sides"
 _CLIENT = "Arrival at a server (as for vllm bench serve)"
 
 
 def _preset(panel: str, field: str, metavar: str, meaning: str, *flags: str, **more: Any) -> Any:
     """An option whose default is the scenario's."""
-    shown = {}
+    names: dict[str, list[str]] = {}
     for name, scenario in SCENARIOS.items():
         value = getattr(scenario, field)
-        shown[name] = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    defaults = ", ".join(f"{value} ({name})" for name, value in shown.items())
-    if len(set(shown.values())) == 1:
-        defaults = next(iter(shown.values()))
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        names.setdefault(shown or "none", []).append(name)
+    defaults = ", ".join(f"{value} ({', '.join(of)})" for value, of in names.items())
+    if len(names) == 1:
+        (defaults,) = names
     return option(panel, metavar, f"{meaning} Default: {defaults}.", *flags, **more)
 
 
@@ -59,9 +68,10 @@ EngineFlags = Annotated[
 ScenarioOption = Annotated[
     ScenarioName,
     typer.Option(
-        help="Preset for SmolLM2-135M on a small CPU machine: starved, where memory decides how "
-        "many requests run at once; ample, where compression can only cost. The other options "
-        "override it."
+        help="Preset for SmolLM2-135M on a small CPU machine. starved: memory decides how many "
+        "requests run at once. ample: compression can only cost. burst: many prompts at once, "
+        "short answers. long-prompt: prompts are most of the cache. mixed: lengths of all kinds. "
+        "priorities: every other request may overtake. The other options override it."
     ),
 ]
 ModeOption = Annotated[
@@ -82,14 +92,29 @@ _NUM_FLAGS = ("--num-prompts", "--num-requests")
 NumPrompts = Annotated[
     int | None, _preset(_LOAD, "num_prompts", "REQUESTS", _ALL, *_NUM_FLAGS, min=1)
 ]
-_FORCED = "Forced output of each request."
-OutputLen = Annotated[int | None, _preset(_LOAD, "output_len", "TOKENS", _FORCED, min=1)]
+_FORCED = "Forced output of each request; of several, commas between, requests take turns."
+OutputLen = Annotated[str | None, _preset(_LOAD, "output_lens", "TOKENS", _FORCED, "--output-len")]
+_FILLED = (
+    "What the own prompts are filled up to with notes, at most, in turn as outputs; 0: not at all."
+)
+PromptLen = Annotated[str | None, _preset(_LOAD, "prompt_lens", "TOKENS", _FILLED, "--prompt-len")]
+_URGENCY = (
+    "Of the requests, in turn: the lower, the earlier (vLLM's --scheduling-policy priority, on all "
+    "sides). Latencies are shown for each. Offline only."
+)
+Priority = Annotated[str | None, _preset(_LOAD, "priorities", "NUMBER", _URGENCY, "--priority")]
 _OWN_PROMPTS = (
     'Your prompts, one {"prompt": "..."} per line, without a chat template: the model\'s own is '
     "applied. Default: tasks in arithmetic, about 70 tokens each."
 )
 DatasetPath = Annotated[Path | None, option(_LOAD, "FILE.jsonl", _OWN_PROMPTS)]
 Seed = Annotated[int, option(_LOAD, "NUMBER", "Of the order of the prompts, and of the engines.")]
+_BASELINE = (
+    "A further side of stock vLLM with these flags of vllm serve, in quotes, such as "
+    "'--max-num-seqs=4'; fp8: an fp8 KV cache, with as many blocks as the same bytes hold. Repeat "
+    "it for more. One that does not start is reported with vLLM's reason."
+)
+Baselines = Annotated[list[str] | None, option(_ENGINE_OF_ONE, "FLAGS", _BASELINE, "--baseline")]
 _POOL = "Held by the pool of KV blocks; 0: vLLM's own size."
 PoolTokens = Annotated[int | None, _preset(_ENGINE, "pool_tokens", "TOKENS", _POOL, min=0)]
 BlockSize = Annotated[int | None, _preset(_ENGINE, "block_size", "TOKENS", "Per block.", min=1)]
@@ -115,8 +140,11 @@ def run_benchmark(
     repeats: Repeats = 1,
     budget: Budgets = None,
     buffer: Buffer = None,
+    baseline: Baselines = None,
     num_prompts: NumPrompts = None,
     output_len: OutputLen = None,
+    prompt_len: PromptLen = None,
+    priority: Priority = None,
     dataset_path: DatasetPath = None,
     seed: Seed = 0,
     pool_tokens: PoolTokens = None,
@@ -129,10 +157,10 @@ def run_benchmark(
 ) -> None:
     """Measure stock vLLM against compression: same prompts, same pool, same seeds.
 
-    Stock means none of our options and vLLM's own defaults. Every run is a fresh process, sides
-    take turns, and the order turns round with each repeat. No ratio is given when requests were
-    lost or cut short, when compactions do not add up, or when a request too short to be compacted
-    got another text than from stock.
+    Stock means none of our options and vLLM's own defaults, or --baseline's. Every run is a fresh
+    process, sides take turns, and the order turns round with each repeat. No ratio is given when
+    requests were lost or cut short, when compactions do not add up, or when a request too short to
+    be compacted got another text than from stock.
 
     Standard output: card, table, ratios and, as its last line, one JSON document. Ctrl-C ends
     every process and prints the runs that are finished.
@@ -144,6 +172,7 @@ def run_benchmark(
     rkv-vllm bench $M -- --enforce-eager
     rkv-vllm bench $M --scenario ample --mode both --plot bench.png
     rkv-vllm bench $M --budget 128,256 --repeats 3 --json
+    rkv-vllm bench $M --scenario burst --baseline fp8 --baseline '--max-num-seqs=8'
     ```
 
     Exit codes: 0 fine; 1 a check or a process failed; 2 the command line is wrong; 130 Ctrl-C.
@@ -151,33 +180,42 @@ def run_benchmark(
     # Only now: it imports what comes with vLLM.
     from rkv_vllm.bench.session import run_all
 
-    results: list[Result] = []
+    measured = Measured()
     failure, exit_code = None, 0
     with one_line_errors():
         try:
             with ended_by_signals():
                 with usage_errors():
                     common, compression = split_engine_flags(engine_flags or ())
+                    preset = SCENARIOS[scenario.value]
                     load = override(
-                        SCENARIOS[scenario.value],
+                        preset,
                         budgets=read_budgets(budget or ()),
                         buffer=buffer,
                         num_prompts=num_prompts,
-                        output_len=output_len,
+                        output_lens=read_numbers("--output-len", output_len, least=1),
+                        prompt_lens=read_numbers("--prompt-len", prompt_len),
+                        priorities=read_numbers("--priority", priority, least=None),
                         pool_tokens=pool_tokens,
                         block_size=block_size,
                         dtype=dtype,
-                        protect=compression.get("protect"),
+                        compression={**preset.compression, **compression},
                     )
                     modes = ("offline", "served") if mode is ModeName.both else (mode.value,)
-                    check_options(load, compression, request_rate)
+                    check_own_prompts(dataset_path, prompt_len)
+                    check_options(load, modes, request_rate)
                     check_packages(modes, plot)
                     workload = make_workload(
                         model, load, dataset_path, seed, request_rate, max_concurrency
                     )
-                    sides = make_sides(load.budgets, load.buffer, compression)
+                    sides = [
+                        *make_stock_sides(workload, baseline or ()),
+                        *make_compressed_sides(
+                            load.budgets, {"buffer": load.buffer, **load.compression}
+                        ),
+                    ]
                 card = make_card(model)
-                run_all(workload, make_schedule(modes, sides, repeats), common, results)
+                run_all(workload, make_schedule(modes, sides, repeats), common, measured)
         except ChildError as error:
             hint = "; its log ends as above" if error.log_tail else ""
             typer.echo("\n".join([*error.log_tail, f"Error: {error}{hint}"]), err=True)
@@ -185,8 +223,8 @@ def run_benchmark(
         except InterruptedBySignal as interruption:
             typer.echo("Interrupted.", err=True)
             failure, exit_code = "interrupted", interruption.exit_code
-        if results:
-            document = make_document(card, workload, sides, repeats, results, failure)
+        if measured.results:
+            document = make_document(card, workload, sides, repeats, measured, failure)
             _show(document, as_json, plot)
             if exit_code == 0 and any(each["ratios"] is None for each in document["results"]):
                 exit_code = REFUSED

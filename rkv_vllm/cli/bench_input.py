@@ -7,10 +7,11 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from rkv_vllm.bench.prompts import PROBES, make_renderer, own_prompts, read_prompts
+from rkv_vllm.bench.prompts import PROBES, filled, make_renderer, own_prompts, read_prompts
 from rkv_vllm.bench.workload import Scenario, Workload
 from rkv_vllm.cli.checkpoint import Decoder, check_dtype, find_config, read_config, read_decoder
 from rkv_vllm.cli.errors import CommandError, check_plot, require_package
@@ -31,25 +32,45 @@ def override(preset: Scenario, **given: Any) -> Scenario:
     return replace(preset, **{name: value for name, value in given.items() if value is not None})
 
 
+def read_numbers(flag: str, text: str | None, least: int | None = 0) -> tuple[int, ...] | None:
+    """The numbers of an option, commas between; None where it was not given.
+
+    Args:
+        flag: its name.
+        text: what was given.
+        least: that is taken; None for any.
+    """
+    if text is None:
+        return None
+    try:
+        numbers = tuple(map(int, text.split(",")))
+        if least is not None and min(numbers) < least:
+            raise ValueError(f"less than {least}")
+    except ValueError as error:
+        from_least = "" if least is None else f", {least} or more"
+        raise CommandError(
+            f"{flag}: got {text!r}, wanted whole numbers{from_least}; write it like {flag} 128,256"
+        ) from error
+    return numbers
+
+
 def read_budgets(texts: Sequence[str]) -> tuple[int, ...] | None:
     """The budgets of all `--budget` options; None when there is none."""
-    parts = [part.strip() for text in texts for part in text.split(",")]
-    try:
-        budgets = tuple(map(int, parts))
-    except ValueError as error:
-        raise CommandError(
-            f"--budget: got {', '.join(texts)!r}, wanted whole numbers of tokens; write it like "
-            "--budget 128,256"
-        ) from error
-    twice = sorted({budget for budget in budgets if budgets.count(budget) > 1})
+    # What is too small is refused by name with the other options.
+    budgets = read_numbers("--budget", ",".join(texts) or None, least=None)
+    _refuse_twice("--budget", budgets or ())
+    return budgets
+
+
+def _refuse_twice(flag: str, values: Sequence[int | str]) -> None:
+    twice = [value for value in values if values.count(value) > 1]
     if twice:
         raise CommandError(
-            f"--budget: got {twice[0]} more than once, wanted a side for each budget; name it once"
+            f"{flag}: got {twice[0]} more than once, wanted a side for each; name it once"
         )
-    return budgets or None
 
 
-def check_options(load: Scenario, compression: dict[str, Any], request_rate: float) -> None:
+def check_options(load: Scenario, modes: Sequence[str], request_rate: float) -> None:
     """Refuse what needs neither the model nor its tokenizer to be seen as wrong."""
     if not request_rate > 0:
         raise CommandError(
@@ -57,8 +78,22 @@ def check_options(load: Scenario, compression: dict[str, Any], request_rate: flo
             "out to send all at once"
         )
     check_dtype(load.dtype)
+    if load.priorities and "served" in modes:
+        raise CommandError(
+            "--priority: got it with --mode served, wanted --mode offline: vLLM's client gives all "
+            "of its requests one priority; leave one of the two out"
+        )
     for budget in load.budgets:
-        ServerOptions(**{"budget": budget, "buffer": load.buffer, **compression})
+        ServerOptions(**{"budget": budget, "buffer": load.buffer, **load.compression})
+
+
+def check_own_prompts(dataset_path: Path | None, prompt_len: Sequence[str] | None) -> None:
+    """Refuse to fill up the user's prompts."""
+    if dataset_path is not None and prompt_len:
+        raise CommandError(
+            "--prompt-len: got it with --dataset-path, wanted it with bench's own prompts; leave "
+            "one of the two out"
+        )
 
 
 def check_packages(modes: Sequence[str], plot: Path | None) -> None:
@@ -80,31 +115,45 @@ def make_workload(
     """The workload, checked against the model."""
     config = find_config(model)
     decoder = read_decoder(read_config(config))
+    render, count_tokens = make_renderer(config.parent)
     if dataset_path is None:
         tasks = own_prompts(load.num_prompts, seed)
+        template = count_tokens(render(tasks[0])) - count_tokens(tasks[0])
+        lens = in_turn(load.prompt_lens, len(tasks))
+        tasks = [
+            filled(task, num_tokens - template, count_tokens, seed + number)
+            for number, (task, num_tokens) in enumerate(zip(tasks, lens, strict=True))
+        ]
     else:
         tasks = read_prompts(dataset_path, load.num_prompts)
-    render, count_tokens = make_renderer(config.parent)
     prompts = tuple(map(render, tasks))
+    element_bytes = decoder.dtype_bytes(load.dtype)
     workload = Workload(
         model=model,
         prompts=prompts,
         prompt_lens=tuple(map(count_tokens, prompts)),
         probe_lens=tuple(map(count_tokens, PROBES)),
-        output_len=load.output_len,
+        output_lens=in_turn(load.output_lens, load.num_prompts),
         buffer=load.buffer,
         pool_tokens=load.pool_tokens,
         block_size=load.block_size,
-        bytes_per_token=decoder.elements_per_token * decoder.dtype_bytes(load.dtype),
+        bytes_per_token=decoder.elements_per_token * element_bytes,
+        element_bytes=element_bytes,
         dtype=load.dtype,
         seed=seed,
         request_rate=request_rate,
         max_concurrency=max_concurrency,
-        protect=load.protect,
+        priorities=in_turn(load.priorities, load.num_prompts),
+        compression=load.compression,
     )
     _check_context(workload, decoder)
     workload.check(load.budgets)
     return workload
+
+
+def in_turn(values: Sequence[int], count: int) -> tuple[int, ...]:
+    """So many of them, from the start again after the last; none of none."""
+    return tuple(islice(cycle(values), count))
 
 
 def _check_context(workload: Workload, decoder: Decoder) -> None:
@@ -115,7 +164,7 @@ def _check_context(workload: Workload, decoder: Decoder) -> None:
     is_stretched = rope.get("factor") or os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN") == "1"
     if context is not None and workload.max_model_len > context and not is_stretched:
         raise CommandError(
-            f"--output-len: got {workload.output_len} for prompts of up to "
+            f"--output-len: got {max(workload.output_lens)} for prompts of up to "
             f"{max(workload.prompt_lens)} tokens, wanted both together within the model's context "
             f"of {context}; lower it"
         )

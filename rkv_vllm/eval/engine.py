@@ -19,7 +19,8 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.request import RequestStatus
 
-from rkv_vllm.bench.offline import PROGRESS_SECONDS, forget_prompts, read_engine_args
+from rkv_vllm.bench.counts import PROGRESS_SECONDS, forget_prompts
+from rkv_vllm.bench.offline import read_engine_args
 from rkv_vllm.eval.forced import NUM_LOGPROBS, PROCESSOR, ForcedPass, compare, forced_params
 from rkv_vllm.eval.plan import JOB, PROGRESS, RESULTS
 from rkv_vllm.eval.store import FORCED, RUN, SPEED, Line

@@ -5,7 +5,7 @@ from typing import Any
 from rkv_vllm.bench.sides import Side
 from rkv_vllm.bench.workload import Workload
 
-SIDES = (Side(None, ()), Side(64, ("--kv-budget=64",)))
+SIDES = (Side(None, ()), Side(64, ("--kv-budget=64",), when="always"))
 PROBE = [[11, 12], [13, 14], [15, 16]]
 
 
@@ -16,11 +16,12 @@ def new_workload(**changes: Any) -> Workload:
         "prompts": ("one", "two"),
         "prompt_lens": (20, 30),
         "probe_lens": (5, 6, 7),
-        "output_len": 150,
+        "output_lens": (150, 150),
         "buffer": 32,
         "pool_tokens": 512,
         "block_size": 32,
         "bytes_per_token": 1024,
+        "element_bytes": 4,
         "dtype": "float32",
         "seed": 0,
         "request_rate": float("inf"),
@@ -36,6 +37,9 @@ def new_result(side: Side, repeat: int = 1, **changes: Any) -> dict[str, Any]:
         "mode": "offline",
         "side": side.name,
         "budget": side.budget,
+        "when": side.when,
+        "pool_tokens": side.pool_tokens,
+        "is_exact": side.is_exact,
         "repeat": repeat,
         "start_seconds": 9.0,
         "seconds": 3.0,
@@ -50,6 +54,8 @@ def new_result(side: Side, repeat: int = 1, **changes: Any) -> dict[str, Any]:
         "pool_blocks": 16,
         "compactions": 6 if compressed else 0,
         "deferred": 0,
+        "ttft_ms": {"p50": 41.0, "p99": 997.0},
+        "itl_ms": {"p50": 13.0, "p99": 57.0},
         "probe": PROBE,
     }
     return {**fields, **changes}

@@ -3,6 +3,7 @@
 import pytest
 
 from rkv_vllm.bench.checks import failed_checks
+from rkv_vllm.bench.sides import Side
 from tests.bench.results import SIDES, new_result, new_results, new_workload
 
 STOCK, COMPRESSED = SIDES
@@ -70,9 +71,40 @@ def test_every_engine_has_the_pool_that_was_asked_for():
 
 def test_a_boundary_that_asynchronous_scheduling_misses_may_be_missed():
     # 30 + 132 - 2 tokens are settled at the end without it, one less with it; due at 160.
-    workload = new_workload(prompt_lens=(30, 30), output_len=132)
+    workload = new_workload(prompt_lens=(30, 30), output_lens=(132, 132))
     assert workload.expected_compactions(64) == (4, 6)
     same = {"prompt_lens": [30, 30], "output_lens": [132, 132]}
     for compactions, is_right in ((3, False), (4, True), (6, True), (7, False)):
         results = [new_result(COMPRESSED, compactions=compactions, **same)]
         assert (failed_checks(workload, results) == []) == is_right
+
+
+FP8_SIDE = Side(None, (), "fp8", pool_tokens=1024, is_exact=False, may_refuse=True)
+
+
+def test_another_cache_may_say_something_else_in_more_blocks():
+    other = [[1], [2], [3]]
+    fp8 = new_result(FP8_SIDE, probe=other, pool_blocks=32)
+    assert failed_checks(new_workload(), [*new_results(), fp8]) == []
+    fp8["pool_blocks"] = 16
+    (found,) = failed_checks(new_workload(), [*new_results(), fp8])
+    assert found == "stock, fp8, run 1: a pool of 16 blocks, wanted 32"
+    # vLLM decides how many of its blocks fit into its memory.
+    fp8["pool_blocks"] = 64
+    assert failed_checks(new_workload(pool_tokens=0), [*new_results(), fp8]) == []
+
+
+def test_a_baseline_of_the_same_cache_is_exact():
+    side = Side(None, (), "--max-num-seqs=1", may_refuse=True)
+    results = [*new_results(), new_result(side, probe=[[1], [2], [3]])]
+    (found,) = failed_checks(new_workload(), results)
+    assert found.startswith("stock, --max-num-seqs=1, run 1: a request too short")
+
+
+def test_each_request_has_the_output_that_it_was_asked_for():
+    workload = new_workload(output_lens=(150, 160))
+    good = {"output_lens": [150, 160]}
+    assert failed_checks(workload, [new_result(COMPRESSED, **good)]) == []
+    swapped = new_result(COMPRESSED, output_lens=[160, 150])
+    (found,) = failed_checks(workload, [swapped])
+    assert "outputs of [150, 160] tokens, wanted 160, 150" in found

@@ -4,12 +4,19 @@ import re
 
 import pytest
 
-from rkv_vllm.bench.sides import make_schedule, make_sides, split_engine_flags
+from rkv_vllm.bench.sides import (
+    make_compressed_sides,
+    make_schedule,
+    make_stock_sides,
+    split_engine_flags,
+)
 from rkv_vllm.options import ServerOptions
+from tests.bench.results import new_workload
 
 
 def test_the_stock_side_has_no_flag_of_its_own():
-    stock, first, second = make_sides((64, 128), 32, {"window": 16})
+    (stock,) = make_stock_sides(new_workload(), ())
+    first, second = make_compressed_sides((64, 128), {"buffer": 32, "window": 16})
     assert (stock.name, stock.flags) == ("stock", ())
     assert first.name == "budget 64"
     assert first.flags == (
@@ -19,8 +26,63 @@ def test_the_stock_side_has_no_flag_of_its_own():
     assert "--kv-budget=128" in second.flags
 
 
+def test_a_baseline_is_stock_with_flags_of_its_own():
+    stock, seqs, steps = make_stock_sides(
+        new_workload(), ("--max-num-seqs 4", "--no-async-scheduling --max_num_batched_tokens=64")
+    )
+    assert (stock.name, stock.may_refuse) == ("stock", False)
+    assert seqs.name == "stock, --max-num-seqs 4"
+    assert seqs.flags == ("--max-num-seqs", "4")
+    assert (seqs.budget, seqs.when, seqs.pool_tokens) == (None, None, None)
+    assert seqs.is_exact
+    assert seqs.may_refuse
+    assert steps.flags == ("--no-async-scheduling", "--max-num-batched-tokens=64")
+
+
+@pytest.mark.parametrize(
+    ("text", "element_bytes", "tokens"),
+    [
+        ("fp8", 2, 1024),
+        ("fp8", 4, 2048),
+        ("--kv-cache-dtype fp8_e5m2 --max-num-seqs=4", 2, 1024),
+        ("--kv_cache_dtype=bfloat16", 4, 1024),
+    ],
+)
+def test_another_cache_gets_as_many_blocks_as_the_same_bytes_hold(text, element_bytes, tokens):
+    workload = new_workload(element_bytes=element_bytes)
+    _, side = make_stock_sides(workload, (text,))
+    assert (side.pool_tokens, side.is_exact) == (tokens, False)
+    assert f"--num-gpu-blocks-override={tokens // 32 + 1}" in workload.engine_flags(tokens)
+    _, side = make_stock_sides(new_workload(pool_tokens=0), (text,))
+    assert side.pool_tokens is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "max-num-seqs=4",
+        "fp4",
+        "--kv-window=4",
+        "--kv-compression rkv",
+        "--num-gpu-blocks-override=9",
+        "--max-num-seqs='4",
+        "--kv-cache-dtype int8_per_token_head",
+        "--scheduling-policy=priority",
+    ],
+)
+def test_a_baseline_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match=r"^--baseline: got "):
+        make_stock_sides(new_workload(), (text,))
+
+
+def test_a_baseline_is_named_once():
+    with pytest.raises(ValueError, match="more than once"):
+        make_stock_sides(new_workload(), ("fp8", "fp8"))
+
+
 def test_sides_take_turns_and_their_order_turns_round():
-    sides = make_sides((64, 128), 32, {})
+    sides = [*make_stock_sides(new_workload(), ()), *make_compressed_sides((64, 128), {})]
     runs = make_schedule(("offline", "served"), sides, 2)
     names = [(run.mode, run.repeat, run.side.budget) for run in runs]
     assert names[:6] == [
@@ -35,8 +97,7 @@ def test_flags_of_compression_go_to_the_compressed_sides():
     common, compression = split_engine_flags(flags)
     assert common == ["--enforce-eager", "-tp", "2", "--swap=1"]
     assert compression == {"window": 4, "options": {"lam": 0.3}}
-    stock, compressed = make_sides((64,), 32, compression)
-    assert stock.flags == ()
+    (compressed,) = make_compressed_sides((64,), {"buffer": 32, **compression})
     assert {"--kv-window=4", "lam=0.3"} <= set(compressed.flags)
     # The compressed sides' flags say the same when vLLM reads them.
     _, again = split_engine_flags([f for f in compressed.flags if not re.match("--kv-bu", f)])
@@ -47,7 +108,7 @@ def test_an_abbreviated_method_is_that_of_the_compressed_sides():
     method = "rkv_vllm.methods.rkv.RKV"
     common, compression = split_engine_flags([f"--kv-comp={method}"])
     assert (common, compression) == ([], {"method": method})
-    assert f"--kv-compression={method}" in make_sides((64,), 32, compression)[1].flags
+    assert f"--kv-compression={method}" in make_compressed_sides((64,), compression)[0].flags
 
 
 @pytest.mark.parametrize(
@@ -55,6 +116,7 @@ def test_an_abbreviated_method_is_that_of_the_compressed_sides():
     [
         ["--kv-budget", "64"],
         ["--kv_buffer=64"],
+        ["--scheduling-policy", "priority"],
         ["--num-gpu-blocks-override=9"],
         ["--max_model_len", "99"],
         ["--port=8000"],

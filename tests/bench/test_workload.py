@@ -2,8 +2,9 @@
 
 import pytest
 
-from rkv_vllm.bench.prompts import PROBES, TASKS, own_prompts, read_prompts
+from rkv_vllm.bench.prompts import PROBES, TASKS, filled, own_prompts, read_prompts
 from rkv_vllm.bench.workload import SCENARIOS, num_compactions
+from rkv_vllm.cli.bench_input import in_turn
 from rkv_vllm.policy import EveryBuffer, Terms
 from rkv_vllm.scheduling.booking import ScheduledRequest
 from rkv_vllm.scheduling.directive import StepPlan
@@ -58,9 +59,9 @@ def test_expected_compactions_are_those_of_the_planner(budget, buffer, prefix_le
 def test_a_protected_prompt_puts_compactions_off():
     # Prompts of 20 and 30 tokens, outputs of 150: due at 116 and 126 instead of 96.
     assert new_workload().expected_compactions(64) == (6, 6)
-    assert new_workload(protect="prompt").expected_compactions(64) == (4, 4)
+    assert new_workload(compression={"protect": "prompt"}).expected_compactions(64) == (4, 4)
     # At 112 for both.
-    assert new_workload(protect=16).expected_compactions(64) == (5, 5)
+    assert new_workload(compression={"protect": 16}).expected_compactions(64) == (5, 5)
 
 
 def test_probes_are_never_due():
@@ -72,20 +73,48 @@ def test_probes_are_never_due():
                 assert num_compactions(probe_len, workload.probe_len, terms, in_flight=1) == 0
 
 
-def test_scenarios_compact_and_fit_and_only_one_lacks_memory():
-    for name, scenario in SCENARIOS.items():
-        workload = new_workload(
-            prompt_lens=(80,) * scenario.num_prompts,
-            prompts=("text",) * scenario.num_prompts,
-            output_len=scenario.output_len,
-            buffer=scenario.buffer,
-            pool_tokens=scenario.pool_tokens,
-            block_size=scenario.block_size,
-        )
-        workload.check(scenario.budgets)
-        whole = scenario.num_prompts * workload.max_model_len
-        assert (scenario.pool_tokens < whole / 4) == (name == "starved")
-        assert (scenario.pool_tokens > whole) == (name == "ample")
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_scenarios_compact_and_lack_memory_where_they_say_so(name):
+    scenario = SCENARIOS[name]
+    count = scenario.num_prompts
+    # A task and its template take about 80 tokens.
+    prompt_lens = [max(80, num_tokens) for num_tokens in in_turn(scenario.prompt_lens, count)]
+    workload = new_workload(
+        prompt_lens=tuple(prompt_lens),
+        prompts=("text",) * count,
+        output_lens=in_turn(scenario.output_lens, count),
+        buffer=scenario.buffer,
+        pool_tokens=scenario.pool_tokens,
+        block_size=scenario.block_size,
+    )
+    workload.check(scenario.budgets)
+    whole = sum(workload.total_lens)
+    # Ample: with room for a block that each may ask for at its end.
+    has_room = scenario.pool_tokens > whole + 2 * 32 * count
+    assert has_room == (name == "ample")
+    assert (scenario.pool_tokens < 0.6 * whole) == (name != "ample")
+
+
+def test_mixed_lengths_meet_each_other():
+    scenario = SCENARIOS["mixed"]
+    pairs = zip(
+        in_turn(scenario.prompt_lens, scenario.num_prompts),
+        in_turn(scenario.output_lens, scenario.num_prompts),
+        strict=True,
+    )
+    assert len({*pairs}) == len(scenario.prompt_lens) * len(scenario.output_lens)
+
+
+def test_each_request_is_expected_to_be_compacted_for_its_own_length():
+    # Due at 96, 128, 160 of 170 tokens; at 96 of 110; never of 90.
+    workload = new_workload(prompt_lens=(20, 30, 30), output_lens=(150, 80, 60))
+    assert workload.expected_compactions(64) == (4, 4)
+    assert workload.max_model_len == 170
+
+
+def test_priorities_switch_the_policy_of_every_side_to_them():
+    assert "--scheduling-policy=priority" in new_workload(priorities=(0, 1)).engine_flags()
+    assert not any("scheduling" in flag for flag in new_workload().engine_flags())
 
 
 def test_engine_flags_give_the_pool_in_blocks_with_the_empty_one():
@@ -121,6 +150,23 @@ def test_own_prompts_are_different_and_follow_the_seed():
     other = own_prompts(3 * len(TASKS), seed=2)
     assert other != prompts
     assert sorted(other) == sorted(prompts)
+
+
+def count_words(text):
+    return len(text.split())
+
+
+@pytest.mark.parametrize("num_tokens", [0, 3, 40, 1000])
+def test_a_prompt_is_filled_up_to_so_many_tokens(num_tokens):
+    text = filled("How many are there?", num_tokens, count_words, seed=1)
+    assert text.endswith("How many are there?")
+    # A note has seven words, and none is cut.
+    assert count_words(text) in range(max(4, num_tokens - 6), max(4, num_tokens) + 1)
+    assert filled("How many are there?", num_tokens, count_words, seed=1) == text
+    if num_tokens > 20:
+        other = filled("How many are there?", num_tokens, count_words, seed=2)
+        # Not even the first block is shared.
+        assert other[:30] != text[:30]
 
 
 def test_prompts_of_a_file_are_read_in_order(tmp_path):

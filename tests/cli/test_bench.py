@@ -27,9 +27,9 @@ from tests.bench.results import new_result, new_workload
 LOAD = ["--num-prompts", "4", "--output-len", "200", "--pool-tokens", "512"]
 SMALL = [*LOAD, "--budget", "64", "--buffer", "32"]
 SCENARIO = Scenario(
-    num_prompts=4, output_len=200, pool_tokens=512, budgets=(64,), buffer=32, block_size=32
+    num_prompts=4, output_lens=(200,), pool_tokens=512, budgets=(64,), buffer=32, block_size=32
 )
-COMPRESSED = Side(64, ("--kv-compression=rkv", "--kv-budget=64", "--kv-buffer=32"))
+COMPRESSED = Side(64, ("--kv-compression=rkv", "--kv-budget=64", "--kv-buffer=32"), when="always")
 WAIT_SECONDS = 240
 
 
@@ -50,8 +50,8 @@ def good_result(workload, run):
         run.repeat,
         mode=run.mode,
         prompt_lens=list(workload.prompt_lens),
-        output_lens=[workload.output_len] * len(workload.prompts),
-        pool_blocks=workload.pool_blocks,
+        output_lens=list(workload.output_lens),
+        pool_blocks=(run.side.pool_tokens or workload.pool_tokens) // workload.block_size,
         compactions=0 if budget is None else workload.expected_compactions(budget)[1],
     )
 
@@ -61,11 +61,11 @@ def runs(monkeypatch):
     """Replaces the measuring; a test may put an error in for the run of its number."""
     errors = {}
 
-    def run_all(workload, schedule, engine_flags, results):
+    def run_all(workload, schedule, engine_flags, measured):
         for number, each in enumerate(schedule):
             if number in errors:
                 raise errors[number]
-            results.append(good_result(workload, each))
+            measured.results.append(good_result(workload, each))
 
     monkeypatch.setattr("rkv_vllm.bench.session.run_all", run_all)
     return errors
@@ -103,6 +103,25 @@ def test_options_override_the_scenario(model, runs):
     result = run(model, "--scenario", "ample", "--pool-tokens", "2048", "--json")
     workload = json.loads(result.stdout)["workload"]
     assert (workload["num_prompts"], workload["pool_tokens"]) == (8, 2048)
+
+
+def test_scenarios_requests_take_turns(model, runs):
+    load = ["--num-prompts", "5", "--output-len", "200, 210", "--prompt-len", "0,150"]
+    flags = [*SMALL, *load, "--priority", "1,0,-1", "--pool-tokens", "1024"]
+    workload = json.loads(run(model, *flags, "--json").stdout)["workload"]
+    assert workload["output_lens"] == [200, 210, 200, 210, 200]
+    assert workload["priorities"] == [1, 0, -1, 1, 0]
+    filled = workload["prompt_lens"][1::2]
+    # A note takes about 20 tokens here, a task up to 140.
+    assert all(110 < length <= 150 for length in filled), filled
+
+
+def test_baselines_are_sides(model, runs):
+    flags = ["--baseline", "fp8", "--baseline", "--max-num-seqs=2"]
+    (offline,) = json.loads(run(model, *SMALL, *flags, "--json").stdout)["results"]
+    names = ["stock", "stock, fp8", "stock, --max-num-seqs=2", "budget 64"]
+    assert [side["side"] for side in offline["sides"]] == names
+    assert offline["failed_checks"] == []
 
 
 def test_a_failed_check_is_exit_code_1_and_no_ratio(model, runs, monkeypatch):
@@ -166,6 +185,25 @@ BAD = {
     ),
     "pool": (["{model}", *SMALL, "--pool-tokens", "256"], 2, "--pool-tokens: got 256, wanted"),
     "dtype": (["{model}", *SMALL, "--dtype", "int8"], 2, "--dtype: got 'int8'"),
+    "output": (["{model}", *SMALL, "--output-len", "9,0"], 2, "--output-len: got '9,0'"),
+    "prompt": (["{model}", *SMALL, "--prompt-len", "-1"], 2, "--prompt-len: got '-1'"),
+    "whose prompts": (
+        ["{model}", *SMALL, "--prompt-len", "9", "--dataset-path", "{one}"],
+        2,
+        "--prompt-len: got it with --dataset-path",
+    ),
+    "priority": (["{model}", *SMALL, "--priority", "high"], 2, "--priority: got 'high'"),
+    "served": (
+        ["{model}", *SMALL, "--priority", "0,1", "--mode", "both"],
+        2,
+        "--priority: got it with --mode served",
+    ),
+    "no baseline": (["{model}", *SMALL, "--baseline", "fp4"], 2, "--baseline: got 'fp4'"),
+    "baseline": (
+        ["{model}", *SMALL, "--baseline", "--port 8000"],
+        2,
+        "--baseline: got '--port 8000': --port: got it among",
+    ),
     "rate": (["{model}", *SMALL, "--request-rate", "0"], 2, "--request-rate: got 0.0"),
     "no rate": (["{model}", *SMALL, "--request-rate", "nan"], 2, "--request-rate: got nan"),
     "plot": (["{model}", *SMALL, "--plot", "x.svg"], 2, "--plot: got 'x.svg'"),
@@ -304,9 +342,42 @@ def test_offline_measures_both_sides(offline):
     assert stock["running_mean"] < compressed["running_mean"] <= 4
     assert compressed["compactions"] == 4 * ((200 - 2) // 32) > stock["compactions"] == 0
     assert [each["output_lens"] for each in result["runs"]] == [[200] * 4] * 2
+    for side, run in zip((compressed, stock), result["runs"], strict=True):
+        # Of requests that wait for room, the first token takes long; the others take a step.
+        assert 0 < side["itl_ms"]["p50"] < side["ttft_ms"]["p99"] < 1000 * run["seconds"]
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "run 1 of 2: budget 64, offline" in progress
     assert "run 2 of 2: stock, offline" in progress
+
+
+@pytest.mark.nightly
+@pytest.mark.engine
+@pytest.mark.timeout(4 * WAIT_SECONDS)
+def test_every_kind_of_side_is_measured_or_reported(model):
+    more = ["--output-len", "200,120", "--priority", "1,0"]
+    more += ["--baseline", "fp8", "--baseline", "--attention-backend NONE_SUCH"]
+    result = run(model, *SMALL, *more, "--", "--enforce-eager")
+    assert result.exit_code == 0, result.output
+    (offline,) = json.loads(result.stdout.splitlines()[-1])["results"]
+    assert offline["failed_checks"] == []
+    reasons = offline["not_available"]
+    assert "NONE_SUCH" in reasons.pop("stock, --attention-backend NONE_SUCH")
+    sides = {side["side"]: side for side in offline["sides"]}
+    if reasons:
+        # vLLM's own words, on a CPU without AVX-512.
+        assert "FP8" in reasons["stock, fp8"]
+    else:
+        assert sides["stock, fp8"]["pool_blocks"] == 4 * 16
+        assert sides["stock, fp8"]["preemptions"] == 0
+    compacted = 2 * ((200 - 2) // 32) + 2 * ((120 - 2) // 32)
+    assert sides["budget 64"]["compactions"] == compacted
+    assert sides["stock"]["compactions"] == 0
+    for side in sides.values():
+        first, second = side["classes"]
+        assert (first["priority"], second["priority"]) == (0, 1)
+        assert first["num_requests"] == second["num_requests"] == 2
+        # Who may overtake waits less.
+        assert first["ttft_ms"]["p99"] <= second["ttft_ms"]["p99"]
 
 
 @pytest.mark.nightly
