@@ -23,6 +23,9 @@ COUNTERS = (
     "freed_blocks",
     "deferred",
     "requests_compacted",
+    "swapped_out",
+    "swapped_in",
+    "recomputed",
 )
 
 

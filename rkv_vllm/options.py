@@ -132,6 +132,16 @@ class ServerOptions:
         wanted="a whole number of requests, at least 1",
         accepts=lambda requests: requests >= 1,
     )
+    swap_space: float = option(
+        0.0,
+        "GiB of host memory, over all ranks of an engine, into which compacted requests are copied "
+        "when they are preempted, so that they go on where they stopped; 0 lets them compute their "
+        "whole text again.",
+        flag="--kv-swap-space",
+        metavar="GiB",
+        wanted="a finite number of GiB, at least 0",
+        accepts=lambda gib: gib >= 0,
+    )
     max_request_tokens: int = option(
         0,
         "Most tokens, protected ones plus budget plus buffer, that a request may set for itself by "
@@ -221,6 +231,24 @@ class ServerOptions:
                 f"--kv-protect + --kv-budget {self.budget} + --kv-buffer {self.buffer} below "
                 f"--max-model-len {max_model_len}",
                 "lower it or the budget: no request would ever be compacted",
+            )
+
+    def check_swap_space(self, memory: int, num_engines: int) -> None:
+        """Checks that the swap space fits into a machine.
+
+        Args:
+            memory: bytes of the machine.
+            num_engines: data-parallel engines on it, of which each has a swap space of its own.
+
+        Raises:
+            OptionError: it does not.
+        """
+        if self.swap_space * num_engines * 2**30 >= memory:
+            self._refuse(
+                "swap_space",
+                f"less than the {memory / 2**30:.1f} GiB of this machine's memory"
+                + f" for {num_engines} engines together" * (num_engines > 1),
+                "lower it, or leave it out to switch swapping off",
             )
 
     def _refuse(self, name: str, wanted: str, cure: str) -> None:

@@ -34,10 +34,12 @@ class Engine:
         self.outputs: dict[str, Output] = {}
         self.max_running = 0
         self.running_per_step: list[int] = []
+        self.num_computed_tokens = 0
         self.cached_tokens: dict[str, int] = {}
         self.preempted_at: dict[str, list[int]] = {}
         self.compacted_rows_checked = 0
         self._count_preemptions()
+        self._count_computed_tokens()
 
     @property
     def scheduler(self) -> Scheduler:
@@ -84,6 +86,12 @@ class Engine:
         self.running_per_step.append(len(self.scheduler.running))
         self.max_running = max(self.max_running, len(self.scheduler.running))
 
+    def preempt(self, req_id: str) -> None:
+        """Preempt one running request, as vLLM does when the pool is short."""
+        (request,) = (r for r in self.scheduler.running if r.request_id.startswith(f"{req_id}-"))
+        self.scheduler.running.remove(request)
+        self.scheduler._preempt_request(request, 0.0)
+
     def num_cached_tokens(self, req_id: str) -> int:
         """Prompt tokens of a request that hit the prefix cache."""
         return self.cached_tokens[req_id]
@@ -107,6 +115,16 @@ class Engine:
             return preempt(request, *args, **kwargs)
 
         self.scheduler._preempt_request = noting
+
+    def _count_computed_tokens(self) -> None:
+        schedule = self.scheduler.schedule
+
+        def counting(*args, **kwargs):
+            output = schedule(*args, **kwargs)
+            self.num_computed_tokens += output.total_num_scheduled_tokens
+            return output
+
+        self.scheduler.schedule = counting
 
 
 @contextmanager

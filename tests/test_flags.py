@@ -32,6 +32,7 @@ FLAGS = [
     "--kv-protect=16",
     "--kv-layer-budgets=pyramid",
     "--kv-seats=3",
+    "--kv-swap-space=0.5",
     "--kv-max-request-tokens=200",
     "--kv-min-request-buffer=16",
 ]
@@ -43,6 +44,7 @@ OPTIONS_OF_FLAGS = {
     "protect": 16,
     "layer_budgets": "pyramid",
     "seats": 3,
+    "swap_space": 0.5,
     "max_request_tokens": 200,
     "min_request_buffer": 16,
     "options": {"lam": 0.25, "pool": 5, "threshold": 0.75, "center": True, "defensive": False},

@@ -7,6 +7,8 @@ supported. Everything here is asked only when compression is switched on, before
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import psutil
+
 from rkv_vllm.fit.overrides import check_overrides
 from rkv_vllm.fit.versions import SCHEDULER_CLS, check_vllm_version, platform_worker_cls
 from rkv_vllm.layer_budgets import METHOD, budgets_of_layers
@@ -81,9 +83,17 @@ def check(vllm_config: "VllmConfig") -> None:
     _raise_if_any(rule.find(vllm_config) for rule in REFUSALS)
     options = ServerOptions.from_dict(vllm_config.additional_config[CONFIG_KEY])
     options.check_room(vllm_config.model_config.max_model_len)
+    _check_swap_space(vllm_config.parallel_config, options)
     check_model(_model_shape(vllm_config.model_config), options)
     _warn_if_never_due(vllm_config, options)
     _warn_if_unproven()
+
+
+def _check_swap_space(parallel: "ParallelConfig", options: ServerOptions) -> None:
+    # Ranks on other machines bring memory of their own, which nobody here can see.
+    if options.swap_space and parallel.nnodes == 1:
+        memory = psutil.virtual_memory().total
+        options.check_swap_space(memory, max(1, parallel.data_parallel_size_local))
 
 
 def check_model(shape: "ModelShape", options: ServerOptions) -> None:

@@ -13,7 +13,7 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 
 from rkv_vllm.fit.overrides import check_overrides, overrides
 from rkv_vllm.options import CONFIG_KEY
-from rkv_vllm.scheduling.step_stats import StepStats
+from rkv_vllm.scheduling.step_stats import FALLBACKS, StepStats
 
 _LABELS = ("model_name", "engine")
 
@@ -95,12 +95,32 @@ class CompressionStatLogger(AggregateStatLoggerBase):
             "Number of requests whose output began to repeat itself after a compaction. Many of "
             "them: too much is evicted.",
         )
+        self._add(
+            Counter,
+            "vllm:kv_compression_swapped_out",
+            "Number of preempted requests whose compacted KV cache was copied to host memory.",
+        )
+        self._add(
+            Counter,
+            "vllm:kv_compression_swapped_in",
+            "Number of preempted requests that went on with the KV cache from host memory.",
+        )
+        self._add(
+            Counter,
+            "vllm:kv_compression_recomputed",
+            "Number of preempted requests that lost a compacted KV cache although there is a swap "
+            "space. Reason labels: 'space' = it was full; 'groups' = the model has layers with a "
+            "window or a state; 'prompt_logprobs' = the request wants every prompt token computed; "
+            "'reset' = the cache was reset.",
+            "reason",
+        )
 
     def _make_gauges(self) -> None:
         for name, documentation in (
             ("logical_tokens", "Tokens that the running requests have computed."),
             ("physical_tokens", "Tokens that the running requests hold in the KV cache."),
             ("seats_in_use", "Seats of the query ring that belong to a request."),
+            ("swap_bytes", "Host memory that holds swapped requests, over all ranks, in bytes."),
         ):
             self._add(
                 Gauge,
@@ -138,6 +158,11 @@ class CompressionStatLogger(AggregateStatLoggerBase):
         self._of("deferred", engine, "seat").inc(step.deferred_for_seat)
         self._of("deferred", engine, "blocks").inc(step.deferred_for_blocks)
         self._of("looping_requests", engine).inc(step.looping_requests)
+        self._of("swapped_out", engine).inc(step.swapped_out)
+        self._of("swapped_in", engine).inc(step.swapped_in)
+        for reason in FALLBACKS:
+            self._of("recomputed", engine, reason).inc(step.recomputed.get(reason, 0))
+        self._of("swap_bytes", engine).set(step.swap_bytes)
         self._of("logical_tokens", engine).set(step.logical_tokens)
         self._of("physical_tokens", engine).set(step.physical_tokens)
         self._of("seats_in_use", engine).set(step.seats_in_use)

@@ -62,17 +62,18 @@ class GroupBooks(FullAttentionManager):
         if num_evicted or (request_id in self.num_cached_block and not apply_admission_cap):
             # A running request hits no further prefix: a thousand of these are asked for per step.
             num_required = -((num_evicted - num_tokens) // self.block_size)
-            return max(num_required - len(self.req_to_blocks[request_id]), 0)
-        num_blocks = super().get_num_blocks_to_allocate(
-            request_id,
-            num_tokens,
-            new_computed_blocks,
-            total_computed_tokens,
-            num_local_computed_tokens,
-            num_tokens_main_model,
-            apply_admission_cap,
-            prefill_end,
-        )
+            num_blocks = max(num_required - len(self.req_to_blocks[request_id]), 0)
+        else:
+            num_blocks = super().get_num_blocks_to_allocate(
+                request_id,
+                num_tokens,
+                new_computed_blocks,
+                total_computed_tokens,
+                num_local_computed_tokens,
+                num_tokens_main_model,
+                apply_admission_cap,
+                prefill_end,
+            )
         if apply_admission_cap and self.required_at_admission is not None:
             return self.required_at_admission(request_id, num_blocks)
         return num_blocks
@@ -95,6 +96,11 @@ class GroupBooks(FullAttentionManager):
         """Forget the request; a later resume starts with physical = logical."""
         self.total_evicted -= self.num_evicted.pop(request_id, 0)
         return super().pop_blocks_for_free(request_id)
+
+    def adopt(self, req_id: str, num_evicted: int) -> None:
+        """Give a request that holds nothing yet the evicted tokens of the cache it will get."""
+        self.num_evicted[req_id] = num_evicted
+        self.total_evicted += num_evicted
 
     def evict(
         self, req_id: str, num_evict: int, total_len: int, prefix_len: int = 0

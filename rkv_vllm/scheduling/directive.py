@@ -2,7 +2,7 @@
 
 Knows no tensors and no vLLM. The messages travel as the attribute `kv_compression` of vLLM's
 `SchedulerOutput`, pickled where workers live in other processes. Next: worker/flush.py, which
-carries a directive out.
+carries a directive out, and worker/host_cache.py, which swaps.
 """
 
 from dataclasses import dataclass, field
@@ -70,6 +70,29 @@ class EvictionDirective:
         return self.settled_len + self.num_evicted_before
 
 
+@dataclass(frozen=True, slots=True)
+class SwapDirective:
+    """Copy what one request holds in one KV-cache group to host memory, or back.
+
+    Attributes:
+        req_id: vLLM's request id.
+        group_id: index of the KV-cache group in vLLM's configuration.
+        num_evicted: tokens evicted from it so far, those of a pending directive included.
+        block_ids: its blocks, in order.
+        host_block_ids: host blocks, one for each.
+        seat: place in the query ring of the queries recorded for it; -1 when there are none.
+        host_window_ids: host blocks of these queries; unused without a seat.
+    """
+
+    req_id: str
+    group_id: int
+    num_evicted: int
+    block_ids: list[int]
+    host_block_ids: list[int]
+    seat: int
+    host_window_ids: list[int]
+
+
 @dataclass(slots=True)
 class StepPlan:
     """Compression's share of one scheduler step.
@@ -79,12 +102,20 @@ class StepPlan:
         watched: by group, the seat of every scheduled request whose queries this step records.
         num_waiting_for_seat: compactions that are due and begin to wait for a seat or its window.
         num_waiting_for_blocks: compactions that are due and begin to wait for a free block.
+        saved: copies to host memory, to be made right after the flush of what the step before
+            booked, the directives of these requests included.
+        restored: copies from host memory, to be made behind those and before this step's forward.
+        num_recomputed: preempted requests whose compacted cache is lost for want of swap space or
+            because it may not be kept; 0 without a swap space.
     """
 
     directives: list[EvictionDirective] = field(default_factory=list)
     watched: dict[int, dict[str, int]] = field(default_factory=dict)
     num_waiting_for_seat: int = 0
     num_waiting_for_blocks: int = 0
+    saved: list[SwapDirective] = field(default_factory=list)
+    restored: list[SwapDirective] = field(default_factory=list)
+    num_recomputed: int = 0
 
     @property
     def num_deferred(self) -> int:

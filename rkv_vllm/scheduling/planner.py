@@ -124,6 +124,36 @@ class GroupPlanner:
         progress = self._progress.get(req_id)
         return None if progress is None else progress.due_at
 
+    def leave(self, req_id: str) -> "_Progress | None":
+        """Forget a request that will be back; returns what `rejoin` wants, None if it prefills.
+
+        `seat` of it is the seat that it had.
+        """
+        progress = self._progress.get(req_id)
+        self.forget(req_id)
+        return progress
+
+    def rejoin(self, req_id: str, progress: "_Progress", num_computed: int) -> int | None:
+        """Take a request up where it left, before `plan_step` of the step that computes it again.
+
+        Args:
+            req_id: vLLM's request id.
+            progress: what `leave` returned.
+            num_computed: its tokens once this step has run.
+
+        Returns:
+            The seat that its recorded queries belong into; None without any, or without a free
+            seat: then its window starts anew, like that of any request that waits for one.
+        """
+        had_seat = progress.seat is not None
+        progress.seat = self._free_seats.pop() if had_seat and self._free_seats else None
+        self._progress[req_id] = progress
+        if progress.seat is None:
+            self._look_again(req_id, progress, num_computed)
+        else:
+            self._near[req_id] = progress
+        return progress.seat
+
     def forget(self, req_id: str) -> None:
         """Drop all state of a request that left the batch (finished, aborted or preempted)."""
         self._seat_queue.pop(req_id, None)

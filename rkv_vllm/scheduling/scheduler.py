@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import SchedulerInterface
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -26,10 +27,12 @@ from rkv_vllm.scheduling.admission import Admission, Limits, Track
 from rkv_vllm.scheduling.booking import ScheduledRequest
 from rkv_vllm.scheduling.books import GroupBooks
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, EvictionDirective, StepPlan
+from rkv_vllm.scheduling.host_room import host_room
 from rkv_vllm.scheduling.loop_watch import LoopWatch
 from rkv_vllm.scheduling.planner import GroupPlanner, Seats
 from rkv_vllm.scheduling.publishing import publish_no_more
 from rkv_vllm.scheduling.step_stats import StepStats
+from rkv_vllm.scheduling.swap import SwapSpace
 
 logger = init_logger(__name__)
 
@@ -79,6 +82,7 @@ class CompressionSchedulerMixin:
             self._tracks, self._policy, limits, self._terms_of, server_terms
         )
         self._tracks[0].books.required_at_admission = self._required_at_admission
+        self._swap = self._make_swap_space()
         logger.info("KV cache compression is on: %s", self._server.to_dict())
 
     def _make_tracks(self) -> list[Track]:
@@ -97,6 +101,14 @@ class CompressionSchedulerMixin:
             Track(b, GroupPlanner(b.kv_cache_group_id, b, self._policy, seats, max_advance))
             for b in books
         ]
+
+    def _make_swap_space(self) -> SwapSpace | None:
+        if not self._server.swap_space:
+            return None
+        method = find_method(self._server.method)
+        needs_queries = method.need(self._server.method_options).queries
+        room = host_room(self._server, self.vllm_config, self.kv_cache_config, needs_queries)
+        return SwapSpace(self._tracks, self._managers, room, self.num_spec_tokens > 0)
 
     def _check_pool(self, server_terms: Sequence[Terms], in_flight: int) -> None:
         """Refuse a protected prefix beside which no request could ever be compacted."""
@@ -148,8 +160,10 @@ class CompressionSchedulerMixin:
         # Every allocation of the step is done here, so blocks given back now cannot be handed
         # out before the workers have read them (they flush first thing in the next step).
         super()._update_after_schedule(scheduler_output)
-        self._begin_decoding(scheduler_output)
         plan = StepPlan()
+        if self._swap is not None:
+            self._swap.step(scheduler_output.num_scheduled_tokens, self.requests, plan)
+        self._begin_decoding(scheduler_output)
 
         def lookup(req_id: str) -> ScheduledRequest | None:
             return self._scheduled(req_id, scheduler_output)
@@ -185,7 +199,8 @@ class CompressionSchedulerMixin:
                 continue
             del self._prefilling[req_id]
             terms = self._terms_of(request)
-            if terms is not None:
+            # One that was swapped in decodes already.
+            if terms is not None and self._tracks[0].planner.due_at(req_id) is None:
                 # The first step that reaches the end of the prefill ends exactly there.
                 for own, track in zip(terms, self._tracks, strict=True):
                     track.planner.begin(req_id, own, request.num_computed_tokens)
@@ -195,11 +210,14 @@ class CompressionSchedulerMixin:
         request = self.requests[req_id]
         if num_scheduled is None or request.is_prefill_chunk:
             return None
+        num_in_flight = request.num_in_flight_tokens
+        if self._swap is not None:
+            num_in_flight = self._swap.num_in_flight(request)
         return ScheduledRequest(
             req_id,
             request.num_computed_tokens,
             num_scheduled,
-            request.num_in_flight_tokens,
+            num_in_flight,
             request.num_prompt_tokens,
             self._seed(request),
             self._known[req_id].options.method_options,
@@ -218,7 +236,8 @@ class CompressionSchedulerMixin:
         req_id = request.request_id
         self._admission.note_end(request)
         self._prefilling.pop(req_id, None)
-        self._booked = [each for each in self._booked if each.req_id != req_id]
+        if self._swap is None or not self._swap.leave(request):
+            self._booked = [each for each in self._booked if each.req_id != req_id]
         if request.is_finished():
             del self._known[req_id]
             is_new = self._loop_watch.note_end(req_id, request.output_token_ids)
@@ -226,6 +245,24 @@ class CompressionSchedulerMixin:
         super()._free_request_blocks(request)
         for track in self._tracks:
             track.planner.forget(req_id)
+
+    @overrides("vllm.v1.core.sched.scheduler:Scheduler._get_local_prefix_cache_hit")
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        num_computed = None if self._swap is None else self._swap.ask(request.request_id)
+        if num_computed is None:
+            return super()._get_local_prefix_cache_hit(request)
+        return self.kv_cache_manager.empty_kv_cache_blocks, num_computed, 0, False
+
+    @overrides("vllm.v1.core.sched.scheduler:Scheduler.reset_prefix_cache")
+    def reset_prefix_cache(self, *args, **kwargs) -> bool:
+        """Reset the prefix cache, and with it what is swapped out: its weights may be gone."""
+        if self._swap is None:
+            return super().reset_prefix_cache(*args, **kwargs)
+        with self._swap.closed():
+            is_reset = super().reset_prefix_cache(*args, **kwargs)
+        if is_reset:
+            self._swap.drop_all()
+        return is_reset
 
     @overrides("vllm.v1.core.sched.scheduler:Scheduler.make_stats")
     def make_stats(self, *args, **kwargs) -> SchedulerStats | None:
@@ -237,6 +274,8 @@ class CompressionSchedulerMixin:
             evicted = sum(track.books.total_evicted for track in self._tracks)
             step.physical_tokens = step.logical_tokens - evicted // len(self._tracks)
             step.seats_in_use = sum(track.planner.num_seats_in_use for track in self._tracks)
+            if self._swap is not None:
+                self._swap.report(step)
             step.attach_to(stats)
         return stats
 

@@ -14,6 +14,9 @@ from rkv_vllm.scheduling.directive import EvictionDirective, StepPlan
 
 _PREFIX = "kv_compression "
 
+# Why a preempted request that was compacted computes its text again, where there is a swap space.
+FALLBACKS = ("space", "groups", "prompt_logprobs", "reset")
+
 
 @dataclass
 class StepStats:
@@ -26,6 +29,11 @@ class StepStats:
         deferred_for_seat: compactions that began to wait for a seat or for its window.
         deferred_for_blocks: compactions that began to wait for a copy of a shared block.
         looping_requests: compacted requests that were found in a loop for the first time.
+        swapped_out: preempted requests whose compacted cache was copied to host memory.
+        swapped_in: those that were copied back.
+        recomputed: preempted requests that lost a compacted cache although there is a swap space,
+            by reason (`FALLBACKS`).
+        swap_bytes: host memory that belongs to swapped requests, over all ranks.
         logical_tokens: tokens that the running requests have computed.
         physical_tokens: tokens of these that their caches hold.
         seats_in_use: seats of the query ring that belong to a request.
@@ -39,6 +47,10 @@ class StepStats:
     logical_tokens: int = 0
     physical_tokens: int = 0
     seats_in_use: int = 0
+    swapped_out: int = 0
+    swapped_in: int = 0
+    recomputed: dict[str, int] = field(default_factory=dict)
+    swap_bytes: int = 0
 
     def add_waits(self, plan: StepPlan) -> None:
         """Count the compactions that begin to wait in a step."""

@@ -45,6 +45,9 @@ class CompactionStats:
         deferred: compactions that had to wait for a seat or for blocks.
         requests_compacted: requests compacted at least once.
         skipped: directives of requests that left before they were carried out.
+        swapped_out: preempted requests whose cache was copied to host memory.
+        swapped_in: those that were copied back.
+        recomputed: preempted requests that lost a compacted cache although there is a swap space.
         non_finite: compactions with NaN or infinite scores, of this rank's heads.
     """
 
@@ -54,6 +57,9 @@ class CompactionStats:
     deferred: int = 0
     requests_compacted: int = 0
     skipped: int = 0
+    swapped_out: int = 0
+    swapped_in: int = 0
+    recomputed: int = 0
     non_finite: int = 0
 
 
@@ -172,9 +178,17 @@ class Compactor:
         self._compactions.pop(req_id, None)
 
     def begin_step(self, plan: StepPlan) -> None:
-        """Take over the plan of a step that is about to run; its directives wait for `flush`."""
+        """Take over the plan of a step that is about to run; its directives wait for `flush`.
+
+        Call it once the step's requests are admitted: those that are swapped in are so long.
+        """
         self.pending = plan.directives
         self._stats.deferred += plan.num_deferred
+        self._stats.swapped_out += len({directive.req_id for directive in plan.saved})
+        self._stats.swapped_in += len({directive.req_id for directive in plan.restored})
+        self._stats.recomputed += plan.num_recomputed
+        for directive in plan.restored:
+            self.groups[directive.group_id].adopt(directive.req_id, directive.num_evicted)
 
     def flush(self, gone: Collection[str] = ()) -> list[EvictionDirective]:
         """Carry out what the last step left, before anything of the next one.

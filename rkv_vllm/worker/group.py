@@ -70,6 +70,10 @@ class CompressedGroup:
         self._num_evicted[directive.req_id] = directive.num_evicted_before + directive.num_evict
         self.num_compactions += 1
 
+    def adopt(self, req_id: str, num_evicted: int) -> None:
+        """The request comes with a cache that is so many tokens shorter than its text."""
+        self._num_evicted[req_id] = num_evicted
+
     def forget(self, req_id: str) -> None:
         """The request is gone, or starts from zero: physical = logical."""
         self._num_evicted.pop(req_id, None)

@@ -35,11 +35,13 @@ from rkv_vllm.methods import get_method
 from rkv_vllm.methods.base import Method
 from rkv_vllm.options import CONFIG_KEY, ServerOptions
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, EvictionDirective, StepPlan
+from rkv_vllm.scheduling.host_room import host_room, ring_len
 from rkv_vllm.scheduling.spec import CompressedAttentionSpec
 from rkv_vllm.worker.attention_group import attend_to_physical_lengths
 from rkv_vllm.worker.attention_hook import observe_queries
 from rkv_vllm.worker.flush import SCRATCH_BYTES, Compactor
 from rkv_vllm.worker.group import CompressedGroup
+from rkv_vllm.worker.host_cache import HostCache
 from rkv_vllm.worker.layer_set import LayerSet, make_layer_sets
 from rkv_vllm.worker.lengths import GroupRows
 from rkv_vllm.worker.query_ring import RingMemory
@@ -80,6 +82,7 @@ class CompressionRunner(ABC):
         self.compression = ServerOptions.from_dict(self.vllm_config.additional_config[CONFIG_KEY])
         self._method = get_method(self.compression.method)
         self._ring_memory: RingMemory | None = None
+        self._host_cache: HostCache | None = None
         self.finished_reports: deque[dict[str, int | str]] = deque(maxlen=_FINISHED_REPORTS)
         self._logged_at = time.monotonic()
 
@@ -198,7 +201,7 @@ class CompressionRunner(ABC):
     ) -> None:
         """Allocate the cache, then view it and make slots and lengths follow physical positions."""
         # Views would keep an older cache alive beside the new one.
-        self.compactor = None
+        self.compactor = self._host_cache = None
         super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
         block_sizes = {
             group_id: group.kv_cache_spec.block_size
@@ -223,6 +226,17 @@ class CompressionRunner(ABC):
         # Profiling has a small cache on which vLLM measures captured graphs, and throws away.
         if not is_profiling:
             self.compactor = Compactor(groups, self.compression.window)
+            self._host_cache = self._make_host_cache(groups)
+
+    def _make_host_cache(self, groups: dict[int, CompressedGroup]) -> HostCache | None:
+        # Nothing is swapped beside layers of other kinds.
+        if not self.compression.swap_space or len(groups) < len(
+            self.kv_cache_config.kv_cache_groups
+        ):
+            return None
+        records_queries = self._ring_memory is not None
+        room = host_room(self.compression, self.vllm_config, self.kv_cache_config, records_queries)
+        return HostCache(groups, room, self.device)
 
     def _view_layers(self, group_id: int, block_size: int) -> list[LayerSet]:
         tp_size = self.parallel_config.tensor_parallel_size
@@ -249,13 +263,18 @@ class CompressionRunner(ABC):
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, *args, **kwargs):
         """Flush what the last step left, then run this step."""
-        left = scheduler_output.preempted_req_ids or ()
-        self.flush_compaction({*scheduler_output.finished_req_ids, *left})
         # Outputs that do not come from our scheduler (warm-up, dummy batches) carry no plan.
         plan: StepPlan | None = getattr(scheduler_output, STEP_PLAN_ATTRIBUTE, None)
+        saved = () if plan is None else {directive.req_id for directive in plan.saved}
+        left = set(scheduler_output.preempted_req_ids or ()).difference(saved)
+        self.flush_compaction({*scheduler_output.finished_req_ids, *left})
+        if saved:
+            self._host_cache.save(plan.saved)
         self._admit_and_forget(scheduler_output, is_warm_up=plan is None)
         if plan is not None:
             self.compactor.begin_step(plan)
+            if plan.restored:
+                self._host_cache.restore(plan.restored)
         self._watched = {} if plan is None else plan.watched
         try:
             return super().execute_model(scheduler_output, *args, **kwargs)
@@ -319,10 +338,7 @@ class CompressionRunner(ABC):
 
     @property
     def _ring_len(self) -> int:
-        """Positions of a seat: a window is not overwritten by tokens that may be rolled back."""
-        drafts = self.vllm_config.num_speculative_tokens
-        batches = self.vllm_config.max_concurrent_batches
-        return self.compression.window + batches * (1 + drafts) + drafts
+        return ring_len(self.vllm_config, self.compression.window)
 
     def _allocate_rings(self, layers: dict[str, Attention]) -> RingMemory:
         seats, ring_len = self.compression.seats, self._ring_len

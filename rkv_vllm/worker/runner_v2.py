@@ -63,12 +63,12 @@ class CompressionRunnerV2(CompressionRunner):
 
     @overrides("vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests")
     def add_requests(self, scheduler_output) -> None:
-        """Admit new and resumed requests: their cache is as long as their text."""
+        """Admit new and resumed requests: their cache is as long as their text, or swapped in."""
         super().add_requests(scheduler_output)
         for new_request in scheduler_output.scheduled_new_reqs:
             idx = self.req_states.req_id_to_index[new_request.req_id]
-            for num_evicted in self.state_rows.num_evicted.values():
-                num_evicted[idx] = 0
+            for group_id, num_evicted in self.state_rows.num_evicted.items():
+                num_evicted[idx] = self.compactor.groups[group_id].num_evicted(new_request.req_id)
             self._num_tokens[idx] = new_request.prompt_len
 
     def _live_ids(self) -> list[str]:

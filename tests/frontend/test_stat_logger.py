@@ -27,12 +27,16 @@ FAMILIES = {
     "freed_blocks": "counter",
     "deferred": "counter",
     "looping_requests": "counter",
+    "swapped_out": "counter",
+    "swapped_in": "counter",
+    "recomputed": "counter",
+    "swap_bytes": "gauge",
     "logical_tokens": "gauge",
     "physical_tokens": "gauge",
     "seats_in_use": "gauge",
     "evicted_tokens_per_compaction": "histogram",
 }
-STEP = StepStats([33, 70], 3, 2, 1, 4, 900, 700, 5)
+STEP = StepStats([33, 70], 3, 2, 1, 4, 900, 700, 5, 3, 2, {"space": 1}, 4096)
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +110,11 @@ def test_steps_add_up_and_gauges_show_the_last(model):
     assert sample("looping_requests_total") == 6
     assert sample("evicted_tokens_per_compaction_bucket", le="10.0") == 1
     assert sample("evicted_tokens_per_compaction_bucket", le="50.0") == 2
-    gauges = ("logical_tokens", "physical_tokens", "seats_in_use")
-    assert [sample(name) for name in gauges] == [500, 400, 2]
+    assert (sample("swapped_out_total"), sample("swapped_in_total")) == (3, 2)
+    assert sample("recomputed_total", reason="space") == 1
+    assert sample("recomputed_total", reason="groups") == 0
+    gauges = ("logical_tokens", "physical_tokens", "seats_in_use", "swap_bytes")
+    assert [sample(name) for name in gauges] == [500, 400, 2, 0]
 
 
 def test_engines_are_told_apart_with_vllms_labels(model):

@@ -24,6 +24,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheSpec,
+    KVCacheTensor,
     MambaSpec,
     SlidingWindowSpec,
 )
@@ -32,12 +33,19 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from rkv_vllm.options import ServerOptions, prefix_len
-from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, EvictionDirective, StepPlan
+from rkv_vllm.scheduling.directive import (
+    STEP_PLAN_ATTRIBUTE,
+    EvictionDirective,
+    StepPlan,
+    SwapDirective,
+)
 from rkv_vllm.scheduling.scheduler import CompressionAsyncScheduler, make_scheduler
 from rkv_vllm.scheduling.spec import CompressedAttentionSpec
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 256
+# Of one block of one layer, key and value of one head.
+PAGE_BYTES = BLOCK_SIZE * 2 * 32 * 4
 SLIDING_WINDOW = 6
 # Ends a request by itself; sampled where a test says so (`SimulatedEngine.stop_after`).
 STOP_TOKEN = 999
@@ -84,6 +92,7 @@ class Setting:
     protect: str | int = "none"
     groups: tuple[Group, ...] = (Group(),)
     policy: str = "fcfs"
+    host_blocks: int = 0
 
     @property
     def config(self) -> ServerOptions:
@@ -93,6 +102,7 @@ class Setting:
             window=self.window,
             protect=self.protect,
             seats=self.seats,
+            swap_space=self.host_blocks * PAGE_BYTES / 2**30,
         )
 
     @property
@@ -168,16 +178,30 @@ class SimulatedWorker:
         self.watched_steps = 0
         self.admissions = 0
         self.resumes = 0
+        # Host blocks: the cells of a block, or all that was recorded in a seat.
+        self.host: dict[int, list[Hashable]] = {}
+        # What a saved request must find again, by request.
+        self.expected: dict[str, WorkerRequest] = {}
+        self.swapped_in = 0
+        self.carried_out_before_a_save = 0
 
     @property
     def compactions(self) -> int:
         return len(self.carried_out)
 
     def execute(self, output: SchedulerOutput) -> None:
-        self.flush(output.finished_req_ids | (output.preempted_req_ids or set()))
         plan: StepPlan = getattr(output, STEP_PLAN_ATTRIBUTE)
+        saved = {directive.req_id for directive in plan.saved}
+        preempted = (output.preempted_req_ids or set()) - saved
+        self.carried_out_before_a_save += sum(d.req_id in saved for d in self.pending)
+        self.flush(output.finished_req_ids | preempted)
+        for directive in plan.saved:
+            self._save(directive)
         self.pending = list(plan.directives)
-        self._update_requests(output)
+        for directive in plan.restored:
+            self._restore(directive)
+        self.swapped_in += len({directive.req_id for directive in plan.restored})
+        self._update_requests(output, {directive.req_id for directive in plan.restored})
         self.watched_steps += sum(map(len, plan.watched.values()))
         for req_id, num_tokens in output.num_scheduled_tokens.items():
             num_drafts = len(output.scheduled_spec_decode_tokens.get(req_id, ()))
@@ -201,9 +225,10 @@ class SimulatedWorker:
         assert block_id != 0, "the null block is inside a row"
         return block_id * BLOCK_SIZE + physical % BLOCK_SIZE
 
-    def _update_requests(self, output: SchedulerOutput) -> None:
+    def _update_requests(self, output: SchedulerOutput, restored: set[str]) -> None:
         for req_id in output.finished_req_ids:
             self.requests.pop(req_id, None)
+            self.expected.pop(req_id, None)
         for new in output.scheduled_new_reqs:
             self._admit(new.req_id, new.block_ids, new.num_computed_tokens, new.prompt_token_ids)
         cached = output.scheduled_cached_reqs
@@ -213,6 +238,10 @@ class SimulatedWorker:
             if req_id in cached.resumed_req_ids:
                 tokens = cached.all_token_ids.get(req_id, request.tokens)
                 self.resumes += 1
+                if req_id in restored:
+                    self._readmit(req_id, new_ids, cached.num_computed_tokens[i], tokens)
+                    continue
+                self.expected.pop(req_id, None)
                 self._admit(req_id, new_ids, cached.num_computed_tokens[i], tokens)
             else:
                 for row, fresh in zip(request.block_ids, new_ids, strict=True):
@@ -237,10 +266,52 @@ class SimulatedWorker:
             for states in request.states:
                 states.append(self._state(req_id, request, position))
 
+    def _save(self, directive: SwapDirective) -> None:
+        request = self.requests[directive.req_id]
+        group_id = directive.group_id
+        assert request.num_evicted[group_id] == directive.num_evicted
+        num_blocks = len(directive.block_ids)
+        assert directive.block_ids == request.block_ids[group_id][:num_blocks]
+        for block_id, host_id in zip(directive.block_ids, directive.host_block_ids, strict=True):
+            first = block_id * BLOCK_SIZE
+            self.host[host_id] = [self.cells.get(first + i) for i in range(BLOCK_SIZE)]
+        if directive.seat >= 0:
+            recorded = [
+                self.ring.get((group_id, directive.seat, i)) for i in range(self.setting.ring_len)
+            ]
+            for host_id in directive.host_window_ids:
+                self.host[host_id] = recorded
+            assert directive.host_window_ids
+        self.expected[directive.req_id] = request
+
+    def _restore(self, directive: SwapDirective) -> None:
+        assert self.expected[directive.req_id].num_evicted[directive.group_id] == (
+            directive.num_evicted
+        )
+        for block_id, host_id in zip(directive.block_ids, directive.host_block_ids, strict=True):
+            for i, cell in enumerate(self.host[host_id]):
+                self.cells[block_id * BLOCK_SIZE + i] = cell
+        if directive.seat >= 0:
+            for i, recorded in enumerate(self.host[directive.host_window_ids[-1]]):
+                self.ring[directive.group_id, directive.seat, i] = recorded
+
+    def _readmit(self, req_id: str, block_ids, num_computed: int, tokens) -> None:
+        """A request comes back with the cells that it left; drafts may have been rejected."""
+        request = self.expected.pop(req_id)
+        assert num_computed <= request.num_computed
+        assert self.setting.drafts or num_computed == request.num_computed
+        request.tokens = list(tokens)
+        request.num_computed = num_computed
+        request.block_ids = [list(row) for row in block_ids]
+        for group_id, states in enumerate(request.states):
+            del states[num_computed - request.num_evicted[group_id] :]
+        self.requests[req_id] = request
+
     def _state(self, req_id: str, request: WorkerRequest, position: int) -> Hashable:
         """Names what a forward writes: a function of the token prefix while nothing was evicted."""
+        token = [*request.tokens, *request.drafts][position]
         if any(request.num_evicted):
-            return ("after eviction", req_id, request.admission, position)
+            return ("after eviction", req_id, request.admission, position, token)
         return ("prefix", tuple([*request.tokens, *request.drafts][: position + 1]))
 
     def _write(self, req_id: str, num_tokens: int, watched: dict[int, dict[str, int]]) -> None:
@@ -258,7 +329,8 @@ class SimulatedWorker:
                 seat = watched.get(group_id, {}).get(req_id)
                 if seat is not None:
                     key = (group_id, seat, position % self.setting.ring_len)
-                    self.ring[key] = (req_id, request.admission, position)
+                    token = [*request.tokens, *request.drafts][position]
+                    self.ring[key] = (req_id, request.admission, position, token)
         request.num_computed += num_tokens
 
     def _attend(self, req_id: str, num_tokens: int) -> None:
@@ -319,7 +391,12 @@ class SimulatedWorker:
         for position in range(end - self.setting.window, end):
             key = (directive.group_id, directive.seat, position % self.setting.ring_len)
             recorded = self.ring.get(key)
-            expected = (directive.req_id, request.admission, position)
+            expected = (
+                directive.req_id,
+                request.admission,
+                position,
+                request.tokens[position],
+            )
             assert recorded == expected, f"the window holds {recorded}, not {expected}"
 
 
@@ -333,7 +410,7 @@ class SimulatedEngine:
         self.hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
         kv_cache_config = KVCacheConfig(
             num_blocks=setting.num_blocks,
-            kv_cache_tensors=[],
+            kv_cache_tensors=[KVCacheTensor(PAGE_BYTES * setting.num_blocks, [], 0, PAGE_BYTES)],
             kv_cache_groups=[
                 KVCacheGroupSpec([f"layer {i}"], group.spec)
                 for i, group in enumerate(setting.groups)
@@ -350,6 +427,8 @@ class SimulatedEngine:
         assert isinstance(self.scheduler, CompressionAsyncScheduler) == (setting.steps_ahead > 0)
         # The option itself is refused; the counters it moves are the scheduler's own.
         self.scheduler.num_spec_tokens = setting.drafts
+        if self.scheduler._swap is not None:
+            self.scheduler._swap._has_drafts = setting.drafts > 0
         self.tracks = {t.books.kv_cache_group_id: t for t in self.scheduler._tracks}
         for track in self.tracks.values():
             track.planner._max_advance = 1 + setting.drafts
@@ -369,6 +448,8 @@ class SimulatedEngine:
         self.stop_after: int | None = None
         self.max_running = 0
         self.num_deferred = 0
+        self.num_recomputed = 0
+        self.swapped_in: set[str] = set()
         self.num_rejected = 0
         self.directives: list[EvictionDirective] = []
         self.last_output: SchedulerOutput | None = None
@@ -379,6 +460,14 @@ class SimulatedEngine:
     @property
     def num_seats_in_use(self) -> int:
         return sum(track.planner.num_seats_in_use for track in self.tracks.values())
+
+    def num_evicted(self, req_id: str) -> int:
+        """Tokens evicted from a request, over all groups."""
+        return sum(track.books.num_evicted.get(req_id, 0) for track in self.tracks.values())
+
+    def was_swapped_in(self, req_id: str) -> bool:
+        """Whether a request came back from host memory at least once."""
+        return req_id in self.swapped_in
 
     def assert_nothing_is_left(self) -> None:
         """No state of requests that are gone."""
@@ -391,6 +480,11 @@ class SimulatedEngine:
             assert not track.planner._progress
             assert not track.planner._near
             assert not track.planner._seat_queue
+        if swap := self.scheduler._swap:
+            assert not swap._absent
+            assert not swap._saved
+            assert not swap._settling
+            assert swap.bytes_in_use == 0
 
     def add(
         self,
@@ -429,11 +523,20 @@ class SimulatedEngine:
         self.scheduler.reset_prefix_cache(reset_running_requests=True)
         self.audit()
 
+    def preempt(self, req_id: str) -> None:
+        """Preempt one running request, as vLLM does when the pool is short."""
+        request = self.scheduler.requests[req_id]
+        self.scheduler.running.remove(request)
+        self.scheduler._preempt_request(request, 0.0)
+        self.audit()
+
     def step(self) -> None:
         """Schedule one step and execute the one that is `steps_ahead` older."""
         output = self.scheduler.schedule()
         self.last_output, self.last_plan = output, getattr(output, STEP_PLAN_ATTRIBUTE)
         self.num_deferred += self.last_plan.num_deferred
+        self.num_recomputed += self.last_plan.num_recomputed
+        self.swapped_in.update(directive.req_id for directive in self.last_plan.restored)
         self._note_prefill_lens(output)
         self._check_plan(output)
         self._check_physical_lengths()
@@ -499,6 +602,11 @@ class SimulatedEngine:
         self.scheduler.update_draft_token_ids(DraftTokenIds(req_ids, drafts))
 
     def _note_prefill_lens(self, output: SchedulerOutput) -> None:
+        for directive in self.last_plan.restored:
+            req_id = directive.req_id
+            num_preemptions = self.scheduler.requests[req_id].num_preemptions
+            earlier = max(n for r, n in self.prefill_lens if r == req_id)
+            self.prefill_lens[req_id, num_preemptions] = self.prefill_lens[req_id, earlier]
         for req_id in output.num_scheduled_tokens:
             request = self.scheduler.requests[req_id]
             if not request.is_prefill_chunk:
@@ -518,7 +626,9 @@ class SimulatedEngine:
             assert directive.settled_len - prefix_len - directive.num_evict == budget
             assert directive.settled_len - prefix_len >= budget + self.buffers[req_id]
             settled = request.num_computed_tokens - request.num_in_flight_tokens
-            assert directive.settled_logical_len == settled
+            # One that was swapped in settles as late as if it had never left.
+            slack = self.setting.steps_ahead * self.was_swapped_in(req_id)
+            assert settled - slack <= directive.settled_logical_len <= settled
             kept = directive.total_len - directive.num_evict
             assert len(directive.new_block_ids) == -(-kept // BLOCK_SIZE)
             held = self.managers[directive.group_id].req_to_blocks[req_id]
@@ -549,6 +659,8 @@ class SimulatedEngine:
             assert foreign or block.ref_cnt == owned, f"block {block} is leaked"
         if not self.allow_foreign_blocks:
             assert self.pool.get_num_free_blocks() == self.setting.num_blocks - 1 - len(owners)
+        if self.scheduler._swap is not None:
+            self._audit_host()
         for track in self.tracks.values():
             books = track.books
             assert books.total_evicted == sum(books.num_evicted.values())
@@ -558,6 +670,16 @@ class SimulatedEngine:
                 behind = row[self.prefix_lens[req_id] // BLOCK_SIZE :]
                 published = [block.block_id for block in behind if block.block_hash is not None]
                 assert not published, f"{req_id} publishes blocks {published} after an eviction"
+
+    def _audit_host(self) -> None:
+        """Every host block is free, or belongs to one request that waits for its return."""
+        swap = self.scheduler._swap
+        held = list(swap._free)
+        for req_id, absent in swap._absent.items():
+            assert self.scheduler.requests[req_id].status == RequestStatus.PREEMPTED
+            for part in absent.parts:
+                held += [*part.host_block_ids, *part.host_window_ids]
+        assert sorted(held) == list(range(self.setting.host_blocks)), "host blocks are leaked"
 
     def _check_physical_lengths(self) -> None:
         """SPEC 4.1; a request that had to wait may be longer, so waiting ones are left out."""
@@ -573,4 +695,5 @@ class SimulatedEngine:
                 # Accepted drafts settle together, so the step before may end that far behind.
                 bound = max(prefill_len, self.prefix_lens[req_id] + budget)
                 bound += self.buffers[req_id] + self.setting.drafts
-                assert physical <= bound + request.num_in_flight_tokens, req_id
+                slack = self.setting.steps_ahead * self.was_swapped_in(req_id)
+                assert physical <= bound + request.num_in_flight_tokens + slack, req_id

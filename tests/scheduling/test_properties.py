@@ -70,6 +70,7 @@ def settings_(draw) -> Setting:
         steps_ahead=draw(st.integers(0, 2)),
         protect=draw(st.sampled_from(["none", "none", "prompt", 3, 4, 9])),
         groups=groups,
+        host_blocks=draw(st.sampled_from([0, 15, 60, 400])),
     )
 
 
@@ -93,12 +94,13 @@ REQUESTS = st.tuples(
 STEPS = st.tuples(st.just("step"), st.integers(1, 30))
 ABORTS = st.tuples(st.just("abort"), st.integers(0, 30))
 PREEMPTIONS = st.tuples(st.just("preempt"))
+DEPARTURES = st.tuples(st.just("leave"), st.integers(0, 30))
 # A busy start, so that what follows meets requests at every age.
 OPERATIONS = st.builds(
     lambda adds, steps, rest: [*adds, steps, *rest],
     st.lists(REQUESTS, min_size=1, max_size=8),
     STEPS,
-    st.lists(st.one_of(REQUESTS, STEPS, STEPS, ABORTS, PREEMPTIONS), max_size=20),
+    st.lists(st.one_of(REQUESTS, STEPS, STEPS, ABORTS, PREEMPTIONS, DEPARTURES), max_size=20),
 )
 
 
@@ -116,6 +118,12 @@ def play(engine: SimulatedEngine, operations) -> dict[str, int]:
                 engine.step()
         elif name == "preempt":
             engine.preempt_all()
+        elif name == "leave":
+            running = [request.request_id for request in engine.scheduler.running]
+            # Others follow stock vLLM.
+            compacted = [r for r in running if engine.num_evicted(r)] or running
+            if compacted:
+                engine.preempt(compacted[arguments[0] % len(compacted)])
         else:
             alive = [req_id for req_id in wanted if req_id not in engine.finished]
             if alive:
@@ -181,7 +189,12 @@ REJECTED = {"compactions": 0, "drafts": 0}
     setting=settings_(),
     drafts=st.integers(1, 3),
     steps_ahead=st.integers(0, 1),
-    operations=st.lists(st.one_of(REQUESTS, STEPS, ABORTS), min_size=1, max_size=12),
+    operations=st.builds(
+        lambda adds, steps, rest: [*adds, steps, *rest],
+        st.lists(REQUESTS, min_size=1, max_size=4),
+        STEPS,
+        st.lists(st.one_of(REQUESTS, STEPS, ABORTS, DEPARTURES), max_size=10),
+    ),
 )
 def test_directives_stay_right_when_rejected_drafts_roll_lengths_back(
     model, setting, drafts, steps_ahead, operations
@@ -549,6 +562,8 @@ def test_a_hundred_thousand_random_steps_of_mixed_groups_are_clean(model):
                     engine.abort(victim)
             elif event < 0.31:
                 engine.preempt_all()
+            elif event < 0.35 and engine.scheduler.running:
+                engine.preempt(random.choice(engine.scheduler.running).request_id)
             engine.step()
             num_steps += 1
         engine.run()
@@ -579,4 +594,5 @@ def random_setting(random: Random) -> Setting:
         steps_ahead=random.randint(0, 2),
         protect=random.choice(["none", "prompt", 3, 4, 9]),
         groups=groups,
+        host_blocks=random.choice([0, 15, 60, 400]),
     )

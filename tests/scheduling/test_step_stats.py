@@ -27,6 +27,10 @@ STEP = StepStats(
     logical_tokens=900,
     physical_tokens=700,
     seats_in_use=5,
+    swapped_out=3,
+    swapped_in=2,
+    recomputed={"space": 1},
+    swap_bytes=4096,
 )
 
 
