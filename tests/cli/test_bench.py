@@ -403,7 +403,8 @@ def test_served_counts_what_offline_counts(model, offline, tmp_path):
     assert result["tokens_per_s"] == pytest.approx(800 / result["seconds"])
     assert 0 < result["itl_ms"]["p50"] <= result["itl_ms"]["p99"]
     assert 0 < result["ttft_ms"]["p50"] <= result["ttft_ms"]["p99"]
-    assert 0 < result["running_mean"] <= result["running_peak"] <= 4
+    # The whole load may take half a second, between two samples.
+    assert 0 <= result["running_mean"] <= result["running_peak"] <= 4
     assert {phase for phase, _ in phases} == {"starting", "generating"}
 
 
