@@ -120,6 +120,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         )
 
     for name, option in {**OPTIONS, **flagged_method_options()}.items():
+        if option.kinds == (bool,):
+            add(
+                option.flag,
+                lambda _, option=option: {option.name: True},
+                nargs=0,
+                help=f"{option.meaning} (default: off)",
+            )
+            continue
         default = "off" if name == "method" else option.default
         add(
             option.flag,

@@ -123,6 +123,22 @@ class ServerOptions:
         wanted="'method', 'pyramid' or the path of a JSON file",
         accepts=lambda setting: setting != "",
     )
+    compress_prompt: bool = option(
+        False,
+        "Compacts the cache of a long prompt between its chunks, so that neither prompts nor "
+        "--max-model-len are limited by the pool. Without it a prompt is cached whole.",
+        flag="--kv-compress-prompt",
+        per_request=True,
+    )
+    prompt_chunk: int = option(
+        2048,
+        "With --kv-compress-prompt: tokens computed between two compactions of a prompt. The "
+        "answer depends on it.",
+        flag="--kv-prompt-chunk",
+        metavar="TOKENS",
+        wanted=_TOKENS,
+        accepts=lambda tokens: 1 <= tokens <= MOST_TOKENS,
+    )
     seats: int = option(
         64,
         "Requests whose queries are recorded at the same time; it caps the compactions per step "
@@ -196,6 +212,12 @@ class ServerOptions:
                 f"at least as many tokens as --kv-window (window) = {self.window}",
                 "raise the buffer or lower the window",
             )
+        if self.prompt_chunk < self.window:
+            self._refuse(
+                "prompt_chunk",
+                f"at least as many tokens as --kv-window (window) = {self.window}",
+                "raise the chunk or lower the window",
+            )
         # What requests get by default must be what they may ask for.
         if 0 < self.max_request_tokens < self.least_room:
             self._refuse(
@@ -215,6 +237,14 @@ class ServerOptions:
     def least_room(self) -> int:
         """Tokens that a request holds when it is compacted first, at least."""
         return prefix_len(self.protect, 0) + self.budget + self.buffer
+
+    def prompt_seats(self, max_step_tokens: int) -> int:
+        """Returns how many prompts can be compacted after one step, beside `seats` requests.
+
+        Args:
+            max_step_tokens: that a step computes at most.
+        """
+        return max(1, max_step_tokens // self.prompt_chunk) if self.compress_prompt else 0
 
     def check_room(self, max_model_len: int) -> None:
         """Checks that protected tokens leave room for compactions.

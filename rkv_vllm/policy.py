@@ -15,18 +15,25 @@ class Terms(NamedTuple):
         budget: tokens behind the protected prefix that a compaction keeps, window included.
         buffer: decoded tokens between two compactions.
         prefix_len: tokens at the front that are never evicted.
+        prompt_chunk: a longer prefill is compacted at every multiple of it; 0: it is cached whole.
     """
 
     budget: int
     buffer: int
     prefix_len: int = 0
+    prompt_chunk: int = 0
 
 
 class Policy(Protocol):
     """A rule of when."""
 
     def first_due_at(self, terms: Terms, prefill_len: int) -> int:
-        """Settled tokens at which a request that decodes that far is compacted first."""
+        """Settled tokens at which a request that decodes that far is compacted first.
+
+        Args:
+            terms: of the request.
+            prefill_len: tokens that its cache holds when it begins to decode.
+        """
 
     def next_due_at(self, terms: Terms, settled_len: int) -> int:
         """Settled tokens at which it is compacted again, `settled_len` being those at the last."""
@@ -39,7 +46,8 @@ class Policy(Protocol):
 
         Args:
             terms: of the request.
-            prefill_len: tokens computed before the first one is decoded.
+            prefill_len: tokens computed before the first one is decoded; compacted between its
+                chunks where `terms` say so.
             final_len: tokens that it cannot exceed.
             in_flight: tokens computed while a compaction waits for the step's output.
         """
@@ -71,7 +79,36 @@ class EveryBuffer:
 
     def bound(self, terms: Terms, prefill_len: int, final_len: int, in_flight: int) -> int:
         """See `Policy`."""
-        return min(final_len, self.first_due_at(terms, prefill_len) + in_flight)
+        return min(
+            final_len, self.first_due_at(terms, longest_prefill(terms, prefill_len)) + in_flight
+        )
+
+
+def longest_prefill(terms: Terms, prefill_len: int) -> int:
+    """Most physical tokens of a prefill: all of them, or what is kept and one chunk.
+
+    Args:
+        terms: of the request.
+        prefill_len: its logical tokens.
+
+    Source: SPEC section 6.
+    """
+    if not terms.prompt_chunk:
+        return prefill_len
+    return min(prefill_len, terms.prefix_len + terms.budget + terms.prompt_chunk)
+
+
+def longest_cache(terms: Terms, final_len: int, in_flight: int) -> int:
+    """Most physical tokens that a request ever needs, a recompute of all its text included.
+
+    What start check, front end and `rkv-vllm plan` hold against the pool.
+
+    Args:
+        terms: of the request.
+        final_len: tokens that it cannot exceed.
+        in_flight: see `Policy.bound`.
+    """
+    return EveryBuffer(window=0).bound(terms, final_len, final_len, in_flight)
 
 
 def floor_blocks(terms: Terms, window: int, in_flight: int, block_size: int) -> int:

@@ -47,12 +47,14 @@ class RequestOptions(NamedTuple):
         buffer: decoded tokens between two compactions.
         protect: "none", "prompt" or a number of first tokens.
         method_options: of the method's options class; None for the server's.
+        compress_prompt: whether a long prompt is compacted between its chunks.
     """
 
     budget: int
     buffer: int
     protect: str | int = "none"
     method_options: Any | None = None
+    compress_prompt: bool = False
 
     def prefix_len(self, num_prompt_tokens: int) -> int:
         """Returns the number of protected tokens at the front of the request's cache."""
@@ -78,7 +80,9 @@ def read_request_options(
             only the server can set.
     """
     if not extra_args:
-        return RequestOptions(server.budget, server.buffer, server.protect)
+        return RequestOptions(
+            server.budget, server.buffer, server.protect, compress_prompt=server.compress_prompt
+        )
     _refuse_server_keys(extra_args)
     if SWITCH_KEY in extra_args and _is_off(extra_args, server):
         return None
@@ -88,6 +92,15 @@ def read_request_options(
     )
     _check_limits(options, extra_args, server, num_prompt_tokens)
     return options
+
+
+def keeps_prompt(sampling_params: Any) -> bool:
+    """Whether a request needs its prompt's cache whole: logprobs of the prompt are those of it.
+
+    Args:
+        sampling_params: vLLM's, of the request.
+    """
+    return sampling_params.prompt_logprobs is not None
 
 
 @cache
@@ -141,12 +154,23 @@ def _is_off(extra_args: Mapping[str, Any], server: ServerOptions) -> bool:
 
 
 def _read_length(key: str, extra_args: Mapping[str, Any], server: ServerOptions) -> str | int:
-    default = getattr(server, _LENGTHS[key].name)
+    each = _LENGTHS[key]
+    default = getattr(server, each.name)
+    value = extra_args.get(key, default)
+    if bool in each.kinds:
+        value = _as_truth(value)
     try:
-        return _LENGTHS[key].check(extra_args.get(key, default))
+        return each.check(value)
     except OptionError as error:
         cure = f"change it or leave it out for the server's {default}"
         raise RequestOptionError(key, error.got, error.wanted, cure) from error
+
+
+def _as_truth(value: Any) -> Any:
+    """Over HTTP a truth value arrives as a number or a text."""
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.lower(), value)
+    return bool(value) if value in (0, 1) else value
 
 
 def _read_method_options(extra_args: Mapping[str, Any], server: ServerOptions) -> Any | None:
@@ -194,6 +218,13 @@ def _check_limits(
     num_prompt_tokens: int,
 ) -> None:
     """Raise unless the lengths are possible and within the limits; the server's own always are."""
+    if options.compress_prompt and not server.compress_prompt:
+        raise RequestOptionError(
+            "kv_compress_prompt",
+            True,
+            "false, because this server was started without --kv-compress-prompt",
+            "leave it out or ask for another server",
+        )
     least_buffer = max(server.window, server.min_request_buffer)
     if options.budget <= server.window:
         raise RequestOptionError(
@@ -211,7 +242,7 @@ def _check_limits(
         )
     limit = server.max_request_tokens
     prefix = options.prefix_len(num_prompt_tokens)
-    given = [key for key in _LENGTHS if key in extra_args]
+    given = [key for key, each in _LENGTHS.items() if key in extra_args and int in each.kinds]
     if limit and given and prefix + options.budget + options.buffer > limit:
         protected = f"{prefix} protected + " if prefix else ""
         raise RequestOptionError(

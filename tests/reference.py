@@ -30,6 +30,8 @@ Keep = Callable[[int, int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tens
 class Compaction(NamedTuple):
     """One compaction: the step it followed, the settled length before it, the tokens evicted.
 
+    Those of a prompt follow the step that its prefill ends with.
+
     `step` counts forward passes since the start of the text: 0 is the prefill and samples the first
     output token, step k computes output token k (counted from 1) and samples the next one.
     """
@@ -216,6 +218,8 @@ class ReferenceRequest:
         self.physical_len = 0
         # Physical length from which decoded tokens count towards the next compaction.
         self.counted_from = 0
+        # Settled physical lengths at which this prefill was compacted.
+        self.prompt_compactions: list[int] = []
 
     @torch.inference_mode()
     def forward(self, token_ids: Sequence[int]) -> torch.Tensor:
@@ -233,11 +237,32 @@ class ReferenceRequest:
         return logits[0, -1].float().log_softmax(-1)
 
     def prefill(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Caches a whole text, whatever its length; returns log-probabilities `[vocab]`."""
+        """Caches a text, whole or (SPEC 6) chunk by chunk; returns log-probabilities `[vocab]`."""
         self.restart()
-        logprobs = self.forward(token_ids)
+        done = 0
+        if self._compresses(len(token_ids)):
+            chunk, kept = self.config.prompt_chunk, self.prefix_len + self.config.budget
+            while done + chunk < len(token_ids):
+                self.forward(token_ids[done : done + chunk])
+                done += chunk
+                if self.physical_len > kept:
+                    self.prompt_compactions.append(self.physical_len)
+                    self._evict(self.physical_len, self.logical_len)
+        logprobs = self.forward(token_ids[done:])
         self.counted_from = self.physical_len
         return logprobs
+
+    def _compresses(self, prefill_len: int) -> bool:
+        if self.config is None or not self.config.compress_prompt:
+            return False
+        return prefill_len > self.prefix_len + self.config.budget + self.config.prompt_chunk
+
+    @torch.inference_mode()
+    def _evict(self, settled_len: int, settled_logical_len: int) -> None:
+        for layer, cache in enumerate(self.layer_caches):
+            keep = self.keep and partial(self.keep, layer, settled_logical_len)
+            cache.evict(settled_len, self.config, self.prefix_len, keep)
+        self.physical_len -= settled_len - self.prefix_len - self.config.budget
 
     def decode(self, token_id: int) -> tuple[torch.Tensor, int | None]:
         """Computes one token and compacts when it was due at the start of the step.
@@ -250,13 +275,8 @@ class ReferenceRequest:
         logprobs = self.forward([token_id])
         if not self._is_due(settled_len):
             return logprobs, None
-        with torch.inference_mode():
-            for layer, cache in enumerate(self.layer_caches):
-                keep = self.keep and partial(self.keep, layer, settled_logical_len)
-                cache.evict(settled_len, self.config, self.prefix_len, keep)
-        kept = self.prefix_len + self.config.budget
-        self.physical_len -= settled_len - kept
-        self.counted_from = kept
+        self._evict(settled_len, settled_logical_len)
+        self.counted_from = self.prefix_len + self.config.budget
         return logprobs, settled_len
 
     def _is_due(self, settled_len: int) -> bool:
@@ -326,6 +346,9 @@ def generate_reference(
     for step in range(num_tokens):
         if step == 0 or step in restarts:
             logprobs = request.prefill([*prompt_ids, *result.token_ids])
+            for settled_len in request.prompt_compactions:
+                evicted = settled_len - prefix_len - config.budget
+                result.compactions.append(Compaction(step, settled_len, evicted))
         else:
             logprobs, settled_len = request.decode(result.token_ids[-1])
             if settled_len is not None:

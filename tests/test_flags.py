@@ -31,6 +31,8 @@ FLAGS = [
     "--kv-option=center=true",
     "--kv-protect=16",
     "--kv-layer-budgets=pyramid",
+    "--kv-compress-prompt",
+    "--kv-prompt-chunk=512",
     "--kv-seats=3",
     "--kv-swap-space=0.5",
     "--kv-max-request-tokens=200",
@@ -43,6 +45,8 @@ OPTIONS_OF_FLAGS = {
     "window": 4,
     "protect": 16,
     "layer_budgets": "pyramid",
+    "compress_prompt": True,
+    "prompt_chunk": 512,
     "seats": 3,
     "swap_space": 0.5,
     "max_request_tokens": 200,
@@ -244,11 +248,12 @@ def test_yaml_file_and_command_line_combine(cli, tmp_path):
 
 def test_all_routes_make_the_same_engine(cli, model, tmp_path):
     flat, nested = tmp_path / "flat.yaml", tmp_path / "nested.yaml"
-    flat.write_text(yaml.safe_dump(dict(flag.removeprefix("--").split("=", 1) for flag in FLAGS)))
+    parts = [flag.removeprefix("--").partition("=") for flag in FLAGS]
+    flat.write_text(yaml.safe_dump({name: value or True for name, _, value in parts}))
     nested.write_text(yaml.safe_dump({"additional-config": {"kv_compression": OPTIONS_OF_FLAGS}}))
     as_json = json.dumps({"kv_compression": dict(reversed(OPTIONS_OF_FLAGS.items()))})
     dotted = [
-        f"--additional-config.kv_compression.{k}={json.dumps(v) if k == 'options' else v}"
+        f"--additional-config.kv_compression.{k}={v if isinstance(v, str) else json.dumps(v)}"
         for k, v in OPTIONS_OF_FLAGS.items()
     ]
     offline = {"model": model, "skip_tokenizer_init": True}
@@ -321,7 +326,7 @@ def test_json_example_of_the_help_is_accepted(cli):
 def test_the_readme_says_what_the_fields_say():
     rows = (Path(rkv_vllm.__file__).parents[1] / "README.md").read_text().splitlines()
     for option in {**OPTIONS, **flagged_method_options()}.values():
-        default = "off" if option.name == "method" else option.default
+        default = "off" if option.name in ("method", "compress_prompt") else option.default
         assert f"| `{option.flag}` | {default} | {option.meaning} |" in rows
 
 
@@ -335,8 +340,8 @@ def test_flag_group_names_meaning_unit_and_default_of_every_option(cli):
     for option in flagged:
         text = actions[option.flag].help
         assert option.meaning in text
-        assert option.wanted in text
-        default = "off" if option.name == "method" else option.default
+        assert (option.wanted or "") in text
+        default = "off" if option.name in ("method", "compress_prompt") else option.default
         assert f"(default: {default})" in text
 
 

@@ -170,7 +170,8 @@ def test_help_differs_by_our_group_only():
     assert added[0] == f"{GROUP_TITLE}:"
     text = " ".join(" ".join(added).split())
     for option in {**OPTIONS, **flagged_method_options()}.values():
-        assert f"{option.flag} {option.metavar} {option.meaning}" in text
+        metavar = f"{option.metavar} " if option.metavar else ""
+        assert f"{option.flag} {metavar}{option.meaning}" in text
     # One block: the group and nothing between the other groups.
     start = ours.index(added[0])
     assert ours[start : start + len(added)] == added

@@ -22,6 +22,8 @@ DEFAULTS = {
     "window": 8,
     "protect": "none",
     "layer_budgets": "method",
+    "compress_prompt": False,
+    "prompt_chunk": 2048,
     "seats": 64,
     "swap_space": 0.0,
     "max_request_tokens": 0,
@@ -81,6 +83,11 @@ BAD_VALUES = [
     ("max_request_tokens", -1),
     ("max_request_tokens", None),
     ("min_request_buffer", 0),
+    ("compress_prompt", 1),
+    ("compress_prompt", "true"),
+    ("prompt_chunk", 0),
+    ("prompt_chunk", 7),
+    ("prompt_chunk", 2**31),
 ]
 GOOD_EDGES = [
     {"budget": 9},
@@ -98,6 +105,7 @@ GOOD_EDGES = [
     {"protect": 16, "max_request_tokens": 16 + 1024 + 128},
     {"max_request_tokens": 1024 + 128},
     {"min_request_buffer": 128},
+    {"compress_prompt": True, "prompt_chunk": 8},
 ]
 
 

@@ -122,6 +122,22 @@ def test_a_servers_limits_hold(extra_args, key, wanted):
         read_request_options(extra_args, LIMITED, num_prompt_tokens=161)
 
 
+def test_a_request_may_keep_its_prompt_whole_but_not_ask_for_what_the_server_has_not():
+    compressing = ServerOptions(budget=64, buffer=32, compress_prompt=True)
+    assert read_request_options(None, compressing).compress_prompt
+    assert read_request_options({"kv_budget": 9}, compressing).compress_prompt
+    for no in (False, 0, 0.0, "false", "False"):
+        assert not read_request_options({"kv_compress_prompt": no}, compressing).compress_prompt
+        assert not read_request_options({"kv_compress_prompt": no}, CONFIG).compress_prompt
+    for yes in (True, 1, "true"):
+        assert read_request_options({"kv_compress_prompt": yes}, compressing).compress_prompt
+        with pytest.raises(RequestOptionError, match="started without --kv-compress-prompt"):
+            read_request_options({"kv_compress_prompt": yes}, CONFIG)
+    for bad in (2, "yes", None, [True]):
+        with pytest.raises(RequestOptionError, match=r"^kv_compress_prompt: got .*true or false"):
+            read_request_options({"kv_compress_prompt": bad}, compressing)
+
+
 def test_up_to_a_servers_limits_everything_is_allowed():
     assert read_request_options({"kv_budget": 224}, LIMITED) == RequestOptions(224, 32)
     assert read_request_options({"kv_buffer": 192}, LIMITED) == RequestOptions(64, 192)

@@ -19,8 +19,8 @@ it. Stock vLLM admits beyond it and preempts when requests grow together; the se
 it holds when their ages are evenly spread. So R-KV is compared by its first number, with both of
 the others.
 
-Not in it: prefix caching (shared blocks count for each request), prefills in chunks, draft models,
-pipeline parallelism, padding of blocks by some backends, the limit `--max-num-seqs`.
+Not in it: prefix caching (shared blocks count for each request), draft models, pipeline
+parallelism, padding of blocks by some backends, the limit `--max-num-seqs`.
 """
 
 from collections.abc import Callable
@@ -32,8 +32,8 @@ from rkv_vllm.cli.checkpoint import Decoder
 from rkv_vllm.cli.errors import REFUSED, CommandError
 from rkv_vllm.cli.footprint import Life, num_blocks, rkv_life, stock_life
 from rkv_vllm.cli.sizes import format_size
-from rkv_vllm.options import ServerOptions, prefix_len
-from rkv_vllm.policy import Terms
+from rkv_vllm.options import MOST_TOKENS, ServerOptions, prefix_len
+from rkv_vllm.policy import Terms, longest_cache
 
 # Batches under way with asynchronous scheduling, vLLM's default on GPUs, without pipeline stages.
 IN_FLIGHT = 2
@@ -79,6 +79,8 @@ class Pool:
         cache_bytes: of one GPU.
         block_size: tokens of a block.
         life: of one request of given prompt and output length.
+        longest: most tokens that a request of that prompt length ever holds, whatever its output;
+            None where it may hold all its text.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Pool:
     cache_bytes: int
     block_size: int
     life: Callable[[int, int], Life]
+    longest: Callable[[int], int] | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -100,7 +103,10 @@ class Pool:
 
     def longest_output(self, prompt_len: int) -> int:
         """Tokens of output of one whole request, as a start and a recompute demand it."""
-        return self.usable_blocks * self.block_size - prompt_len + 1
+        room = self.usable_blocks * self.block_size
+        if self.longest is not None and self.longest(prompt_len) <= room:
+            return MOST_TOKENS - prompt_len
+        return room - prompt_len + 1
 
     def at_once_by_peak(self, prompt_len: int, output_len: int) -> int:
         """Requests of which each has room for the longest that it still becomes."""
@@ -157,17 +163,26 @@ def make_capacity(
     element = decoder.dtype_bytes(dtype)
     elements = 2 * decoder.num_layers * max(1, kv_heads // ranks) * decoder.head_size
     query = decoder.num_layers * decoder.num_heads // ranks * decoder.head_size * element
-    ring = config.seats * (config.window + IN_FLIGHT) * query
+    # A step computes one chunk of a prompt, or so.
+    seats = config.seats + config.prompt_seats(config.prompt_chunk)
+    ring = seats * (config.window + IN_FLIGHT) * query
+
+    def terms(prompt_len: int) -> Terms:
+        chunk = config.prompt_chunk if config.compress_prompt else 0
+        prefix = prefix_len(config.protect, prompt_len)
+        return Terms(config.budget, config.buffer, prefix, chunk)
 
     def rkv(prompt_len: int, output_len: int) -> Life:
-        terms = Terms(config.budget, config.buffer, prefix_len(config.protect, prompt_len))
-        return rkv_life(prompt_len, output_len, terms, IN_FLIGHT)
+        return rkv_life(prompt_len, output_len, terms(prompt_len), IN_FLIGHT)
+
+    def longest(prompt_len: int) -> int:
+        return longest_cache(terms(prompt_len), MOST_TOKENS, IN_FLIGHT)
 
     plain, reduced = machine.cache_bytes(), machine.cache_bytes(ring)
     capacity = Capacity(
         stock=Pool("stock", "stock", elements * element, plain, block_size, stock_life),
         fp8=Pool("stock_fp8", "stock, fp8", elements * FP8_BYTES, plain, block_size, stock_life),
-        rkv=Pool("rkv", "R-KV", elements * element, reduced, block_size, rkv),
+        rkv=Pool("rkv", "R-KV", elements * element, reduced, block_size, rkv, longest),
         ring_bytes=ring,
     )
     if capacity.rkv.usable_blocks == 0:

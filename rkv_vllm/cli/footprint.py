@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rkv_vllm.policy import EveryBuffer, Terms
+from rkv_vllm.policy import EveryBuffer, Terms, longest_prefill
 
 
 class Life(NamedTuple):
@@ -39,17 +39,27 @@ def rkv_life(prompt_len: int, output_len: int, terms: Terms, in_flight: int) -> 
     """A request with R-KV.
 
     It grows until its first compaction, shrinks to `prefix + budget + in_flight`, and grows from
-    there by `buffer` tokens, again and again. A prompt above the budget makes it longest before.
+    there by `buffer` tokens, again and again. A prompt above the budget makes it longest before; of
+    one that is compacted between its chunks only the last chunk is left when it decodes.
 
     Args:
         prompt_len: tokens, at least 1.
         output_len: tokens, at least 1.
-        terms: budget, buffer and protected prefix.
+        terms: budget, buffer, protected prefix and chunk of prompts.
         in_flight: tokens of a request that are computed but not settled, that of the step itself
             included: 1 with synchronous scheduling, 2 with asynchronous scheduling.
 
-    Source: SPEC sections 3 and 4.1.
+    Source: SPEC sections 3, 4.1 and 6.
     """
+    peak = longest_prefill(terms, prompt_len)
+    if peak < prompt_len:
+        # The last chunk is never empty.
+        rest = prompt_len - (prompt_len - 1) // terms.prompt_chunk * terms.prompt_chunk
+        shortened = terms.prefix_len + terms.budget + rest
+        life = rkv_life(shortened, output_len, terms._replace(prompt_chunk=0), in_flight)
+        life.held[0] = peak
+        life.reserved[0] = max(peak, life.reserved[0])
+        return life
     stock = stock_life(prompt_len, output_len)
     longest = EveryBuffer(window=0).bound(terms, prompt_len, stock.held[-1], in_flight)
     lowest = terms.prefix_len + terms.budget + in_flight

@@ -44,6 +44,13 @@ Seats = Annotated[int, option(RKV, "REQUESTS", _SEATS, *_SEAT_FLAGS, min=1)]
 _PROTECT = "Never evicted: none, the prompt, or so many first tokens."
 _PROTECT_FLAGS = ("--protect", "--kv-protect")
 Protect = Annotated[str, option(RKV, "none|prompt|TOKENS", _PROTECT, *_PROTECT_FLAGS)]
+_COMPRESS = "Compact long prompts between their chunks; then the pool does not limit their length."
+_CHUNK_FLAGS = ("--prompt-chunk", "--kv-prompt-chunk")
+CompressPrompt = Annotated[
+    bool,
+    typer.Option("--compress-prompt", "--kv-compress-prompt", help=_COMPRESS, rich_help_panel=RKV),
+]
+PromptChunk = Annotated[int, tokens(RKV, "Of a prompt, between two of those.", *_CHUNK_FLAGS)]
 GpuMemory = Annotated[str, option(_MEMORY, "SIZE", "Of one GPU: 80GiB, 24GB or bytes.")]
 Utilization = Annotated[float, option(_MEMORY, "SHARE", _SHARE)]
 Reserved = Annotated[str, option(_MEMORY, "SIZE", _RESERVED)]
@@ -67,6 +74,8 @@ def show_plan(
     window: Window = ServerOptions.window,
     seats: Seats = ServerOptions.seats,
     protect: Protect = ServerOptions.protect,
+    compress_prompt: CompressPrompt = ServerOptions.compress_prompt,
+    prompt_chunk: PromptChunk = ServerOptions.prompt_chunk,
     gpu_memory_utilization: Utilization = 0.92,
     reserved: Reserved = "2GiB",
     weights: Weights = "",
@@ -111,6 +120,8 @@ def show_plan(
                 window=window,
                 seats=seats,
                 protect=OPTIONS["protect"].parse(protect),
+                compress_prompt=compress_prompt,
+                prompt_chunk=prompt_chunk,
             )
         except ValueError as error:
             raise CommandError(str(error)) from error
@@ -130,7 +141,7 @@ def show_plan(
         )
         capacity = make_capacity(decoder, machine, dtype, block_size, config)
         longest = capacity.rkv.longest_output(prompt_len)
-        _require_room(prompt_len, output_len, longest)
+        _require_room(prompt_len, output_len, longest, compress_prompt)
         document = {
             "model": model,
             "prompt_len": prompt_len,
@@ -140,6 +151,8 @@ def show_plan(
             "window": window,
             "observation_slots": seats,
             "protect": config.protect,
+            "compress_prompt": compress_prompt,
+            "prompt_chunk": prompt_chunk,
             "block_size": block_size,
             "tensor_parallel_size": tensor_parallel_size,
             "weight_bytes": size // tensor_parallel_size or None,
@@ -150,7 +163,9 @@ def show_plan(
         }
         document["notes"] = _notes(document, decoder.max_positions, is_guess)
         if plot is not None:
-            if decoder.max_positions is not None:
+            if decoder.max_positions is None:
+                longest = min(longest, 4 * output_len)
+            else:
                 longest = min(longest, max(decoder.max_positions - prompt_len, output_len))
             title = f"{Path(model).name}: prompt {prompt_len:,}, budget {budget:,}, "
             title += f"buffer {buffer:,}"
@@ -179,18 +194,24 @@ def _memory(gpu_memory: str, utilization: float, kv_cache_memory: str) -> tuple[
     return parse_size("--gpu-memory", gpu_memory), None
 
 
-def _require_room(prompt_len: int, output_len: int, longest: int) -> None:
+def _require_room(prompt_len: int, output_len: int, longest: int, compress_prompt: bool) -> None:
     """Raise CommandError unless the pool holds one whole request."""
     if output_len <= longest:
         return
     name, got, wanted = "--output-len", output_len, f"at most {longest}"
     if longest < 1:
         name, got, wanted = "--prompt-len", prompt_len, f"at most {longest + prompt_len - 1}"
+    if compress_prompt:
+        why = "a request with its protected tokens, a budget, a chunk and a buffer"
+        cure = "lower it, --budget or --prompt-chunk, or give more memory"
+    else:
+        why = (
+            "one request uncompressed, with R-KV as without, because a prompt and a preempted text "
+            "are computed whole"
+        )
+        cure = "lower it, give more memory or try --compress-prompt"
     raise CommandError(
-        f"{name}: got {got}, wanted {wanted}: the pool must hold one request uncompressed, with "
-        "R-KV as without, because a prompt and a preempted text are computed whole; lower it or "
-        "give more memory",
-        REFUSED,
+        f"{name}: got {got}, wanted {wanted}: the pool must hold {why}; {cure}", REFUSED
     )
 
 

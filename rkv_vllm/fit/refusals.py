@@ -13,7 +13,8 @@ from rkv_vllm.fit.overrides import check_overrides
 from rkv_vllm.fit.versions import SCHEDULER_CLS, check_vllm_version, platform_worker_cls
 from rkv_vllm.layer_budgets import METHOD, budgets_of_layers
 from rkv_vllm.log import init_logger
-from rkv_vllm.options import CONFIG_KEY, ServerOptions, find_method
+from rkv_vllm.options import CONFIG_KEY, ServerOptions, find_method, prefix_len
+from rkv_vllm.policy import Terms, longest_cache
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
@@ -84,6 +85,8 @@ def check(vllm_config: "VllmConfig") -> None:
     options = ServerOptions.from_dict(vllm_config.additional_config[CONFIG_KEY])
     options.check_room(vllm_config.model_config.max_model_len)
     _check_swap_space(vllm_config.parallel_config, options)
+    if options.compress_prompt:
+        _check_prompts(vllm_config, options)
     check_model(_model_shape(vllm_config.model_config), options)
     _warn_if_never_due(vllm_config, options)
     _warn_if_unproven()
@@ -94,6 +97,40 @@ def _check_swap_space(parallel: "ParallelConfig", options: ServerOptions) -> Non
     if options.swap_space and parallel.nnodes == 1:
         memory = psutil.virtual_memory().total
         options.check_swap_space(memory, max(1, parallel.data_parallel_size_local))
+
+
+def _check_prompts(vllm_config: "VllmConfig", options: ServerOptions) -> None:
+    """Raises ValueError where prompts could never be compacted, or one request never held."""
+    scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+    # Before a boundary a whole window is computed in one step, beside all that decode.
+    room = scheduler.max_num_batched_tokens - scheduler.max_num_seqs + 1
+    threshold = scheduler.long_prefill_token_threshold
+    if min(room, threshold or room) < options.window:
+        raise ValueError(
+            f"--kv-compress-prompt: got --max-num-batched-tokens "
+            f"{scheduler.max_num_batched_tokens}, --max-num-seqs {scheduler.max_num_seqs} and "
+            f"--long-prefill-token-threshold {threshold}, wanted room for the "
+            f"--kv-window {options.window} tokens of a prompt beside all other requests; raise "
+            "--max-num-batched-tokens, or leave the threshold out"
+        )
+    if cache.num_gpu_blocks_override is None or not cache.user_specified_block_size:
+        return
+    max_model_len = vllm_config.model_config.max_model_len
+    terms = Terms(
+        options.budget,
+        options.buffer,
+        prefix_len(options.protect, max_model_len),
+        options.prompt_chunk,
+    )
+    longest = longest_cache(terms, max_model_len, vllm_config.max_concurrent_batches)
+    needed, total = -(-longest // cache.block_size), cache.num_gpu_blocks_override - 1
+    if options.layer_budgets == METHOD and needed > total:
+        raise ValueError(
+            f"--num-gpu-blocks-override: got {total + 1}, wanted at least {needed + 1}: with "
+            f"--kv-budget {options.budget}, --kv-prompt-chunk {options.prompt_chunk}, --kv-buffer "
+            f"{options.buffer} and --kv-protect {options.protect} one request takes up to {needed} "
+            "blocks, and one stays empty; raise it or lower one of these"
+        )
 
 
 def check_model(shape: "ModelShape", options: ServerOptions) -> None:

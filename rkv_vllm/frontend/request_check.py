@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from rkv_vllm.fit.overrides import calls
+from rkv_vllm.frontend.pool_check import Engine, check_pool
 from rkv_vllm.options import CONFIG_KEY, ServerOptions
 from rkv_vllm.request_options import RequestOptionError, read_request_options
 
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 @calls("vllm.exceptions:VLLMValidationError.__init__")
 def check_request(
-    params: "SamplingParams | PoolingParams", vllm_config: "VllmConfig", num_prompt_tokens: int = 0
+    params: "SamplingParams | PoolingParams",
+    vllm_config: "VllmConfig",
+    num_prompt_tokens: int = 0,
+    resumable: bool = False,
 ) -> None:
     """Raise unless the request can have what it asks for.
 
@@ -29,6 +33,7 @@ def check_request(
         vllm_config: of its engine; without compression there is nothing to ask for, and the keys
             mean nothing, as in a vLLM without this package.
         num_prompt_tokens: of the request, 0 where they are not known yet.
+        resumable: whether further inputs may follow (streaming input).
 
     Raises:
         VLLMValidationError: names the key; servers answer with HTTP status 400.
@@ -36,14 +41,20 @@ def check_request(
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 
-    if not isinstance(params, SamplingParams) or not params.extra_args:
+    if not isinstance(params, SamplingParams):
         return
     additional = vllm_config.additional_config
     if not isinstance(additional, dict) or CONFIG_KEY not in additional:
         return
-    server = _server_options(json.dumps(additional[CONFIG_KEY]))
+    given = additional[CONFIG_KEY]
+    if not params.extra_args and not given.get("compress_prompt"):
+        return
+    server = _server_options(json.dumps(given))
     try:
-        read_request_options(params.extra_args, server, num_prompt_tokens)
+        options = read_request_options(params.extra_args, server, num_prompt_tokens)
+        if server.compress_prompt:
+            options = None if resumable else options
+            check_pool(params, options, server, Engine.of(vllm_config, server), num_prompt_tokens)
     except RequestOptionError as error:
         raise VLLMValidationError(str(error), parameter=error.key, value=error.got) from error
 

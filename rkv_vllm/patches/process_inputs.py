@@ -33,11 +33,12 @@ def apply() -> None:
         prompt: Any,
         params: "SamplingParams | PoolingParams",
         *args: Any,
+        resumable: bool = False,
         **kwargs: Any,
     ) -> "EngineCoreRequest":
-        request = original(self, request_id, prompt, params, *args, **kwargs)
+        request = original(self, request_id, prompt, params, *args, resumable=resumable, **kwargs)
         num_tokens = prompt_len(request.prompt_token_ids, request.prompt_embeds)
-        check_request(params, self.vllm_config, num_tokens)
+        check_request(params, self.vllm_config, num_tokens, resumable)
         return request
 
     InputProcessor.process_inputs = process_inputs

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from vllm.v1.request import Request, RequestStatus
 
-from rkv_vllm.policy import Policy, Terms
+from rkv_vllm.policy import Policy, Terms, longest_prefill
 from rkv_vllm.scheduling.books import GroupBooks
 from rkv_vllm.scheduling.directive import EvictionDirective
 from rkv_vllm.scheduling.planner import GroupPlanner
@@ -203,7 +203,8 @@ class Admission:
                 capped, newcomer.num_tokens, self._final_len(newcomer), self._limits.in_flight
             )
             block_size = track.books.block_size
-            growth += max(-(-longest // block_size) - -(-newcomer.num_tokens // block_size), 0)
+            prefill = longest_prefill(own, newcomer.num_tokens)
+            growth += max(-(-longest // block_size) - -(-prefill // block_size), 0)
         return self._share_compacted * growth
 
     def _is_bounded(self, request: Request) -> bool:
@@ -224,7 +225,11 @@ class Admission:
 
     def _due_at(self, request: Request, terms: Terms, track: Track) -> int:
         due_at = track.planner.due_at(request.request_id)
-        return self._policy.first_due_at(terms, request.num_tokens) if due_at is None else due_at
+        if due_at is not None:
+            return due_at
+        num_evicted = track.books.num_evicted.get(request.request_id, 0)
+        prefill = longest_prefill(terms, request.num_tokens)
+        return num_evicted + self._policy.first_due_at(terms, prefill)
 
     def _final_len(self, request: Request) -> int:
         """Most tokens that the request can reach."""

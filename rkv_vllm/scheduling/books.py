@@ -25,6 +25,10 @@ class GroupBooks(FullAttentionManager):
         total_evicted: their sum.
         required_at_admission: turns the blocks that a newcomer needs into those that must be free;
             set by the scheduler for one group of an engine (admission.py).
+        longest_prefill: most physical tokens of a request's prefill; set where prompts are
+            compacted (prompts.py).
+        kept_at: the tokens [first, stop) that a request's survivors take when its prompt is
+            compacted once so many tokens are computed, None where it is not; set likewise.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -32,7 +36,13 @@ class GroupBooks(FullAttentionManager):
         self.num_evicted: dict[str, int] = {}
         self.total_evicted = 0
         self.required_at_admission: Callable[[str, int], int] | None = None
+        self.longest_prefill: Callable[[str], int] | None = None
+        self.kept_at: Callable[[str, int], tuple[int, int] | None] | None = None
         self._emptied: list[KVCacheBlock] = []
+        # For the private copies that prompts need at the end of this step.
+        self._set_aside: dict[str, list[KVCacheBlock]] = {}
+        # Blocks of theirs that nobody may begin to share before.
+        self._moving: set[int] = set()
 
     def num_shared_blocks(self, req_id: str, prefix_len: int, num_tokens: int) -> int:
         """Blocks of tokens [prefix_len, num_tokens) that others hold, so that they need a copy."""
@@ -56,9 +66,15 @@ class GroupBooks(FullAttentionManager):
         """Blocks that `num_tokens` logical tokens of this request still need.
 
         When vLLM asks whether to admit a request (`apply_admission_cap`), the blocks that the
-        running requests will grow into are asked for as well.
+        running requests will grow into are asked for as well. Where a prompt is compacted after
+        this step, so are private copies of what it shares.
         """
         num_evicted = self.num_evicted.get(request_id, 0)
+        num_copies = 0
+        if self.kept_at is not None:
+            num_copies = self._num_copies(request_id, num_tokens_main_model, new_computed_blocks)
+            if apply_admission_cap:
+                num_tokens = min(num_tokens, num_evicted + self.longest_prefill(request_id))
         if num_evicted or (request_id in self.num_cached_block and not apply_admission_cap):
             # A running request hits no further prefix: a thousand of these are asked for per step.
             num_required = -((num_evicted - num_tokens) // self.block_size)
@@ -74,6 +90,7 @@ class GroupBooks(FullAttentionManager):
                 apply_admission_cap,
                 prefill_end,
             )
+        num_blocks += num_copies
         if apply_admission_cap and self.required_at_admission is not None:
             return self.required_at_admission(request_id, num_blocks)
         return num_blocks
@@ -85,17 +102,59 @@ class GroupBooks(FullAttentionManager):
         """Allocate up to `num_tokens` logical tokens of this request."""
         num_evicted = self.num_evicted.get(request_id, 0)
         held = len(self.req_to_blocks[request_id]) * self.block_size
-        if num_tokens - num_evicted <= held and request_id not in self._partial_hit_reqs:
-            return []
-        return super().allocate_new_blocks(
-            request_id, num_tokens - num_evicted, num_tokens_main_model - num_evicted
-        )
+        allocated = []
+        if num_tokens - num_evicted > held or request_id in self._partial_hit_reqs:
+            allocated = super().allocate_new_blocks(
+                request_id, num_tokens - num_evicted, num_tokens_main_model - num_evicted
+            )
+        if self.kept_at is not None:
+            self._set_copies_aside(request_id, num_tokens_main_model)
+        return allocated
+
+    def _num_copies(self, req_id: str, end: int, hits: Sequence[KVCacheBlock]) -> int:
+        """Private copies that the compaction needs which follows when `end` tokens are computed.
+
+        Args:
+            req_id: of the request.
+            end: logical tokens.
+            hits: blocks of a request that is not running yet; it does not hold them yet either.
+        """
+        others = 0 if hits else 1
+        row = hits or self.req_to_blocks.get(req_id, ())
+        return sum(block.ref_cnt > others for block in self._written(req_id, end, row))
+
+    def _written(
+        self, req_id: str, end: int, row: Sequence[KVCacheBlock]
+    ) -> Sequence[KVCacheBlock]:
+        """The blocks of a row that a compaction at `end` writes; none where there is none."""
+        kept = self.kept_at(req_id, end)
+        if kept is None or end - self.num_evicted.get(req_id, 0) <= kept[1]:
+            return ()
+        return row[kept[0] // self.block_size : cdiv(kept[1], self.block_size)]
+
+    @calls("vllm.v1.core.block_pool:BlockPool.get_new_blocks")
+    def _set_copies_aside(self, req_id: str, end: int) -> None:
+        """Take what `_num_copies` asked for, so that no later allocation of the step does."""
+        written = self._written(req_id, end, self.req_to_blocks[req_id])
+        if written:
+            num_shared = sum(block.ref_cnt > 1 for block in written)
+            self._set_aside[req_id] = self.block_pool.get_new_blocks(num_shared)
+            self._moving.update(block.block_id for block in written if block.ref_cnt == 1)
+
+    def num_sharable(self, hits: Sequence[KVCacheBlock]) -> int:
+        """How many of these blocks, from the first, a newcomer may share.
+
+        A prompt that is compacted after this step has no copies for further ones.
+        """
+        ids = (block.block_id for block in hits)
+        return next((i for i, each in enumerate(ids) if each in self._moving), len(hits))
 
     @overrides("vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.pop_blocks_for_free")
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request; a later resume starts with physical = logical."""
         self.total_evicted -= self.num_evicted.pop(request_id, 0)
-        return super().pop_blocks_for_free(request_id)
+        set_aside = self._set_aside.pop(request_id, [])
+        return [*super().pop_blocks_for_free(request_id), *set_aside]
 
     def adopt(self, req_id: str, num_evicted: int) -> None:
         """Give a request that holds nothing yet the evicted tokens of the cache it will get."""
@@ -131,7 +190,9 @@ class GroupBooks(FullAttentionManager):
             raise RuntimeError(f"request {req_id}: null block inside its row {old_block_ids}")
         num_untouched = prefix_len // self.block_size
         kept = blocks[num_untouched : cdiv(total_len - num_evict, self.block_size)]
-        private = self._make_private(kept)
+        set_aside = self._set_aside.pop(req_id, [])
+        private = self._make_private(kept, set_aside)
+        self._emptied.extend(set_aside)
         if private is None:
             return None
         replaced = [old for old, new in zip(kept, private, strict=True) if old is not new]
@@ -150,6 +211,7 @@ class GroupBooks(FullAttentionManager):
         private copy of another request of the same step it would part their compactions.
         """
         emptied, self._emptied = self._emptied, []
+        self._moving.clear()
         self.block_pool.free_blocks(emptied)
 
     @calls(
@@ -158,21 +220,31 @@ class GroupBooks(FullAttentionManager):
         "vllm.v1.core.block_pool:BlockPool.evict_blocks",
         "vllm.v1.core.block_pool:BlockPool.get_new_blocks",
     )
-    def _make_private(self, blocks: list[KVCacheBlock]) -> list[KVCacheBlock] | None:
-        """Replace every block that others can see; None when that is impossible now."""
+    def _make_private(
+        self, blocks: list[KVCacheBlock], set_aside: list[KVCacheBlock]
+    ) -> list[KVCacheBlock] | None:
+        """Replace every block that others can see; None when that is impossible now.
+
+        Args:
+            blocks: of one request.
+            set_aside: taken for this before; what is used leaves the list.
+        """
         pool = self.block_pool
         public = [i for i, block in enumerate(blocks) if not pool.is_block_writable(block)]
         shared = [i for i in public if blocks[i].ref_cnt > 1]
-        if len(shared) > pool.get_num_free_blocks():
+        num_fresh = len(set_aside) + pool.get_num_free_blocks()
+        if len(shared) > num_fresh:
             return None
         # Shared blocks first: they must be replaced. A sole owner's cached block may, so that
         # the cached prefix survives for others; without a free block it only loses its hash.
         wanted = shared + [i for i in public if blocks[i].ref_cnt == 1]
-        replaced = wanted[: pool.get_num_free_blocks()]
+        replaced = wanted[:num_fresh]
         unhashed = {blocks[i].block_id for i in wanted[len(replaced) :]}
         if unhashed:
             pool.evict_blocks(unhashed)
+        taken, set_aside[:] = set_aside[: len(replaced)], set_aside[len(replaced) :]
+        taken = [*taken, *pool.get_new_blocks(len(replaced) - len(taken))]
         private = list(blocks)
-        for i, fresh in zip(replaced, pool.get_new_blocks(len(replaced)), strict=True):
+        for i, fresh in zip(replaced, taken, strict=True):
             private[i] = fresh
         return private

@@ -89,7 +89,9 @@ class GroupPlanner:
 
     def begin(self, req_id: str, terms: Terms, prefill_len: int) -> None:
         """A request's prefill ends with the step at hand; it decodes from the next one on."""
-        progress = _Progress(terms, self._policy.first_due_at(terms, prefill_len))
+        num_evicted = self._books.num_evicted.get(req_id, 0)
+        first_due_at = self._policy.first_due_at(terms, prefill_len - num_evicted)
+        progress = _Progress(terms, num_evicted + first_due_at)
         self._progress[req_id] = progress
         self._look_again(req_id, progress, prefill_len)
 

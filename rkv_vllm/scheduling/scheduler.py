@@ -15,14 +15,19 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from rkv_vllm.fit import refusals
 from rkv_vllm.fit.overrides import calls, overrides
 from rkv_vllm.log import init_logger
-from rkv_vllm.options import CONFIG_KEY, ServerOptions, find_method
-from rkv_vllm.policy import EveryBuffer, Terms, floor_blocks
-from rkv_vllm.request_options import RequestOptionError, RequestOptions, read_request_options
+from rkv_vllm.options import CONFIG_KEY, OPTIONS, ServerOptions, find_method
+from rkv_vllm.policy import EveryBuffer, Terms, floor_blocks, longest_cache
+from rkv_vllm.request_options import (
+    RequestOptionError,
+    RequestOptions,
+    keeps_prompt,
+    read_request_options,
+)
 from rkv_vllm.scheduling.admission import Admission, Limits, Track
 from rkv_vllm.scheduling.booking import ScheduledRequest
 from rkv_vllm.scheduling.books import GroupBooks
@@ -30,6 +35,8 @@ from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, EvictionDirective
 from rkv_vllm.scheduling.host_room import host_room
 from rkv_vllm.scheduling.loop_watch import LoopWatch
 from rkv_vllm.scheduling.planner import GroupPlanner, Seats
+from rkv_vllm.scheduling.prompt_rule import PromptRule
+from rkv_vllm.scheduling.prompts import PromptCompactor
 from rkv_vllm.scheduling.publishing import publish_no_more
 from rkv_vllm.scheduling.step_stats import StepStats
 from rkv_vllm.scheduling.swap import SwapSpace
@@ -63,7 +70,9 @@ class CompressionSchedulerMixin:
         self._server = ServerOptions.from_dict(self.vllm_config.additional_config[CONFIG_KEY])
         self._policy = EveryBuffer(self._server.window)
         self._managers = self.kv_cache_manager.coordinator.single_type_managers
-        self._tracks = self._make_tracks()
+        seats = self._seats()
+        self._tracks = self._make_tracks(seats)
+        self._prompts = self._make_prompt_compactor(seats)
         self._known: dict[str, _Known] = {}
         # Requests whose prefill has not ended; an ordered set.
         self._prefilling: dict[str, None] = {}
@@ -72,20 +81,27 @@ class CompressionSchedulerMixin:
         # Of the last step; the workers skip those of requests that leave before the next one.
         self._booked: list[EvictionDirective] = []
         server_terms = self._terms(read_request_options(None, self._server), prompt_len=0)
-        limits = Limits(
+        self._limits = Limits(
             self.max_model_len,
             self.max_num_scheduled_tokens,
             self.vllm_config.max_concurrent_batches,
         )
-        self._check_pool(server_terms, limits.in_flight)
+        self._check_pool(server_terms, self._limits.in_flight)
+        if self._prompts is not None:
+            self._check_bound(server_terms)
         self._admission = Admission(
-            self._tracks, self._policy, limits, self._terms_of, server_terms
+            self._tracks, self._policy, self._limits, self._terms_of, server_terms
         )
         self._tracks[0].books.required_at_admission = self._required_at_admission
         self._swap = self._make_swap_space()
         logger.info("KV cache compression is on: %s", self._server.to_dict())
 
-    def _make_tracks(self) -> list[Track]:
+    def _seats(self) -> Seats:
+        method = find_method(self._server.method)
+        needs_queries = method.need(self._server.method_options).queries
+        return Seats(self._server.seats if needs_queries else 0, self._server.window)
+
+    def _make_tracks(self, seats: Seats) -> list[Track]:
         books = [manager for manager in self._managers if isinstance(manager, GroupBooks)]
         if not books:
             names = [type(manager).__name__ for manager in self._managers]
@@ -93,9 +109,6 @@ class CompressionSchedulerMixin:
                 "KV cache compression needs a KV-cache group of full attention, got "
                 f"{names}; serve this model without --kv-compression"
             )
-        method = find_method(self._server.method)
-        needs_queries = method.need(self._server.method_options).queries
-        seats = Seats(self._server.seats if needs_queries else 0, self._server.window)
         max_advance = 1 + self.num_spec_tokens
         return [
             Track(b, GroupPlanner(b.kv_cache_group_id, b, self._policy, seats, max_advance))
@@ -105,10 +118,16 @@ class CompressionSchedulerMixin:
     def _make_swap_space(self) -> SwapSpace | None:
         if not self._server.swap_space:
             return None
-        method = find_method(self._server.method)
-        needs_queries = method.need(self._server.method_options).queries
+        needs_queries = self._seats().count > 0
         room = host_room(self._server, self.vllm_config, self.kv_cache_config, needs_queries)
         return SwapSpace(self._tracks, self._managers, room, self.num_spec_tokens > 0)
+
+    def _make_prompt_compactor(self, seats: Seats) -> PromptCompactor | None:
+        if not self._server.compress_prompt:
+            return None
+        num_extra = self._server.prompt_seats(self.max_num_scheduled_tokens)
+        rule = PromptRule(self._server.prompt_chunk, seats, num_extra)
+        return PromptCompactor(rule, self._tracks, self.requests, self._terms_of)
 
     def _check_pool(self, server_terms: Sequence[Terms], in_flight: int) -> None:
         """Refuse a protected prefix beside which no request could ever be compacted."""
@@ -125,15 +144,93 @@ class CompressionSchedulerMixin:
                 f"{total} blocks of the pool; protect fewer tokens or give the cache more memory"
             )
 
+    @property
+    def _num_usable_blocks(self) -> int:
+        return self.kv_cache_manager.block_pool.num_gpu_blocks - 1
+
+    def _check_bound(self, server_terms: Sequence[Terms]) -> None:
+        """Refuse a pool that cannot hold one request, whatever its prompt; else say what it holds.
+
+        vLLM has asked before (`CompressedAttentionSpec.max_memory_usage_bytes`), with an answer
+        that knows nothing of these options.
+        """
+        if self._server.protect == "prompt":
+            server_terms = [own._replace(prefix_len=self.max_model_len) for own in server_terms]
+        needed, total = self._most_blocks(server_terms, self.max_model_len), self._num_usable_blocks
+        options = ", ".join(
+            f"{OPTIONS[name].flag} {getattr(self._server, name)}"
+            for name in ("protect", "budget", "prompt_chunk", "buffer")
+        )
+        if needed > total:
+            raise ValueError(
+                f"--kv-compress-prompt: got {options}, with which one request takes up to "
+                f"{needed} blocks, wanted at most the {total} blocks of the pool; lower one of "
+                "them or give the cache more memory"
+            )
+        logger.info(
+            "Prompts are compressed: with %s a request of up to --max-model-len %d tokens takes at "
+            "most %d of the %d blocks of the pool",
+            options,
+            self.max_model_len,
+            needed,
+            total,
+        )
+
+    def _most_blocks(self, terms: Sequence[Terms] | None, final_len: int) -> int:
+        """Most blocks that a request ever holds, of all KV-cache groups.
+
+        Args:
+            terms: in each compressed group; None if the cache is kept whole.
+            final_len: tokens that it cannot exceed.
+        """
+        own = [None] * len(self._tracks) if terms is None else terms
+        of_track = {
+            track.books.kv_cache_group_id: final_len
+            if each is None
+            else longest_cache(each, final_len, self._limits.in_flight)
+            for each, track in zip(own, self._tracks, strict=True)
+        }
+        num_blocks = 0
+        for manager in self._managers:
+            spec, group_id = manager.kv_cache_spec, manager.kv_cache_group_id
+            if group_id in of_track:
+                num_blocks += -(-of_track[group_id] // manager.block_size)
+            else:
+                size = spec.max_memory_usage_bytes(self.vllm_config)
+                num_blocks += -(-size // spec.page_size_bytes)
+        return num_blocks
+
     @overrides("vllm.v1.core.sched.scheduler:Scheduler.add_request")
     def add_request(self, request: Request) -> None:
         """Take a request in, with the lengths that hold for it."""
         # The further inputs of a session come under the id of the first.
         if request.request_id not in self.requests:
-            options = self._read_options(request)
-            terms = None if options is None else self._terms(options, request.num_prompt_tokens)
-            self._known[request.request_id] = _Known(options, terms)
+            self._known[request.request_id] = self._read(request)
         super().add_request(request)
+
+    def _read(self, request: Request) -> _Known:
+        """What holds for a request; the server's lengths where the pool could never hold it.
+
+        vLLM's Python front ends have refused those (frontend/request_check.py).
+        """
+        options = self._read_options(request)
+        terms = None
+        if options is not None:
+            if keeps_prompt(request.sampling_params):
+                options = options._replace(compress_prompt=False)
+            terms = self._terms(options, request.num_prompt_tokens)
+        if self._prompts is None or request.sampling_params is None or request.resumable:
+            return _Known(options, terms)
+        final_len = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        if self._most_blocks(terms, final_len) > self._num_usable_blocks:
+            logger.warning(
+                "request %s is run with the server's lengths: the pool could never hold it with "
+                "its own",
+                request.request_id,
+            )
+            options = read_request_options(None, self._server)
+            terms = self._terms(options, request.num_prompt_tokens)
+        return _Known(options, terms)
 
     def _read_options(self, request: Request) -> RequestOptions | None:
         # A pooling request decodes nothing; a resumable (streaming-input) session rewrites its
@@ -168,8 +265,10 @@ class CompressionSchedulerMixin:
         def lookup(req_id: str) -> ScheduledRequest | None:
             return self._scheduled(req_id, scheduler_output)
 
+        seats_of_prompts = self._compact_prompts(scheduler_output, plan)
         for track in self._tracks:
             track.planner.plan_step(lookup, plan)
+            plan.watched[track.books.kv_cache_group_id].update(seats_of_prompts)
         for track in self._tracks:
             track.books.reclaim()
         for directive in plan.directives:
@@ -205,22 +304,73 @@ class CompressionSchedulerMixin:
                 for own, track in zip(terms, self._tracks, strict=True):
                     track.planner.begin(req_id, own, request.num_computed_tokens)
 
+    @overrides("vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead")
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """Let no prefill step run over a boundary, or into the window before it."""
+        num_new_tokens = super()._reserve_prefill_lookahead(
+            request, num_computed_tokens, num_new_tokens
+        )
+        is_decoding = (
+            request.status == RequestStatus.RUNNING and request.request_id not in self._prefilling
+        )
+        if self._prompts is None or is_decoding:
+            return num_new_tokens
+        return self._prompts.cap(request, num_computed_tokens, num_new_tokens)
+
+    @overrides("vllm.v1.core.sched.scheduler:Scheduler._get_local_prefix_cache_hit")
+    @calls("vllm.v1.core.kv_cache_manager:KVCacheManager.truncate_computed_blocks")
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        """What a request need not compute: what it was swapped out with, else a cached prefix."""
+        num_computed = None if self._swap is None else self._swap.ask(request.request_id)
+        if num_computed is not None:
+            return self.kv_cache_manager.empty_kv_cache_blocks, num_computed, 0, False
+        hit = super()._get_local_prefix_cache_hit(request)
+        if self._prompts is None or not hit[1]:
+            return hit
+        blocks, num_tokens = hit[:2]
+        longest = self._prompts.longest_hit(request, blocks.blocks, num_tokens, self.block_size)
+        if longest == num_tokens:
+            return hit
+        # The blocks of other kinds of layers serve one length only.
+        if not longest or len(self._tracks) < len(self._managers):
+            return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
+        blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, longest)
+        return blocks, longest, 0, False
+
+    def _compact_prompts(self, scheduler_output: SchedulerOutput, plan: StepPlan) -> dict[str, int]:
+        """Compact prompts that reach a boundary; returns the seats that record their queries."""
+        if self._prompts is None:
+            return {}
+
+        def describe(req_id: str) -> ScheduledRequest | None:
+            num_scheduled = scheduler_output.num_scheduled_tokens.get(req_id)
+            if num_scheduled is None:
+                return None
+            return self._describe(self.requests[req_id], num_scheduled)
+
+        return self._prompts.compact(self._prefilling, describe, plan)
+
     def _scheduled(self, req_id: str, scheduler_output: SchedulerOutput) -> ScheduledRequest | None:
         num_scheduled = scheduler_output.num_scheduled_tokens.get(req_id)
         request = self.requests[req_id]
         if num_scheduled is None or request.is_prefill_chunk:
             return None
+        return self._describe(request, num_scheduled)
+
+    def _describe(self, request: Request, num_scheduled: int) -> ScheduledRequest:
         num_in_flight = request.num_in_flight_tokens
         if self._swap is not None:
             num_in_flight = self._swap.num_in_flight(request)
         return ScheduledRequest(
-            req_id,
+            request.request_id,
             request.num_computed_tokens,
             num_scheduled,
             num_in_flight,
             request.num_prompt_tokens,
             self._seed(request),
-            self._known[req_id].options.method_options,
+            self._known[request.request_id].options.method_options,
         )
 
     def _seed(self, request: Request) -> int:
@@ -245,13 +395,6 @@ class CompressionSchedulerMixin:
         super()._free_request_blocks(request)
         for track in self._tracks:
             track.planner.forget(req_id)
-
-    @overrides("vllm.v1.core.sched.scheduler:Scheduler._get_local_prefix_cache_hit")
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
-        num_computed = None if self._swap is None else self._swap.ask(request.request_id)
-        if num_computed is None:
-            return super()._get_local_prefix_cache_hit(request)
-        return self.kv_cache_manager.empty_kv_cache_blocks, num_computed, 0, False
 
     @overrides("vllm.v1.core.sched.scheduler:Scheduler.reset_prefix_cache")
     def reset_prefix_cache(self, *args, **kwargs) -> bool:
@@ -285,8 +428,9 @@ class CompressionSchedulerMixin:
 
     def _terms(self, options: RequestOptions, prompt_len: int) -> list[Terms]:
         prefix_len = options.prefix_len(prompt_len)
+        chunk = self._server.prompt_chunk if options.compress_prompt else 0
         return [
-            Terms(self._group_budget(options.budget, track), options.buffer, prefix_len)
+            Terms(self._group_budget(options.budget, track), options.buffer, prefix_len, chunk)
             for track in self._tracks
         ]
 

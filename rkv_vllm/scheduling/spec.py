@@ -6,10 +6,14 @@ unpickling it in the engine process imports this module there, just in time.
 
 from dataclasses import dataclass
 
+from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
 from rkv_vllm.fit.overrides import overrides
+from rkv_vllm.options import CONFIG_KEY, ServerOptions, prefix_len
+from rkv_vllm.policy import Terms, longest_cache
 from rkv_vllm.scheduling.books import GroupBooks
 
 # vLLM registers its own specs only while its registry is empty, so they have to come first.
@@ -51,3 +55,21 @@ class CompressedAttentionSpec(FullAttentionSpec):
             isinstance(spec, type(self)) and spec.layer_budget == self.layer_budget
             for spec in kv_cache_specs.values()
         )
+
+    @overrides("vllm.v1.kv_cache_interface:FullAttentionSpec.max_memory_usage_bytes")
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes that one request of `max_model_len` takes: vLLM wants the pool to hold it."""
+        # As plain JSON: this is asked often, and the options' method may be a costly import.
+        options = vllm_config.additional_config[CONFIG_KEY]
+        if not options.get("compress_prompt"):
+            return super().max_memory_usage_bytes(vllm_config)
+        server = ServerOptions.from_dict(options)
+        max_model_len = vllm_config.model_config.max_model_len
+        terms = Terms(
+            self.layer_budget or server.budget,
+            server.buffer,
+            prefix_len(server.protect, max_model_len),
+            server.prompt_chunk,
+        )
+        longest = longest_cache(terms, max_model_len, vllm_config.max_concurrent_batches)
+        return cdiv(longest, self.block_size) * self.page_size_bytes

@@ -152,7 +152,10 @@ class SwapSpace:
         req_id = request.request_id
         num_lost = request.num_in_flight_tokens if self._has_drafts else 0
         num_computed = request.num_computed_tokens - num_lost
-        absent = _Absent(num_computed, request.num_in_flight_tokens - num_lost, [])
+        # A decoding request has one token in flight per step; those of its prompt are settled.
+        num_decoding = max(0, request.num_computed_tokens - request.num_tokens + 1)
+        num_in_flight = min(request.num_in_flight_tokens - num_lost, num_decoding)
+        absent = _Absent(num_computed, num_in_flight, [])
         directives = []
         for track in self._tracks:
             books = track.books

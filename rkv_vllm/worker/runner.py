@@ -341,14 +341,16 @@ class CompressionRunner(ABC):
         return ring_len(self.vllm_config, self.compression.window)
 
     def _allocate_rings(self, layers: dict[str, Attention]) -> RingMemory:
-        seats, ring_len = self.compression.seats, self._ring_len
+        options = self.compression
+        seats = options.seats + options.prompt_seats(self.max_num_tokens)
+        ring_len = self._ring_len
         position_size = sum(layer.num_heads * layer.head_size for layer in layers.values())
         try:
             return RingMemory(seats, ring_len, position_size, self.dtype, self.device)
         except torch.OutOfMemoryError as error:
             size = seats * ring_len * position_size * self.dtype.itemsize
             raise ValueError(
-                f"--kv-seats {seats} needs {size / 2**20:.0f} MiB on {self.device}, "
+                f"--kv-seats {options.seats} needs {size / 2**20:.0f} MiB on {self.device}, "
                 "which does not hold that beside the model; lower it"
             ) from error
 

@@ -33,6 +33,16 @@ def test_lengths_are_those_of_the_planner(
     ]
 
 
+def test_of_a_compressed_prompt_only_the_last_chunk_is_left():
+    life = rkv_life(100, 12, Terms(budget=8, buffer=4, prompt_chunk=12), in_flight=1)
+    # At most 8 + 12; 4 tokens behind the boundary at 96, compacted when 4 more have settled.
+    assert life.held.tolist() == [20, 13, 14, 15, 16, 17, 10, 11, 12, 13, 10, 11]
+    assert life.reserved.max() == life.reserved[0] == 20
+    whole = Terms(budget=8, buffer=4)
+    short = rkv_life(20, 12, whole._replace(prompt_chunk=12), in_flight=1)
+    assert short.held.tolist() == rkv_life(20, 12, whole, in_flight=1).held.tolist()
+
+
 def test_room_for_a_long_prompt_is_needed_until_its_first_compaction_only():
     life = rkv_life(50, 30, Terms(budget=8, buffer=4), in_flight=2)
     assert life.held[:8].tolist() == [50, 51, 52, 53, 54, 55, 56, 11]

@@ -143,6 +143,20 @@ def test_the_longest_output_that_is_named_is_accepted(model):
     assert run(model, *ROOM, "--output-len", longest + 1).exit_code == 1
 
 
+def test_a_compressed_prompt_may_be_longer_than_the_pool(model):
+    long = ("--prompt-len", "500000", "--output-len", "10")
+    assert run(model, *ROOM, *long).exit_code == 1
+    result = run(model, *ROOM, *long, "--compress-prompt", "--json")
+    assert result.exit_code == 0
+    sides = json.loads(result.stdout)["sides"]
+    assert sides["stock"]["at_once_peak"] == 0 < sides["rkv"]["at_once_peak"]
+    # A budget and a chunk, which is more than the last chunk, the buffer and what is in flight.
+    assert sides["rkv"]["request_peak_tokens"] == 1024 + 2048
+    refused = run(model, *ROOM, *long, "--compress-prompt", "--prompt-chunk", "1000000")
+    assert refused.exit_code == 1
+    assert "a budget, a chunk and a buffer" in refused.stderr
+
+
 def test_plot_without_matplotlib_is_refused_with_the_cure(model, monkeypatch):
     # Python's own way to make an import fail.
     monkeypatch.setitem(sys.modules, "matplotlib", None)

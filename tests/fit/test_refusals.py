@@ -305,3 +305,17 @@ def test_layer_budgets_that_do_not_fit_the_model_are_refused_before_it_is_loaded
     five = {**checkpoint_configs.LLAMA, "num_hidden_layers": 5}
     with pytest.raises(ValueError, match="got 'a model of 5 layers'"):
         arguments(checkpoint=five, **with_pyramid()).create_engine_config()
+
+
+def test_a_pool_or_a_step_too_small_for_compressed_prompts_is_refused_before_loading(arguments):
+    lengths = {"budget": 64, "buffer": 32, "prompt_chunk": 96, "compress_prompt": True}
+    ours = rkv_vllm.engine_args(**lengths)
+    # 64 + 96 + 32 and what is in flight take 7 blocks of 32; one stays empty.
+    arguments(**ours, block_size=32, num_gpu_blocks_override=8).create_engine_config()
+    with pytest.raises(ValueError, match="--num-gpu-blocks-override: got 7, wanted at least 8"):
+        arguments(**ours, block_size=32, num_gpu_blocks_override=7).create_engine_config()
+    arguments(**ours, max_num_batched_tokens=39, max_num_seqs=32).create_engine_config()
+    with pytest.raises(ValueError, match="--kv-compress-prompt: got --max-num-batched-tokens 38"):
+        arguments(**ours, max_num_batched_tokens=38, max_num_seqs=32).create_engine_config()
+    with pytest.raises(ValueError, match="--long-prefill-token-threshold 7, wanted room"):
+        arguments(**ours, long_prefill_token_threshold=7).create_engine_config()

@@ -93,16 +93,22 @@ class Setting:
     groups: tuple[Group, ...] = (Group(),)
     policy: str = "fcfs"
     host_blocks: int = 0
+    method: str = "rkv"
+    compress_prompt: bool = False
+    prompt_chunk: int = 2048
 
     @property
     def config(self) -> ServerOptions:
         return ServerOptions(
+            method=self.method,
             budget=self.budget,
             buffer=self.buffer,
             window=self.window,
             protect=self.protect,
             seats=self.seats,
             swap_space=self.host_blocks * PAGE_BYTES / 2**30,
+            compress_prompt=self.compress_prompt,
+            prompt_chunk=self.prompt_chunk,
         )
 
     @property
@@ -203,6 +209,8 @@ class SimulatedWorker:
         self.swapped_in += len({directive.req_id for directive in plan.restored})
         self._update_requests(output, {directive.req_id for directive in plan.restored})
         self.watched_steps += sum(map(len, plan.watched.values()))
+        for watched in plan.watched.values():
+            assert len(set(watched.values())) == len(watched), "two requests in one seat"
         for req_id, num_tokens in output.num_scheduled_tokens.items():
             num_drafts = len(output.scheduled_spec_decode_tokens.get(req_id, ()))
             self.requests[req_id].drafts = [1000 + i for i in range(num_drafts)]
@@ -371,7 +379,8 @@ class SimulatedWorker:
         length = len(states)
         assert length == len(cells) or self.setting.drafts
         assert states == cells[:length], "the cells changed before the flush"
-        self._check_window(directive, request)
+        if directive.seat >= 0:
+            self._check_window(directive, request)
         assert request.num_evicted[directive.group_id] == directive.num_evicted_before
         assert request.block_ids[directive.group_id] == old_ids
         request.states[directive.group_id] = survivors[: length - directive.num_evict]
@@ -445,12 +454,14 @@ class SimulatedEngine:
         self.budgets: dict[str, int] = {}
         self.buffers: dict[str, int] = {}
         self.prefix_lens: dict[str, int] = {}
+        self.compresses_prompt: dict[str, bool] = {}
         self.stop_after: int | None = None
         self.max_running = 0
         self.num_deferred = 0
         self.num_recomputed = 0
         self.swapped_in: set[str] = set()
         self.num_rejected = 0
+        self.prompt_compactions = 0
         self.directives: list[EvictionDirective] = []
         self.last_output: SchedulerOutput | None = None
         self.last_plan: StepPlan | None = None
@@ -507,10 +518,23 @@ class SimulatedEngine:
         self.buffers[req_id] = own.get("kv_buffer", self.setting.buffer)
         protect = own.get("kv_protect", self.setting.protect)
         self.prefix_lens[req_id] = prefix_len(protect, len(prompt))
+        self.compresses_prompt[req_id] = not self.is_off[req_id] and own.get(
+            "kv_compress_prompt", self.setting.compress_prompt
+        )
         params.update_from_generation_config({}, 0)
         request = Request(req_id, prompt, params, None, priority=priority, block_hasher=self.hasher)
         self.outputs[req_id] = []
         self.scheduler.add_request(request)
+
+    def take_for_granted(self, req_id: str) -> None:
+        """Audit a request by the server's lengths, whatever it asked for."""
+        self.is_off[req_id] = False
+        self.budgets[req_id], self.buffers[req_id] = self.setting.budget, self.setting.buffer
+        self.prefix_lens[req_id] = prefix_len(self.setting.protect, 0)
+        self.compresses_prompt[req_id] = self.setting.compress_prompt
+
+    def directives_of(self, req_id: str) -> list[EvictionDirective]:
+        return [directive for directive in self.directives if directive.req_id == req_id]
 
     def abort(self, req_id: str) -> None:
         self.scheduler.finish_requests(req_id, RequestStatus.FINISHED_ABORTED)
@@ -532,6 +556,11 @@ class SimulatedEngine:
 
     def step(self) -> None:
         """Schedule one step and execute the one that is `steps_ahead` older."""
+        self.evicted_before = {
+            (req_id, group_id): num_evicted
+            for group_id, track in self.tracks.items()
+            for req_id, num_evicted in track.books.num_evicted.items()
+        }
         output = self.scheduler.schedule()
         self.last_output, self.last_plan = output, getattr(output, STEP_PLAN_ATTRIBUTE)
         self.num_deferred += self.last_plan.num_deferred
@@ -605,30 +634,66 @@ class SimulatedEngine:
         for directive in self.last_plan.restored:
             req_id = directive.req_id
             num_preemptions = self.scheduler.requests[req_id].num_preemptions
-            earlier = max(n for r, n in self.prefill_lens if r == req_id)
-            self.prefill_lens[req_id, num_preemptions] = self.prefill_lens[req_id, earlier]
+            before = self.prefill_lens.get((req_id, num_preemptions - 1))
+            if before is not None:
+                self.prefill_lens[req_id, num_preemptions] = before
         for req_id in output.num_scheduled_tokens:
             request = self.scheduler.requests[req_id]
             if not request.is_prefill_chunk:
                 key = (req_id, request.num_preemptions)
                 self.prefill_lens.setdefault(key, request.num_computed_tokens)
 
+    def _first_boundary(self, request: Request) -> int | None:
+        """SPEC section 6: where the prefill is compacted first, None for never."""
+        req_id, chunk = request.request_id, self.setting.prompt_chunk
+        budgets = [
+            self.setting.budget_of(group_id, self.budgets[req_id]) for group_id in self.tracks
+        ]
+        kept = self.prefix_lens[req_id] + min(budgets)
+        if not self.compresses_prompt[req_id] or request.num_tokens <= kept + chunk:
+            return None
+        return (kept // chunk + 1) * chunk
+
+    def _due_prompts(self, output: SchedulerOutput) -> set[tuple[str, int]]:
+        """Requests and groups whose prompt has to be compacted right after this step."""
+        due = set()
+        for req_id in output.num_scheduled_tokens:
+            request = self.scheduler.requests[req_id]
+            first, end = self._first_boundary(request), request.num_computed_tokens
+            if first is None or not request.is_prefill_chunk:
+                continue
+            if end >= first and end % self.setting.prompt_chunk == 0:
+                for group_id in self.tracks:
+                    before = self.evicted_before.get((req_id, group_id), 0)
+                    budget = self.setting.budget_of(group_id, self.budgets[req_id])
+                    if end - before > self.prefix_lens[req_id] + budget:
+                        due.add((req_id, group_id))
+        return due
+
     def _check_plan(self, output: SchedulerOutput) -> None:
-        """SPEC section 3 and properties 1 and 2, recomputed from vLLM's own counters."""
+        """SPEC sections 3 and 6, properties 1 and 2, recomputed from vLLM's own counters."""
         plan: StepPlan = getattr(output, STEP_PLAN_ATTRIBUTE)
+        due_prompts = self._due_prompts(output)
         for directive in plan.directives:
             req_id, prefix_len = directive.req_id, directive.prefix_len
             request = self.scheduler.requests[req_id]
             budget = self.setting.budget_of(directive.group_id, self.budgets[req_id])
             assert not self.is_off[req_id], "compacted against its will"
-            assert not request.is_prefill_chunk, "compacted in the middle of a prefill"
+            is_prompt = (req_id, directive.group_id) in due_prompts
+            due_prompts.discard((req_id, directive.group_id))
+            self.prompt_compactions += is_prompt
+            assert request.is_prefill_chunk == is_prompt, "compacted in the middle of a prefill"
             assert prefix_len == self.prefix_lens[req_id]
             assert directive.settled_len - prefix_len - directive.num_evict == budget
-            assert directive.settled_len - prefix_len >= budget + self.buffers[req_id]
-            settled = request.num_computed_tokens - request.num_in_flight_tokens
-            # One that was swapped in settles as late as if it had never left.
-            slack = self.setting.steps_ahead * self.was_swapped_in(req_id)
-            assert settled - slack <= directive.settled_logical_len <= settled
+            settled = request.num_computed_tokens
+            if is_prompt:
+                assert directive.settled_logical_len == settled
+            else:
+                assert directive.settled_len - prefix_len >= budget + self.buffers[req_id]
+                settled -= request.num_in_flight_tokens
+                # One that was swapped in settles as late as if it had never left.
+                slack = self.setting.steps_ahead * self.was_swapped_in(req_id)
+                assert settled - slack <= directive.settled_logical_len <= settled
             kept = directive.total_len - directive.num_evict
             assert len(directive.new_block_ids) == -(-kept // BLOCK_SIZE)
             held = self.managers[directive.group_id].req_to_blocks[req_id]
@@ -636,10 +701,12 @@ class SimulatedEngine:
             for block in held[prefix_len // BLOCK_SIZE :]:
                 assert block.ref_cnt == 1, "a compaction writes a shared block"
                 assert block.block_hash is None, "a compaction writes a findable block"
+        assert not due_prompts, "a prompt is not compacted at its boundary"
         assert self._num_emptied_but_kept() == 0
 
     def _num_emptied_but_kept(self) -> int:
-        return sum(len(track.books._emptied) for track in self.tracks.values())
+        books = [track.books for track in self.tracks.values()]
+        return sum(len(b._emptied) + len(b._set_aside) + len(b._moving) for b in books)
 
     def audit(self) -> None:
         """Every block is owned as often as rows hold it, and free otherwise."""
@@ -687,11 +754,17 @@ class SimulatedEngine:
             req_id = request.request_id
             for group_id, track in self.tracks.items():
                 progress = track.planner._progress.get(req_id)
+                physical = request.num_computed_tokens - track.books.num_evicted.get(req_id, 0)
+                budget = self.setting.budget_of(group_id, self.budgets[req_id])
+                longest = self.prefix_lens[req_id] + budget + self.setting.prompt_chunk
+                if self._first_boundary(request) is not None and request.is_prefill_chunk:
+                    held = len(track.books.req_to_blocks[req_id])
+                    assert held <= -(-longest // BLOCK_SIZE), f"{req_id} outgrows its bound"
                 if progress is None or progress.waits:
                     continue
-                physical = request.num_computed_tokens - track.books.num_evicted.get(req_id, 0)
                 prefill_len = self.prefill_lens[req_id, request.num_preemptions]
-                budget = self.setting.budget_of(group_id, self.budgets[req_id])
+                if self.compresses_prompt[req_id]:
+                    prefill_len = min(prefill_len, longest)
                 # Accepted drafts settle together, so the step before may end that far behind.
                 bound = max(prefill_len, self.prefix_lens[req_id] + budget)
                 bound += self.buffers[req_id] + self.setting.drafts

@@ -440,7 +440,7 @@ def publish_after_eviction(monkeypatch):
 
 def write_shared_blocks(monkeypatch):
     """The mistake of compacting a shared or findable block in place."""
-    monkeypatch.setattr(GroupBooks, "_make_private", lambda self, blocks: blocks)
+    monkeypatch.setattr(GroupBooks, "_make_private", lambda self, blocks, _: blocks)
 
 
 def keep_the_count_after_a_preemption(monkeypatch):
