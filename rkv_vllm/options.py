@@ -93,6 +93,15 @@ class ServerOptions:
         accepts=lambda tokens: 1 <= tokens <= MOST_TOKENS,
         per_request=True,
     )
+    when: str = option(
+        "always",
+        "When to compact: `always`, whenever --kv-buffer tokens have piled up, or only under "
+        "`pressure`, when the pool of blocks runs short: nothing is evicted while there is room.",
+        flag="--kv-when",
+        metavar="always|pressure",
+        wanted="'always' or 'pressure'",
+        accepts=lambda when: when in ("always", "pressure"),
+    )
     window: int = option(
         8,
         "Newest tokens, always kept; their queries judge the older ones. Less than the budget.",

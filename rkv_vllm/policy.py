@@ -111,10 +111,19 @@ def longest_cache(terms: Terms, final_len: int, in_flight: int) -> int:
     return EveryBuffer(window=0).bound(terms, final_len, final_len, in_flight)
 
 
-def floor_blocks(terms: Terms, window: int, in_flight: int, block_size: int) -> int:
-    """Blocks below which a request of these terms cannot live: the smallest pool that serves it.
+def floor_len(terms: Terms, num_steps: int, block_size: int) -> int:
+    """Tokens below which a request of these terms cannot be kept.
 
-    A compaction frees something only when a whole block has piled up, and needs a warm window.
+    A compaction frees something only when a whole block has piled up.
+
+    Args:
+        terms: of the request.
+        num_steps: that it decodes until its next compaction can be carried out.
+        block_size: tokens of a block.
     """
-    tokens = terms.prefix_len + terms.budget + block_size + window + in_flight
-    return -(-tokens // block_size)
+    return terms.prefix_len + terms.budget + block_size + num_steps
+
+
+def floor_blocks(terms: Terms, window: int, in_flight: int, block_size: int) -> int:
+    """Blocks of the smallest pool that serves a request of these terms."""
+    return -(-floor_len(terms, window + in_flight, block_size) // block_size)

@@ -17,15 +17,17 @@ from vllm.v1.request import Request, RequestStatus
 
 from rkv_vllm.policy import Policy, Terms, longest_prefill
 from rkv_vllm.scheduling.books import GroupBooks
+from rkv_vllm.scheduling.demand import final_len
 from rkv_vllm.scheduling.directive import EvictionDirective
 from rkv_vllm.scheduling.planner import GroupPlanner
+from rkv_vllm.scheduling.pressure import PressedGroup
 
 # Weight of the latest finished request in the share of those that were compacted: about the last
 # ten count, so that admission follows a change of workload within seconds.
-_SHARE_STEP = 0.1
+SHARE_STEP = 0.1
 
 # How a request ends by itself; one that its client gave up says nothing about the others.
-_ENDED_BY_ITSELF = (
+ENDED_BY_ITSELF = (
     RequestStatus.FINISHED_STOPPED,
     RequestStatus.FINISHED_LENGTH_CAPPED,
     RequestStatus.FINISHED_REPETITION,
@@ -36,7 +38,7 @@ class Track(NamedTuple):
     """One compressed KV-cache group on the scheduler's side."""
 
     books: GroupBooks
-    planner: GroupPlanner
+    planner: GroupPlanner | PressedGroup
 
 
 class Limits(NamedTuple):
@@ -120,9 +122,9 @@ class Admission:
             request: finished, aborted or preempted.
         """
         self._num_events += 1
-        if request.status in _ENDED_BY_ITSELF and self._is_bounded(request):
+        if request.status in ENDED_BY_ITSELF and self._is_bounded(request):
             was_compacted = any(request.request_id in t.books.num_evicted for t in self._tracks)
-            self._share_compacted += _SHARE_STEP * (was_compacted - self._share_compacted)
+            self._share_compacted += SHARE_STEP * (was_compacted - self._share_compacted)
 
     def required(
         self, newcomer: Request, num_blocks: int, running: Sequence[Request], num_free: int
@@ -232,5 +234,4 @@ class Admission:
         return num_evicted + self._policy.first_due_at(terms, prefill)
 
     def _final_len(self, request: Request) -> int:
-        """Most tokens that the request can reach."""
-        return min(request.num_prompt_tokens + request.max_tokens, self._limits.max_model_len)
+        return final_len(request, self._limits.max_model_len)

@@ -49,6 +49,23 @@ class GroupBooks(FullAttentionManager):
         first, stop = prefix_len // self.block_size, cdiv(num_tokens, self.block_size)
         return sum(block.ref_cnt > 1 for block in self.req_to_blocks.get(req_id, ())[first:stop])
 
+    def num_leading_shared_blocks(self, req_id: str, first: int = 0) -> int:
+        """Blocks from index `first` on that others hold, up to the first that nobody else does.
+
+        Whoever shares a block shares all before it, so there are no others.
+        """
+        blocks = self.req_to_blocks.get(req_id, ())
+        stop = first
+        while stop < len(blocks) and blocks[stop].ref_cnt > 1:
+            stop += 1
+        return stop - first
+
+    def fair_share(self, req_id: str) -> float:
+        """Blocks of the request, of shared ones its part."""
+        blocks = self.req_to_blocks.get(req_id, ())
+        num_shared = self.num_leading_shared_blocks(req_id)
+        return len(blocks) - num_shared + sum(1 / block.ref_cnt for block in blocks[:num_shared])
+
     @overrides(
         "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.get_num_blocks_to_allocate"
     )

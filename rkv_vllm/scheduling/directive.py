@@ -107,6 +107,7 @@ class StepPlan:
         restored: copies from host memory, to be made behind those and before this step's forward.
         num_recomputed: preempted requests whose compacted cache is lost for want of swap space or
             because it may not be kept; 0 without a swap space.
+        under_pressure: whether the pool runs short, with `--kv-when pressure`.
     """
 
     directives: list[EvictionDirective] = field(default_factory=list)
@@ -116,6 +117,7 @@ class StepPlan:
     saved: list[SwapDirective] = field(default_factory=list)
     restored: list[SwapDirective] = field(default_factory=list)
     num_recomputed: int = 0
+    under_pressure: bool = False
 
     @property
     def num_deferred(self) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import SchedulerInterface
@@ -31,10 +32,13 @@ from rkv_vllm.request_options import (
 from rkv_vllm.scheduling.admission import Admission, Limits, Track
 from rkv_vllm.scheduling.booking import ScheduledRequest
 from rkv_vllm.scheduling.books import GroupBooks
+from rkv_vllm.scheduling.demand import Demand
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, EvictionDirective, StepPlan
+from rkv_vllm.scheduling.floors import FloorAdmission
 from rkv_vllm.scheduling.host_room import host_room
 from rkv_vllm.scheduling.loop_watch import LoopWatch
 from rkv_vllm.scheduling.planner import GroupPlanner, Seats
+from rkv_vllm.scheduling.pressure import ArmedRequests, PressedGroup, UnderPressure
 from rkv_vllm.scheduling.prompt_rule import PromptRule
 from rkv_vllm.scheduling.prompts import PromptCompactor
 from rkv_vllm.scheduling.publishing import publish_no_more
@@ -70,6 +74,12 @@ class CompressionSchedulerMixin:
         self._server = ServerOptions.from_dict(self.vllm_config.additional_config[CONFIG_KEY])
         self._policy = EveryBuffer(self._server.window)
         self._managers = self.kv_cache_manager.coordinator.single_type_managers
+        self._limits = Limits(
+            self.max_model_len,
+            self.max_num_scheduled_tokens,
+            self.vllm_config.max_concurrent_batches,
+        )
+        self._pressure: UnderPressure | None = None
         seats = self._seats()
         self._tracks = self._make_tracks(seats)
         self._prompts = self._make_prompt_compactor(seats)
@@ -81,17 +91,10 @@ class CompressionSchedulerMixin:
         # Of the last step; the workers skip those of requests that leave before the next one.
         self._booked: list[EvictionDirective] = []
         server_terms = self._terms(read_request_options(None, self._server), prompt_len=0)
-        self._limits = Limits(
-            self.max_model_len,
-            self.max_num_scheduled_tokens,
-            self.vllm_config.max_concurrent_batches,
-        )
         self._check_pool(server_terms, self._limits.in_flight)
         if self._prompts is not None:
             self._check_bound(server_terms)
-        self._admission = Admission(
-            self._tracks, self._policy, self._limits, self._terms_of, server_terms
-        )
+        self._admission = self._make_admission(server_terms)
         self._tracks[0].books.required_at_admission = self._required_at_admission
         self._swap = self._make_swap_space()
         logger.info("KV cache compression is on: %s", self._server.to_dict())
@@ -110,6 +113,25 @@ class CompressionSchedulerMixin:
                 f"{names}; serve this model without --kv-compression"
             )
         max_advance = 1 + self.num_spec_tokens
+        in_flight = self._limits.in_flight
+        if self._server.when == "pressure":
+            armed = ArmedRequests(seats)
+            groups = [PressedGroup(b.kv_cache_group_id, b, armed) for b in books]
+            demand = Demand(self._managers, self.max_model_len, max_advance)
+            most_copies = sum(
+                cdiv(self._server.budget + in_flight, b.block_size) + 1 for b in books
+            )
+            self._pressure = UnderPressure(
+                groups,
+                armed,
+                demand,
+                self._num_free_blocks,
+                seats,
+                in_flight,
+                self._rank,
+                most_copies,
+            )
+            return [Track(b, group) for b, group in zip(books, groups, strict=True)]
         return [
             Track(b, GroupPlanner(b.kv_cache_group_id, b, self._policy, seats, max_advance))
             for b in books
@@ -128,6 +150,21 @@ class CompressionSchedulerMixin:
         num_extra = self._server.prompt_seats(self.max_num_scheduled_tokens)
         rule = PromptRule(self._server.prompt_chunk, seats, num_extra)
         return PromptCompactor(rule, self._tracks, self.requests, self._terms_of)
+
+    def _make_admission(self, server_terms: Sequence[Terms]) -> Admission | FloorAdmission:
+        if self._pressure is None:
+            return Admission(self._tracks, self._policy, self._limits, self._terms_of, server_terms)
+        others = [m.block_size for m in self._managers if not isinstance(m, GroupBooks)]
+        return FloorAdmission(
+            [track.books for track in self._tracks],
+            others,
+            lambda: self.running,
+            self._pressure.demand,
+            self._pressure.horizon,
+            self._limits,
+            self._terms_of,
+            server_terms,
+        )
 
     def _check_pool(self, server_terms: Sequence[Terms], in_flight: int) -> None:
         """Refuse a protected prefix beside which no request could ever be compacted."""
@@ -266,9 +303,15 @@ class CompressionSchedulerMixin:
             return self._scheduled(req_id, scheduler_output)
 
         seats_of_prompts = self._compact_prompts(scheduler_output, plan)
-        for track in self._tracks:
-            track.planner.plan_step(lookup, plan)
-            plan.watched[track.books.kv_cache_group_id].update(seats_of_prompts)
+        if self._pressure is None:
+            for track in self._tracks:
+                track.planner.plan_step(lookup, plan)
+        else:
+            prefilling = [self.requests[req_id] for req_id in self._prefilling]
+            wanted = self._admission.take_wanted(self.running)
+            self._pressure.plan_step(self.running, prefilling, wanted, lookup, plan)
+        for watched in plan.watched.values():
+            watched.update(seats_of_prompts)
         for track in self._tracks:
             track.books.reclaim()
         for directive in plan.directives:
@@ -444,12 +487,18 @@ class CompressionSchedulerMixin:
         return window + max(1, round((budget - window) * share))
 
     @calls("vllm.v1.core.block_pool:BlockPool.get_num_free_blocks")
+    def _num_free_blocks(self) -> int:
+        return self.kv_cache_manager.block_pool.get_num_free_blocks()
+
     def _required_at_admission(self, req_id: str, num_blocks: int) -> int:
         newcomer = self.requests[req_id]
-        num_free = self.kv_cache_manager.block_pool.get_num_free_blocks()
         return self._admission.required(
-            newcomer, num_blocks, self._not_displaced(newcomer), num_free
+            newcomer, num_blocks, self._not_displaced(newcomer), self._num_free_blocks()
         )
+
+    def _rank(self, request: Request) -> int:
+        """Whom pressure hits first: those that vLLM would preempt first."""
+        return request.priority if self.policy == SchedulingPolicy.PRIORITY else 0
 
     def _not_displaced(self, newcomer: Request) -> Sequence[Request]:
         """Running requests that vLLM would not preempt to make room for the newcomer."""

@@ -19,8 +19,11 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheSpec,
@@ -39,7 +42,7 @@ from rkv_vllm.scheduling.directive import (
     StepPlan,
     SwapDirective,
 )
-from rkv_vllm.scheduling.scheduler import CompressionAsyncScheduler, make_scheduler
+from rkv_vllm.scheduling.scheduler import make_scheduler
 from rkv_vllm.scheduling.spec import CompressedAttentionSpec
 
 BLOCK_SIZE = 4
@@ -96,6 +99,9 @@ class Setting:
     method: str = "rkv"
     compress_prompt: bool = False
     prompt_chunk: int = 2048
+    when: str = "always"
+    # vLLM's own scheduler and spec.
+    stock: bool = False
 
     @property
     def config(self) -> ServerOptions:
@@ -109,6 +115,7 @@ class Setting:
             swap_space=self.host_blocks * PAGE_BYTES / 2**30,
             compress_prompt=self.compress_prompt,
             prompt_chunk=self.prompt_chunk,
+            when=self.when,
         )
 
     @property
@@ -122,6 +129,15 @@ class Setting:
             return budget
         share = (layer_budget - self.window) / (self.budget - self.window)
         return self.window + max(1, round((budget - self.window) * share))
+
+
+def _stock_spec(group: Group) -> KVCacheSpec:
+    """What vLLM itself has for these layers."""
+    if group.kind != "full":
+        return group.spec
+    return FullAttentionSpec(
+        block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32
+    )
 
 
 @cache
@@ -138,7 +154,8 @@ def _engine_config(model: Path, setting: Setting):
         dtype="float32",
         scheduling_policy=setting.policy,
     ).create_engine_config()
-    config.additional_config["kv_compression"] = setting.config.to_dict()
+    if not setting.stock:
+        config.additional_config["kv_compression"] = setting.config.to_dict()
     # The CPU platform switches it off; the scheduler classes do not mind.
     config.scheduler_config.async_scheduling = setting.steps_ahead > 0
     config.cache_config.num_gpu_blocks = setting.num_blocks
@@ -170,6 +187,11 @@ class WorkerRequest:
             del states[len(states) - num_rejected :]
 
 
+def plan_of(output: SchedulerOutput) -> StepPlan:
+    """Compression's share of a step; vLLM's own scheduler has none."""
+    return getattr(output, STEP_PLAN_ATTRIBUTE, None) or StepPlan()
+
+
 class SimulatedWorker:
     """Executes steps on cells of tags, with the flush where DESIGN puts it."""
 
@@ -196,7 +218,7 @@ class SimulatedWorker:
         return len(self.carried_out)
 
     def execute(self, output: SchedulerOutput) -> None:
-        plan: StepPlan = getattr(output, STEP_PLAN_ATTRIBUTE)
+        plan = plan_of(output)
         saved = {directive.req_id for directive in plan.saved}
         preempted = (output.preempted_req_ids or set()) - saved
         self.carried_out_before_a_save += sum(d.req_id in saved for d in self.pending)
@@ -421,11 +443,14 @@ class SimulatedEngine:
             num_blocks=setting.num_blocks,
             kv_cache_tensors=[KVCacheTensor(PAGE_BYTES * setting.num_blocks, [], 0, PAGE_BYTES)],
             kv_cache_groups=[
-                KVCacheGroupSpec([f"layer {i}"], group.spec)
+                KVCacheGroupSpec(
+                    [f"layer {i}"], _stock_spec(group) if setting.stock else group.spec
+                )
                 for i, group in enumerate(setting.groups)
             ],
         )
-        self.scheduler = make_scheduler(
+        stock = AsyncScheduler if setting.steps_ahead else Scheduler
+        self.scheduler = (stock if setting.stock else make_scheduler)(
             vllm_config=self.vllm_config,
             kv_cache_config=kv_cache_config,
             structured_output_manager=StructuredOutputManager(self.vllm_config),
@@ -433,14 +458,21 @@ class SimulatedEngine:
             block_size=max(group.spec.block_size for group in setting.groups),
             log_stats=True,
         )
-        assert isinstance(self.scheduler, CompressionAsyncScheduler) == (setting.steps_ahead > 0)
+        assert isinstance(self.scheduler, AsyncScheduler) == (setting.steps_ahead > 0)
         # The option itself is refused; the counters it moves are the scheduler's own.
         self.scheduler.num_spec_tokens = setting.drafts
-        if self.scheduler._swap is not None:
+        if not setting.stock and self.scheduler._swap is not None:
             self.scheduler._swap._has_drafts = setting.drafts > 0
-        self.tracks = {t.books.kv_cache_group_id: t for t in self.scheduler._tracks}
+        tracks = getattr(self.scheduler, "_tracks", ())
+        self.tracks = {t.books.kv_cache_group_id: t for t in tracks}
         for track in self.tracks.values():
             track.planner._max_advance = 1 + setting.drafts
+        if setting.when == "pressure" and not setting.stock:
+            self.scheduler._pressure.demand.max_advance = 1 + setting.drafts
+            # vLLM's own number for this platform knows of one step ahead at most.
+            self.scheduler._pressure._in_flight = setting.steps_ahead + 1
+            admission = self.scheduler._admission
+            admission._limits = admission._limits._replace(in_flight=setting.steps_ahead + 1)
         self.managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.worker = SimulatedWorker(setting)
@@ -488,10 +520,15 @@ class SimulatedEngine:
         assert not self.scheduler._loop_watch._has_looped
         for track in self.tracks.values():
             assert not track.books.num_evicted
+            if self.setting.when == "pressure":
+                assert not track.planner._terms
+                assert not len(track.planner._armed)
+                assert not track.planner._short_of_blocks
+                continue
             assert not track.planner._progress
             assert not track.planner._near
             assert not track.planner._seat_queue
-        if swap := self.scheduler._swap:
+        if not self.setting.stock and (swap := self.scheduler._swap):
             assert not swap._absent
             assert not swap._saved
             assert not swap._settling
@@ -562,7 +599,7 @@ class SimulatedEngine:
             for req_id, num_evicted in track.books.num_evicted.items()
         }
         output = self.scheduler.schedule()
-        self.last_output, self.last_plan = output, getattr(output, STEP_PLAN_ATTRIBUTE)
+        self.last_output, self.last_plan = output, plan_of(output)
         self.num_deferred += self.last_plan.num_deferred
         self.num_recomputed += self.last_plan.num_recomputed
         self.swapped_in.update(directive.req_id for directive in self.last_plan.restored)
@@ -589,7 +626,7 @@ class SimulatedEngine:
         raise AssertionError(f"requests are still unfinished after {max_steps} steps")
 
     def _process(self, output: SchedulerOutput) -> None:
-        for directive in getattr(output, STEP_PLAN_ATTRIBUTE).directives:
+        for directive in plan_of(output).directives:
             self.directives.append(directive)
         self.worker.execute(output)
         sampled = [self._sample(req_id) for req_id in output.num_scheduled_tokens]
@@ -672,9 +709,8 @@ class SimulatedEngine:
 
     def _check_plan(self, output: SchedulerOutput) -> None:
         """SPEC sections 3 and 6, properties 1 and 2, recomputed from vLLM's own counters."""
-        plan: StepPlan = getattr(output, STEP_PLAN_ATTRIBUTE)
         due_prompts = self._due_prompts(output)
-        for directive in plan.directives:
+        for directive in plan_of(output).directives:
             req_id, prefix_len = directive.req_id, directive.prefix_len
             request = self.scheduler.requests[req_id]
             budget = self.setting.budget_of(directive.group_id, self.budgets[req_id])
@@ -689,7 +725,8 @@ class SimulatedEngine:
             if is_prompt:
                 assert directive.settled_logical_len == settled
             else:
-                assert directive.settled_len - prefix_len >= budget + self.buffers[req_id]
+                if self.setting.when == "always":
+                    assert directive.settled_len - prefix_len >= budget + self.buffers[req_id]
                 settled -= request.num_in_flight_tokens
                 # One that was swapped in settles as late as if it had never left.
                 slack = self.setting.steps_ahead * self.was_swapped_in(req_id)
@@ -726,7 +763,7 @@ class SimulatedEngine:
             assert foreign or block.ref_cnt == owned, f"block {block} is leaked"
         if not self.allow_foreign_blocks:
             assert self.pool.get_num_free_blocks() == self.setting.num_blocks - 1 - len(owners)
-        if self.scheduler._swap is not None:
+        if not self.setting.stock and self.scheduler._swap is not None:
             self._audit_host()
         for track in self.tracks.values():
             books = track.books
@@ -750,6 +787,8 @@ class SimulatedEngine:
 
     def _check_physical_lengths(self) -> None:
         """SPEC 4.1; a request that had to wait may be longer, so waiting ones are left out."""
+        if self.setting.when == "pressure":
+            return
         for request in self.scheduler.running:
             req_id = request.request_id
             for group_id, track in self.tracks.items():

@@ -1,0 +1,204 @@
+"""Whom to admit when requests are compacted only under pressure.
+
+A request can be cut down to its floor at any time, so as many are admitted as the pool can hold at
+their floors; pressure.py cuts down those that run when a newcomer needs their blocks. Requests that
+end before they reach a floor, or are never compacted, are not reserved for: vLLM's own optimism
+applies to them. Knows requests, lengths and blocks, not vLLM's queues. Next: scheduler.py, which
+asks; admission.py does the same for `--kv-when always`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.request import Request
+
+from rkv_vllm.policy import Terms, floor_len
+from rkv_vllm.scheduling.admission import ENDED_BY_ITSELF, SHARE_STEP, Limits
+from rkv_vllm.scheduling.books import GroupBooks
+from rkv_vllm.scheduling.demand import Demand, final_len
+from rkv_vllm.scheduling.directive import EvictionDirective
+
+
+class _Asked(NamedTuple):
+    """Who asked last to be admitted, and the blocks that have to be free for it."""
+
+    req_id: str
+    num_blocks: int
+
+
+class FloorAdmission:
+    """Admits whom the pool can hold when all others stand at their floors.
+
+    Args:
+        groups: books of the compressed groups.
+        other_block_sizes: of the groups that are not compressed.
+        running: all running requests.
+        demand: of the running requests.
+        horizon: steps from arming a request to the blocks of its compaction, by running requests.
+        limits: of the engine.
+        terms_of: what holds for a request in each group; None if its cache is kept whole.
+        server_terms: what holds in each group for a request that asks for nothing.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[GroupBooks],
+        other_block_sizes: Sequence[int],
+        running: Callable[[], Sequence[Request]],
+        demand: Demand,
+        horizon: Callable[[int], int],
+        limits: Limits,
+        terms_of: Callable[[Request], Sequence[Terms] | None],
+        server_terms: Sequence[Terms],
+    ) -> None:
+        self._groups = groups
+        self._other_block_sizes = other_block_sizes
+        self._running = running
+        self._demand = demand
+        self._horizon = horizon
+        self._limits = limits
+        self._terms_of = terms_of
+        self._server_terms = server_terms
+        # Until requests have finished, all are expected to reach their floor.
+        self._share_long = 1.0
+        self._asked: _Asked | None = None
+
+    def note_compaction(self, request: Request, directive: EvictionDirective) -> None:
+        """A request was compacted; nothing is remembered that this could change."""
+
+    def note_end(self, request: Request) -> None:
+        """A request leaves the batch; call it before its books are closed."""
+        terms = self._terms_of(request)
+        if terms is None or request.status not in ENDED_BY_ITSELF:
+            return
+        floor = min(floor_len(own, self._horizon(1), b.block_size) for own, b in self._each(terms))
+        if floor <= final_len(request, self._limits.max_model_len):
+            was_long = request.num_tokens >= floor
+            self._share_long += SHARE_STEP * (was_long - self._share_long)
+
+    def required(
+        self, newcomer: Request, num_blocks: int, not_displaced: Sequence[Request], num_free: int
+    ) -> int:
+        """Blocks that must be free for `newcomer` to be admitted.
+
+        Args:
+            newcomer: asks to be admitted.
+            num_blocks: blocks that its tokens need now, in one group.
+            not_displaced: the running requests that vLLM would not preempt for it; without any
+                nothing is reserved.
+            num_free: free blocks of the pool.
+        """
+        running = self._running()
+        if not running:
+            return num_blocks
+        num_steps = self._horizon(len(running) + 1)
+        spare = sum(self._spare(request, num_steps) for request in not_displaced)
+        spare -= self._growth(newcomer, num_steps)
+        if not_displaced and math.ceil(num_blocks * len(self._groups) - spare) > num_free:
+            return num_free + 1
+        soon = self._growth_within(newcomer, num_steps) + self._copies(newcomer, num_blocks)
+        self._asked = _Asked(newcomer.request_id, num_blocks * len(self._groups) + soon)
+        # vLLM counts what the other groups need now by itself.
+        return num_blocks + soon + self._needed_by(running, not_displaced, num_steps)
+
+    def _needed_by(
+        self, running: Sequence[Request], not_displaced: Sequence[Request], num_steps: int
+    ) -> int:
+        """Blocks that the running requests take before compactions can give any back.
+
+        For those that the newcomer may displace no more than what compactions could give back.
+        """
+        needed = sum(self._demand.of(request, num_steps) for request in not_displaced)
+        if len(not_displaced) < len(running):
+            kept = {request.request_id for request in not_displaced}
+            others = [request for request in running if request.request_id not in kept]
+            theirs = sum(self._demand.of(request, num_steps) for request in others)
+            above = sum(max(self._spare(request, num_steps), 0) for request in running)
+            needed += min(theirs, math.ceil(above))
+        return needed + max(map(self._copies, running))
+
+    def take_wanted(self, running: Sequence[Request]) -> int:
+        """Blocks that whoever asked last and was refused needs beside the running requests.
+
+        0 when it was admitted, or when the pool cannot hold it beside the floors of the others.
+        """
+        asked, self._asked = self._asked, None
+        if asked is None or any(request.request_id == asked.req_id for request in running):
+            return 0
+        return asked.num_blocks
+
+    def _growth_within(self, newcomer: Request, num_steps: int) -> int:
+        """Blocks beyond a newcomer's tokens that it takes until it can be compacted.
+
+        Of groups that give blocks back by themselves, vLLM counts what a newcomer keeps, not what
+        its prefill takes.
+        """
+        tokens = newcomer.num_tokens
+        growth = sum(cdiv(tokens + num_steps, block_size) for block_size in self._other_block_sizes)
+        for books in self._groups:
+            tokens = _held_len(newcomer, books)
+            growth += cdiv(tokens + num_steps, books.block_size) - cdiv(tokens, books.block_size)
+        return growth
+
+    def _copies(self, request: Request, num_blocks: int | None = None) -> int:
+        """Free blocks that a request's compaction may need for copies of shared ones.
+
+        Args:
+            request: running, or a newcomer.
+            num_blocks: that a newcomer needs in a group; the others of its tokens it will share.
+        """
+        terms = self._terms_of(request)
+        if terms is None:
+            return 0
+        copies = 0
+        for own, books in self._each(terms):
+            if num_blocks is None:
+                shared = books.num_leading_shared_blocks(request.request_id)
+            else:
+                shared = cdiv(_held_len(request, books), books.block_size) - num_blocks
+            survivors = own.prefix_len + own.budget + self._limits.in_flight
+            copies += max(min(shared, cdiv(survivors, books.block_size)), 0)
+        return copies
+
+    def _each(self, terms: Sequence[Terms]) -> zip:
+        return zip(terms, self._groups, strict=True)
+
+    def _spare(self, request: Request, num_steps: int) -> float:
+        """Blocks that a running request holds above its floor, or is expected to be short of."""
+        terms = self._terms_of(request)
+        if terms is None:
+            return 0.0
+        longest = final_len(request, self._limits.max_model_len)
+        spare = 0.0
+        for own, books in self._each(terms):
+            floor = floor_len(own, num_steps, books.block_size)
+            above = books.fair_share(request.request_id) - cdiv(floor, books.block_size)
+            if above < 0:
+                above *= self._share_long * (floor <= longest)
+            spare += above
+        return spare
+
+    def _growth(self, newcomer: Request, num_steps: int) -> float:
+        """Blocks from a newcomer's tokens to its floor.
+
+        Counted up to the floor that the server grants by default: whoever asks for more takes the
+        risk of being preempted, instead of waiting, and all behind it, until the others are done.
+        """
+        terms = self._terms_of(newcomer)
+        if terms is None:
+            return 0.0
+        growth = 0
+        for own, server, books in zip(terms, self._server_terms, self._groups, strict=True):
+            capped = own._replace(budget=min(own.budget, server.budget))
+            floor = floor_len(capped, num_steps, books.block_size)
+            if floor <= final_len(newcomer, self._limits.max_model_len):
+                missing = cdiv(floor, books.block_size)
+                growth += max(missing - cdiv(_held_len(newcomer, books), books.block_size), 0)
+        return self._share_long * growth
+
+
+def _held_len(newcomer: Request, books: GroupBooks) -> int:
+    """Tokens that a newcomer's cache will hold; one that was swapped out brings fewer along."""
+    return newcomer.num_tokens - books.num_evicted.get(newcomer.request_id, 0)
