@@ -126,6 +126,10 @@ class GroupPlanner:
         progress = self._progress.get(req_id)
         return None if progress is None else progress.due_at
 
+    def decodes(self, req_id: str) -> bool:
+        """Whether the request has begun to decode, or has rejoined."""
+        return req_id in self._progress
+
     def leave(self, req_id: str) -> "_Progress | None":
         """Forget a request that will be back; returns what `rejoin` wants, None if it prefills.
 

@@ -181,7 +181,7 @@ class PressedGroup:
         self._terms[req_id] = absent.terms
 
     def decodes(self, req_id: str) -> bool:
-        """Whether the request could be compacted here one day."""
+        """Whether the request has begun to decode, or has rejoined, and may be compacted."""
         return req_id in self._terms
 
     def forget(self, req_id: str) -> None:

@@ -342,7 +342,7 @@ class CompressionSchedulerMixin:
             del self._prefilling[req_id]
             terms = self._terms_of(request)
             # One that was swapped in decodes already.
-            if terms is not None and self._tracks[0].planner.due_at(req_id) is None:
+            if terms is not None and not self._tracks[0].planner.decodes(req_id):
                 # The first step that reaches the end of the prefill ends exactly there.
                 for own, track in zip(terms, self._tracks, strict=True):
                     track.planner.begin(req_id, own, request.num_computed_tokens)

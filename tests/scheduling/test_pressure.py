@@ -268,17 +268,15 @@ def test_few_seats_make_it_look_further_ahead(model):
 
 
 @STEPS_AHEAD
-def test_who_is_preempted_under_pressure_is_swapped_and_compacted_again(model, steps_ahead):
+def test_who_has_to_leave_at_its_floor_is_swapped_and_compacted_again(model, steps_ahead):
     setting = Setting(budget=8, buffer=4, window=2, num_blocks=66, steps_ahead=steps_ahead)
     engine = PressuredEngine(model, replace(setting, host_blocks=400))
-    for number in range(8):
-        engine.add(f"request-{number}", [number] * 20, 100)
-    while engine.worker.compactions < 20:
-        engine.step()
-    engine.preempt_all()
-    before = engine.worker.compactions
+    engine.add("whole", [1] * 20, 210, {"kv_compression": "off"})
+    for number in range(5):
+        engine.add(f"request-{number}", [number + 2] * 20, 230)
     engine.run()
-    # vLLM's reset of the prefix cache voids what was computed; nothing was lost by pressure.
-    assert engine.preempted == []
-    assert engine.worker.compactions > before + 20
+    assert engine.worker.swapped_in == len(engine.preempted) > 0
+    back = {directive.req_id for directive in engine.directives} & engine.swapped_in
+    assert back
+    assert engine.worker.compactions > 50
     engine.assert_nothing_is_left()
