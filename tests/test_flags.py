@@ -35,6 +35,7 @@ FLAGS = [
     "--kv-prompt-chunk=512",
     "--kv-seats=3",
     "--kv-swap-space=0.5",
+    "--kv-when=pressure",
     "--kv-max-request-tokens=200",
     "--kv-min-request-buffer=16",
 ]
@@ -49,6 +50,7 @@ OPTIONS_OF_FLAGS = {
     "prompt_chunk": 512,
     "seats": 3,
     "swap_space": 0.5,
+    "when": "pressure",
     "max_request_tokens": 200,
     "min_request_buffer": 16,
     "options": {"lam": 0.25, "pool": 5, "threshold": 0.75, "center": True, "defensive": False},

@@ -13,6 +13,7 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 
 from rkv_vllm.fit.overrides import check_overrides, overrides
 from rkv_vllm.options import CONFIG_KEY
+from rkv_vllm.scheduling.directive import REASONS
 from rkv_vllm.scheduling.step_stats import FALLBACKS, StepStats
 
 _LABELS = ("model_name", "engine")
@@ -68,7 +69,16 @@ class CompressionStatLogger(AggregateStatLoggerBase):
             Counter,
             "vllm:kv_compression_compactions",
             "Number of compactions: one request's KV cache cut down to its budget; counted once "
-            "for each class of layers that has a budget of its own.",
+            "for each class of layers that has a budget of its own. Reason labels: 'buffer' = its "
+            "buffer was full; 'pressure' = the pool ran short; 'prompt' = between the chunks of "
+            "its prompt.",
+            "reason",
+        )
+        self._add(
+            Counter,
+            "vllm:kv_compression_pressure_steps",
+            "Number of engine steps in which the pool of blocks ran short, with --kv-when "
+            "pressure; in all others nobody is compacted for want of blocks.",
         )
         self._add(
             Counter,
@@ -152,7 +162,9 @@ class CompressionStatLogger(AggregateStatLoggerBase):
         self.families[name] = kind(name, documentation, labelnames=(*_LABELS, *labels), **options)
 
     def _show(self, step: StepStats, engine: int) -> None:
-        self._of("compactions", engine).inc(len(step.evicted_tokens))
+        for reason in REASONS:
+            self._of("compactions", engine, reason).inc(step.reasons.get(reason, 0))
+        self._of("pressure_steps", engine).inc(step.pressure_steps)
         self._of("evicted_tokens", engine).inc(sum(step.evicted_tokens))
         self._of("freed_blocks", engine).inc(step.freed_blocks)
         self._of("deferred", engine, "seat").inc(step.deferred_for_seat)

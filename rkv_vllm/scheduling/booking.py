@@ -49,7 +49,12 @@ class Books(Protocol):
 
 
 def book_eviction(
-    group_id: int, books: Books, request: ScheduledRequest, terms: Terms, seat: int | None
+    group_id: int,
+    books: Books,
+    request: ScheduledRequest,
+    terms: Terms,
+    seat: int | None,
+    reason: str,
 ) -> EvictionDirective | None:
     """Book the eviction of all settled tokens above prefix and budget.
 
@@ -59,6 +64,7 @@ def book_eviction(
         request: more than `terms.budget` of its tokens behind the prefix have settled.
         terms: of the request in this group.
         seat: that holds the queries of its last settled tokens; None when none are needed.
+        reason: see `EvictionDirective`.
 
     Returns:
         What the workers have to do, or None (nothing changed) when blocks are short.
@@ -84,4 +90,5 @@ def book_eviction(
         method_options=request.method_options,
         old_block_ids=blocks[0],
         new_block_ids=blocks[1],
+        reason=reason,
     )

@@ -8,6 +8,10 @@ carries a directive out, and worker/host_cache.py, which swaps.
 from dataclasses import dataclass, field
 from typing import Any
 
+# Why a request is compacted: its buffer was full, the pool ran short, or its prompt is longer than
+# its cache may get.
+REASONS = ("buffer", "pressure", "prompt")
+
 STEP_PLAN_ATTRIBUTE = "kv_compression"
 
 
@@ -38,6 +42,7 @@ class EvictionDirective:
         method_options: the method's options if the request has its own, None for the server's.
         old_block_ids: the blocks that hold [0, L) now, in order.
         new_block_ids: the blocks that hold [0, L - E) afterwards, in order.
+        reason: why, one of `REASONS`.
     """
 
     req_id: str
@@ -53,6 +58,7 @@ class EvictionDirective:
     method_options: Any | None
     old_block_ids: list[int]
     new_block_ids: list[int]
+    reason: str = "buffer"
 
     @property
     def budget(self) -> int:

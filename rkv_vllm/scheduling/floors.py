@@ -200,5 +200,6 @@ class FloorAdmission:
 
 
 def _held_len(newcomer: Request, books: GroupBooks) -> int:
-    """Tokens that a newcomer's cache will hold; one that was swapped out brings fewer along."""
-    return newcomer.num_tokens - books.num_evicted.get(newcomer.request_id, 0)
+    """Tokens that a newcomer's cache will hold before it decodes."""
+    held = newcomer.num_tokens - books.num_evicted.get(newcomer.request_id, 0)
+    return min(held, books.longest_prefill(newcomer.request_id)) if books.longest_prefill else held

@@ -212,7 +212,7 @@ class GroupPlanner:
             self._count_wait(progress, "seat", plan)
             return -1
         directive = book_eviction(
-            self._group_id, self._books, request, progress.terms, progress.seat
+            self._group_id, self._books, request, progress.terms, progress.seat, "buffer"
         )
         if directive is None:
             self._count_wait(progress, "blocks", plan)

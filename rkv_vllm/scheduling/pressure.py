@@ -240,7 +240,9 @@ class PressedGroup:
         """
         req_id = request.req_id
         seat = self._armed.seat_of(req_id)
-        directive = book_eviction(self.group_id, self._books, request, self._terms[req_id], seat)
+        directive = book_eviction(
+            self.group_id, self._books, request, self._terms[req_id], seat, "pressure"
+        )
         if directive is None:
             plan.num_waiting_for_blocks += req_id not in self._short_of_blocks
             self._short_of_blocks.add(req_id)

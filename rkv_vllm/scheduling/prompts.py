@@ -132,7 +132,7 @@ def _compact(
     physical_len = request.settled - books.num_evicted.get(request.req_id, 0)
     if physical_len <= terms.prefix_len + terms.budget:
         return
-    directive = book_eviction(books.kv_cache_group_id, books, request, terms, seat)
+    directive = book_eviction(books.kv_cache_group_id, books, request, terms, seat, "prompt")
     if directive is None:
         raise RuntimeError(
             f"request {request.req_id}: no block for the survivors of its prompt, though blocks "

@@ -25,6 +25,8 @@ class StepStats:
     Attributes:
         evicted_tokens: tokens that each compaction evicts, per layer and head; each class of layers
             with a budget of its own has its own compactions.
+        reasons: compactions by reason (`REASONS`).
+        pressure_steps: steps in which the pool ran short, with `--kv-when pressure`.
         freed_blocks: blocks that the compacted requests hold less of.
         deferred_for_seat: compactions that began to wait for a seat or for its window.
         deferred_for_blocks: compactions that began to wait for a copy of a shared block.
@@ -40,6 +42,8 @@ class StepStats:
     """
 
     evicted_tokens: list[int] = field(default_factory=list)
+    reasons: dict[str, int] = field(default_factory=dict)
+    pressure_steps: int = 0
     freed_blocks: int = 0
     deferred_for_seat: int = 0
     deferred_for_blocks: int = 0
@@ -53,7 +57,8 @@ class StepStats:
     swap_bytes: int = 0
 
     def add_waits(self, plan: StepPlan) -> None:
-        """Count the compactions that begin to wait in a step."""
+        """Count the compactions that begin to wait in a step, and whether the pool ran short."""
+        self.pressure_steps += plan.under_pressure
         self.deferred_for_seat += plan.num_waiting_for_seat
         self.deferred_for_blocks += plan.num_waiting_for_blocks
 
@@ -61,6 +66,7 @@ class StepStats:
         """Count compactions that the workers carry out."""
         for directive in directives:
             self.evicted_tokens.append(directive.num_evict)
+            self.reasons[directive.reason] = self.reasons.get(directive.reason, 0) + 1
             self.freed_blocks += directive.num_freed_blocks
 
     def attach_to(self, stats: SchedulerStats) -> None:
