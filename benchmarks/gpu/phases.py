@@ -13,9 +13,9 @@ from children import HERE, ROOT, Child, Launcher
 from comparisons import compare_outputs, compare_with_reference
 
 from rkv_vllm.bench.checks import failed_checks
-from rkv_vllm.bench.expected import ALWAYS
 from rkv_vllm.bench.sides import STOCK
 from rkv_vllm.bench.workload import Workload
+from rkv_vllm.options import ServerOptions
 
 Document = dict[str, Any]
 # What stands for `ok` where a check could not be made; `reason` says why.
@@ -257,7 +257,7 @@ def serving(launcher: Launcher, plan: Plan) -> Iterator[Document]:
             {
                 "side": side,
                 "budget": budget,
-                "when": ALWAYS,
+                "when": ServerOptions.when,
                 "repeat": 1,
                 **of_side,
                 **run,

@@ -8,8 +8,7 @@ from typing import Any
 
 from rkv_vllm.bench.workload import Workload
 
-# What `when` of a result may be.
-ALWAYS, PRESSURE = "always", "pressure"
+PRESSURE = "pressure"
 
 
 def expected_compactions(workload: Workload, result: dict[str, Any]) -> tuple[int, int]:

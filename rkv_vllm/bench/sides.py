@@ -1,4 +1,4 @@
-"""The sides of a benchmark: stock vLLM, further baselines, and one for each budget.
+"""The sides of a benchmark: stock vLLM, further baselines, and one for each budget and policy.
 
 Says which flags set them apart and who runs when. Knows the flags of vLLM by name only. Next:
 offline.py and served.py, which run one side once.
@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from rkv_vllm.bench.expected import ALWAYS
 from rkv_vllm.bench.workload import Workload
 from rkv_vllm.flags import FLAGS_KEY, OPTION_FLAG, add_flags
 from rkv_vllm.options import CONFIG_KEY, METHOD_KEY, OPTIONS, ServerOptions
@@ -34,6 +33,7 @@ _TAKEN = {
     "--num-gpu-blocks-override": "pass --pool-tokens before `--`",
     "--kv-budget": "pass --budget before `--`",
     "--kv-buffer": "pass --buffer before `--`",
+    "--kv-when": "pass --when before `--`",
     "--scheduling-policy": "pass --priority before `--`",
     "--disable-log-stats": "leave it out: the counts come from /metrics",
     "--hf-token": "leave it out: nothing is downloaded, and the command is printed",
@@ -50,7 +50,7 @@ class Side:
         budget: `--kv-budget`; None for stock vLLM.
         flags: of this side alone.
         label: what sets it apart from others of its kind, as tables say it; may be empty.
-        when: it compacts, see `expected.py`; None for stock vLLM.
+        when: `--kv-when`; None for stock vLLM.
         pool_tokens: what its own pool holds; None for the workload's.
         is_exact: whether its text is stock's as long as nothing is compacted.
         may_refuse: whether the others go on, and it is reported with vLLM's reason, when it does
@@ -143,21 +143,26 @@ def _with_dashes(flag: str) -> str:
     return flag[:end].replace("_", "-") + flag[end:]
 
 
-def make_compressed_sides(budgets: Sequence[int], compression: Mapping[str, Any]) -> list[Side]:
-    """Returns one side for each budget, in the order of the tables.
+def make_compressed_sides(
+    budgets: Sequence[int], whens: Sequence[str], compression: Mapping[str, Any]
+) -> list[Side]:
+    """Returns one side for each budget and policy, in the order of the tables.
 
     Args:
         budgets: `--kv-budget` of each.
+        whens: `--kv-when` of each; none for the server's default alone.
         compression: options that they share, as in JSON.
     """
     sides = []
     for budget in budgets:
-        own = {"method": ServerOptions.method, "budget": budget, **compression}
-        pairs = own.pop(METHOD_KEY, {})
-        flags = [_flag(name, value) for name, value in own.items()]
-        if pairs:
-            flags += [OPTION_FLAG, *(f"{name}={pairs[name]}" for name in pairs)]
-        sides.append(Side(budget, tuple(flags), when=ALWAYS))
+        for when in whens or (ServerOptions.when,):
+            own = {"method": ServerOptions.method, "budget": budget, **compression}
+            own |= {"when": when} if whens else {}
+            pairs = own.pop(METHOD_KEY, {})
+            flags = [_flag(name, value) for name, value in own.items()]
+            if pairs:
+                flags += [OPTION_FLAG, *(f"{name}={pairs[name]}" for name in pairs)]
+            sides.append(Side(budget, tuple(flags), label=when if whens else "", when=when))
     return sides
 
 

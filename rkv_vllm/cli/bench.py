@@ -31,6 +31,7 @@ from rkv_vllm.cli.bench_input import (
     override,
     read_budgets,
     read_numbers,
+    read_whens,
     usage_errors,
 )
 from rkv_vllm.cli.errors import REFUSED, one_line_errors, plot_errors
@@ -83,6 +84,11 @@ _KEPT = "Kept by a compaction; a side for each: repeat it, or put commas between
 Budgets = Annotated[
     list[str] | None, _preset(RKV, "budgets", "TOKENS", _KEPT, "--budget", "--kv-budget")
 ]
+_WHEN = (
+    "When compressed sides compact: always (every --buffer tokens), pressure (when the pool runs "
+    "short). A side for each: repeat it, or put commas between. Default: that of vllm serve."
+)
+Whens = Annotated[list[str] | None, option(RKV, "always|pressure", _WHEN, "--when", "--kv-when")]
 _BETWEEN = "Between two compactions."
 Buffer = Annotated[
     int | None, _preset(RKV, "buffer", "TOKENS", _BETWEEN, "--buffer", "--kv-buffer")
@@ -139,6 +145,7 @@ def run_benchmark(
     mode: ModeOption = ModeName.offline,
     repeats: Repeats = 1,
     budget: Budgets = None,
+    when: Whens = None,
     buffer: Buffer = None,
     baseline: Baselines = None,
     num_prompts: NumPrompts = None,
@@ -159,8 +166,8 @@ def run_benchmark(
 
     Stock means none of our options and vLLM's own defaults, or --baseline's. Every run is a fresh
     process, sides take turns, and the order turns round with each repeat. No ratio is given when
-    requests were lost or cut short, when compactions do not add up, or when a request too short to
-    be compacted got another text than from stock.
+    requests were lost or cut short, when compactions do not add up (with --when pressure and room
+    for all: none), or when a request too short to be compacted got another text than from stock.
 
     Standard output: card, table, ratios and, as its last line, one JSON document. Ctrl-C ends
     every process and prints the runs that are finished.
@@ -172,7 +179,7 @@ def run_benchmark(
     rkv-vllm bench $M -- --enforce-eager
     rkv-vllm bench $M --scenario ample --mode both --plot bench.png
     rkv-vllm bench $M --budget 128,256 --repeats 3 --json
-    rkv-vllm bench $M --scenario burst --baseline fp8 --baseline '--max-num-seqs=8'
+    rkv-vllm bench $M --scenario burst --when always,pressure --baseline fp8
     ```
 
     Exit codes: 0 fine; 1 a check or a process failed; 2 the command line is wrong; 130 Ctrl-C.
@@ -201,9 +208,10 @@ def run_benchmark(
                         dtype=dtype,
                         compression={**preset.compression, **compression},
                     )
+                    whens = read_whens(when or ())
                     modes = ("offline", "served") if mode is ModeName.both else (mode.value,)
                     check_own_prompts(dataset_path, prompt_len)
-                    check_options(load, modes, request_rate)
+                    check_options(load, whens, modes, request_rate)
                     check_packages(modes, plot)
                     workload = make_workload(
                         model, load, dataset_path, seed, request_rate, max_concurrency
@@ -211,7 +219,7 @@ def run_benchmark(
                     sides = [
                         *make_stock_sides(workload, baseline or ()),
                         *make_compressed_sides(
-                            load.budgets, {"buffer": load.buffer, **load.compression}
+                            load.budgets, whens, {"buffer": load.buffer, **load.compression}
                         ),
                     ]
                 card = make_card(model)

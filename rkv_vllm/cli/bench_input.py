@@ -62,6 +62,13 @@ def read_budgets(texts: Sequence[str]) -> tuple[int, ...] | None:
     return budgets
 
 
+def read_whens(texts: Sequence[str]) -> tuple[str, ...]:
+    """The policies of all `--when` options."""
+    whens = tuple(part.strip() for text in texts for part in text.split(","))
+    _refuse_twice("--when", whens)
+    return whens
+
+
 def _refuse_twice(flag: str, values: Sequence[int | str]) -> None:
     twice = [value for value in values if values.count(value) > 1]
     if twice:
@@ -70,7 +77,9 @@ def _refuse_twice(flag: str, values: Sequence[int | str]) -> None:
         )
 
 
-def check_options(load: Scenario, modes: Sequence[str], request_rate: float) -> None:
+def check_options(
+    load: Scenario, whens: Sequence[str], modes: Sequence[str], request_rate: float
+) -> None:
     """Refuse what needs neither the model nor its tokenizer to be seen as wrong."""
     if not request_rate > 0:
         raise CommandError(
@@ -84,7 +93,9 @@ def check_options(load: Scenario, modes: Sequence[str], request_rate: float) -> 
             "of its requests one priority; leave one of the two out"
         )
     for budget in load.budgets:
-        ServerOptions(**{"budget": budget, "buffer": load.buffer, **load.compression})
+        for when in whens or (ServerOptions.when,):
+            given = {"budget": budget, "buffer": load.buffer, "when": when}
+            ServerOptions(**{**given, **load.compression})
 
 
 def check_own_prompts(dataset_path: Path | None, prompt_len: Sequence[str] | None) -> None:

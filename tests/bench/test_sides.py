@@ -16,7 +16,7 @@ from tests.bench.results import new_workload
 
 def test_the_stock_side_has_no_flag_of_its_own():
     (stock,) = make_stock_sides(new_workload(), ())
-    first, second = make_compressed_sides((64, 128), {"buffer": 32, "window": 16})
+    first, second = make_compressed_sides((64, 128), (), {"buffer": 32, "window": 16})
     assert (stock.name, stock.flags) == ("stock", ())
     assert first.name == "budget 64"
     assert first.flags == (
@@ -24,6 +24,19 @@ def test_the_stock_side_has_no_flag_of_its_own():
         "--kv-window=16",
     )
     assert "--kv-budget=128" in second.flags
+
+
+def test_policies_are_sides_of_their_own():
+    sides = make_compressed_sides((64, 128), ("always", "pressure"), {"buffer": 32})
+    assert [side.name for side in sides] == [
+        *("budget 64, always", "budget 64, pressure"),
+        *("budget 128, always", "budget 128, pressure"),
+    ]
+    assert sides[1].when == "pressure"
+    assert "--kv-when=pressure" in sides[1].flags
+    (default,) = make_compressed_sides((64,), (), {})
+    assert (default.name, default.when) == ("budget 64", ServerOptions().when)
+    assert not any(flag.startswith("--kv-when") for flag in default.flags)
 
 
 def test_a_baseline_is_stock_with_flags_of_its_own():
@@ -82,7 +95,7 @@ def test_a_baseline_is_named_once():
 
 
 def test_sides_take_turns_and_their_order_turns_round():
-    sides = [*make_stock_sides(new_workload(), ()), *make_compressed_sides((64, 128), {})]
+    sides = [*make_stock_sides(new_workload(), ()), *make_compressed_sides((64, 128), (), {})]
     runs = make_schedule(("offline", "served"), sides, 2)
     names = [(run.mode, run.repeat, run.side.budget) for run in runs]
     assert names[:6] == [
@@ -97,7 +110,7 @@ def test_flags_of_compression_go_to_the_compressed_sides():
     common, compression = split_engine_flags(flags)
     assert common == ["--enforce-eager", "-tp", "2", "--swap=1"]
     assert compression == {"window": 4, "options": {"lam": 0.3}}
-    (compressed,) = make_compressed_sides((64,), {"buffer": 32, **compression})
+    (compressed,) = make_compressed_sides((64,), (), {"buffer": 32, **compression})
     assert {"--kv-window=4", "lam=0.3"} <= set(compressed.flags)
     # The compressed sides' flags say the same when vLLM reads them.
     _, again = split_engine_flags([f for f in compressed.flags if not re.match("--kv-bu", f)])
@@ -108,7 +121,7 @@ def test_an_abbreviated_method_is_that_of_the_compressed_sides():
     method = "rkv_vllm.methods.rkv.RKV"
     common, compression = split_engine_flags([f"--kv-comp={method}"])
     assert (common, compression) == ([], {"method": method})
-    assert f"--kv-compression={method}" in make_compressed_sides((64,), compression)[0].flags
+    assert f"--kv-compression={method}" in make_compressed_sides((64,), (), compression)[0].flags
 
 
 @pytest.mark.parametrize(
@@ -116,6 +129,7 @@ def test_an_abbreviated_method_is_that_of_the_compressed_sides():
     [
         ["--kv-budget", "64"],
         ["--kv_buffer=64"],
+        ["--kv-when=pressure"],
         ["--scheduling-policy", "priority"],
         ["--num-gpu-blocks-override=9"],
         ["--max_model_len", "99"],

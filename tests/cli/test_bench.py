@@ -116,12 +116,21 @@ def test_scenarios_requests_take_turns(model, runs):
     assert all(110 < length <= 150 for length in filled), filled
 
 
-def test_baselines_are_sides(model, runs):
-    flags = ["--baseline", "fp8", "--baseline", "--max-num-seqs=2"]
-    (offline,) = json.loads(run(model, *SMALL, *flags, "--json").stdout)["results"]
-    names = ["stock", "stock, fp8", "stock, --max-num-seqs=2", "budget 64"]
-    assert [side["side"] for side in offline["sides"]] == names
+def test_baselines_and_policies_are_sides(model, runs):
+    flags = ["--baseline", "fp8", "--baseline", "--max-num-seqs=2", "--when", "always,pressure"]
+    # Room for all: nothing is compacted under pressure, but `good_result` says otherwise.
+    result = run(model, *SMALL, *flags, "--json")
+    (offline,) = json.loads(result.stdout)["results"]
+    assert [side["side"] for side in offline["sides"]] == [
+        *("stock", "stock, fp8", "stock, --max-num-seqs=2"),
+        *("budget 64, always", "budget 64, pressure"),
+    ]
     assert offline["failed_checks"] == []
+    result = run(model, *SMALL, *flags, "--json", "--pool-tokens", "4096")
+    assert result.exit_code == 1
+    (problem,) = json.loads(result.stdout)["results"][0]["failed_checks"]
+    assert problem.startswith("budget 64, pressure, run 1: ")
+    assert problem.endswith("compactions, wanted none")
 
 
 def test_a_failed_check_is_exit_code_1_and_no_ratio(model, runs, monkeypatch):
@@ -198,6 +207,8 @@ BAD = {
         2,
         "--priority: got it with --mode served",
     ),
+    "when": (["{model}", *SMALL, "--when", "never"], 2, "--kv-when (when): got 'never'"),
+    "whens": (["{model}", *SMALL, "--when", "always,always"], 2, "--when: got always more than"),
     "no baseline": (["{model}", *SMALL, "--baseline", "fp4"], 2, "--baseline: got 'fp4'"),
     "baseline": (
         ["{model}", *SMALL, "--baseline", "--port 8000"],
@@ -354,7 +365,7 @@ def test_offline_measures_both_sides(offline):
 @pytest.mark.engine
 @pytest.mark.timeout(4 * WAIT_SECONDS)
 def test_every_kind_of_side_is_measured_or_reported(model):
-    more = ["--output-len", "200,120", "--priority", "1,0"]
+    more = ["--output-len", "200,120", "--priority", "1,0", "--when", "always,pressure"]
     more += ["--baseline", "fp8", "--baseline", "--attention-backend NONE_SUCH"]
     result = run(model, *SMALL, *more, "--", "--enforce-eager")
     assert result.exit_code == 0, result.output
@@ -369,8 +380,10 @@ def test_every_kind_of_side_is_measured_or_reported(model):
     else:
         assert sides["stock, fp8"]["pool_blocks"] == 4 * 16
         assert sides["stock, fp8"]["preemptions"] == 0
-    compacted = 2 * ((200 - 2) // 32) + 2 * ((120 - 2) // 32)
-    assert sides["budget 64"]["compactions"] == compacted
+    always, pressure = sides["budget 64, always"], sides["budget 64, pressure"]
+    assert always["compactions"] == 2 * ((200 - 2) // 32) + 2 * ((120 - 2) // 32)
+    # Two at once outgrow the pool, which is not needed whole for long.
+    assert 0 < pressure["compactions"] < 4 * 200
     assert sides["stock"]["compactions"] == 0
     for side in sides.values():
         first, second = side["classes"]
