@@ -118,7 +118,11 @@ def split_engine_flags(
     parser = _Parser(command, add_help=False, conflict_handler="resolve")
     parser.add_argument("--additional-config")
     add_flags(parser)
-    own = {flag for flag in parser._option_string_actions if flag.startswith("--kv-")}
+    with_value = {
+        flag
+        for flag, action in parser._option_string_actions.items()
+        if flag.startswith("--kv-") and action.nargs is None
+    }
     # Goes to every side as it is.
     del parser._option_string_actions["--additional-config"]
     for name, cure in taken.items():
@@ -126,7 +130,7 @@ def split_engine_flags(
     # vLLM takes underscores for dashes; what follows "=" or "." is a value or a key.
     spelled = [_with_dashes(flag) if flag.startswith("--") else flag for flag in flags]
     for flag, _, third in zip(spelled, spelled[1:], spelled[2:], strict=False):
-        if flag in own - {OPTION_FLAG} and not third.startswith("-"):
+        if flag in with_value and not third.startswith("-"):
             raise ValueError(f"ENGINE_FLAGS: got {third!r} after {flag}, wanted a flag; remove it")
     found, common = parser.parse_known_args(spelled, argparse.Namespace(additional_config={}))
     for i, flag in enumerate(common):
@@ -159,7 +163,7 @@ def make_compressed_sides(
             own = {"method": ServerOptions.method, "budget": budget, **compression}
             own |= {"when": when} if whens else {}
             pairs = own.pop(METHOD_KEY, {})
-            flags = [_flag(name, value) for name, value in own.items()]
+            flags = [_flag(name, value) for name, value in own.items() if value is not False]
             if pairs:
                 flags += [OPTION_FLAG, *(f"{name}={pairs[name]}" for name in pairs)]
             sides.append(Side(budget, tuple(flags), label=when if whens else "", when=when))
@@ -167,8 +171,8 @@ def make_compressed_sides(
 
 
 def _flag(name: str, value: Any) -> str:
-    """One option as its flag."""
-    return f"{OPTIONS[name].flag}={str(value).lower() if isinstance(value, bool) else value}"
+    """One option as its flag; what is on or off has no value."""
+    return OPTIONS[name].flag if value is True else f"{OPTIONS[name].flag}={value}"
 
 
 def make_stock_sides(workload: Workload, baselines: Sequence[str]) -> list[Side]:

@@ -76,6 +76,16 @@ SCENARIOS = {
         budgets=(128,),
         buffer=64,
     ),
+    # No request fits into the pool. Stock gets the smallest that it starts in.
+    "beyond-pool": Scenario(
+        num_prompts=4,
+        output_lens=(256,),
+        prompt_lens=(2048,),
+        pool_tokens=1024,
+        budgets=(256,),
+        buffer=64,
+        compression={"compress_prompt": True, "prompt_chunk": 256},
+    ),
     # The pool holds three whole requests; every other one may overtake.
     "priorities": Scenario(
         num_prompts=12,
@@ -185,14 +195,15 @@ class Workload:
         """Refuse what would measure nothing or never start.
 
         Raises:
-            ValueError: the pool cannot hold one request, or a budget under which nothing is
-                compacted.
+            ValueError: the pool cannot hold one request though prompts are not compressed, or a
+                budget under which nothing is compacted.
         """
-        if 0 < self.pool_tokens < self.whole_blocks * self.block_size:
+        if not self.prompt_chunk and 0 < self.pool_blocks < self.whole_blocks:
             raise ValueError(
                 f"--pool-tokens: got {self.pool_tokens}, wanted at least "
                 f"{self.whole_blocks * self.block_size}: the pool must hold one whole request, "
-                f"prompt and output, in blocks of {self.block_size}; raise it or lower --output-len"
+                f"prompt and output, in blocks of {self.block_size}; raise it, lower --output-len, "
+                "or pass `-- --kv-compress-prompt`"
             )
         longest = max(self.prompt_lens)
         for budget in budgets:
@@ -205,6 +216,12 @@ class Workload:
                     "would ever be compacted; raise --output-len or lower them"
                 )
 
+    @property
+    def prompt_chunk(self) -> int:
+        """Tokens between two compactions of a prompt on the compressed sides; 0: there are none."""
+        chunk = self.compression.get("prompt_chunk", ServerOptions.prompt_chunk)
+        return chunk if self.compression.get("compress_prompt") else 0
+
     def terms(self, budget: int, prompt_len: int) -> Terms:
         """What holds for a request of a compressed side."""
         protect = self.compression.get("protect", ServerOptions.protect)
@@ -216,14 +233,33 @@ class Workload:
         They differ where asynchronous scheduling, which a platform may have, learns of the last
         due token one step too late. Of a side that compacts under pressure alone: expected.py.
         """
-        fewest, most = (
-            sum(
-                num_compactions(prompt_len, output_len, self.terms(budget, prompt_len), in_flight)
-                for prompt_len, output_len in zip(self.prompt_lens, self.output_lens, strict=True)
-            )
-            for in_flight in (2, 1)
-        )
+        fewest, most = 0, 0
+        for prompt_len, output_len in zip(self.prompt_lens, self.output_lens, strict=True):
+            terms = self.terms(budget, prompt_len)
+            of_prompt, evicted = prompt_compactions(prompt_len, terms, self.prompt_chunk)
+            # From there on it is as if its prompt had been so much shorter.
+            left = prompt_len - evicted, output_len, terms
+            fewest += of_prompt + num_compactions(*left, in_flight=2)
+            most += of_prompt + num_compactions(*left, in_flight=1)
         return fewest, most
+
+
+def prompt_compactions(prefill_len: int, terms: Terms, chunk: int) -> tuple[int, int]:
+    """Compactions of one prompt between its chunks, and the tokens that they evict from it.
+
+    Args:
+        prefill_len: tokens computed before the first one is decoded.
+        terms: budget, buffer and prefix.
+        chunk: its multiples are where a prompt is compacted; 0 for nowhere.
+
+    Source: SPEC section 6.
+    """
+    kept = terms.prefix_len + terms.budget
+    if not chunk or prefill_len <= kept + chunk:
+        return 0, 0
+    # The last chunk is not followed by one.
+    ends = [end for end in range(chunk, prefill_len, chunk) if end > kept]
+    return len(ends), ends[-1] - kept
 
 
 def num_compactions(prompt_len: int, output_len: int, terms: Terms, in_flight: int) -> int:

@@ -72,6 +72,7 @@ ScenarioOption = Annotated[
         help="Preset for SmolLM2-135M on a small CPU machine. starved: memory decides how many "
         "requests run at once. ample: compression can only cost. burst: many prompts at once, "
         "short answers. long-prompt: prompts are most of the cache. mixed: lengths of all kinds. "
+        "beyond-pool: no request fits into the pool; stock gets the smallest that it starts in. "
         "priorities: every other request may overtake. The other options override it."
     ),
 ]

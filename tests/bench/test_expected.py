@@ -66,3 +66,25 @@ def test_every_engine_has_room_for_itself_alone():
 def test_protected_tokens_are_not_evicted():
     workload = new_workload(pool_tokens=11 * 32, compression={"protect": "prompt"})
     assert expected_compactions(workload, under_pressure(workload))[1] == 2 * (150 - 64)
+
+
+CHUNKED = {"compression": {"compress_prompt": True, "prompt_chunk": 50}, "prompt_lens": (120, 180)}
+
+
+def test_prompts_are_compacted_with_room_for_all():
+    # At 100; at 100 and 150.
+    workload = new_workload(pool_tokens=32 * 32, **CHUNKED)
+    assert expected_compactions(workload, under_pressure(workload)) == (3, 3)
+    short = new_workload(pool_tokens=8 * 32, **CHUNKED)
+    fewest, most = expected_compactions(short, under_pressure(short))
+    assert fewest == 3
+    assert most > 100
+
+
+def test_a_recompute_compacts_its_text_again():
+    workload = new_workload(**CHUNKED)
+    calm, preempted = (new_result(SIDES[1], preemptions=count) for count in (0, 2))
+    fewest, most = expected_compactions(workload, calm)
+    assert 3 < fewest <= most
+    # 330 tokens: at 100, 150, ..., 300.
+    assert expected_compactions(workload, preempted) == (1, most + 2 * 5)

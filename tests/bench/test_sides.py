@@ -70,6 +70,27 @@ def test_another_cache_gets_as_many_blocks_as_the_same_bytes_hold(text, element_
     assert side.pool_tokens is None
 
 
+def test_beyond_the_pool_stock_gets_the_smallest_that_it_starts_in():
+    workload = new_workload(pool_tokens=128)
+    stock, same, seqs, fp8 = make_stock_sides(workload, ("--max-num-seqs=1", "fp8"))
+    # 180 tokens in blocks of 32.
+    assert (stock.name, stock.pool_tokens, stock.may_refuse) == ("stock", 192, False)
+    assert (same.name, same.pool_tokens, same.may_refuse) == ("stock, same pool", None, True)
+    assert seqs.pool_tokens == 192
+    # The same bytes hold four times as many.
+    assert fp8.pool_tokens == 512
+
+
+def test_what_is_on_has_a_flag_without_a_value():
+    prompts = {"compress_prompt": True, "prompt_chunk": 256}
+    (side,) = make_compressed_sides((64,), (), prompts)
+    assert {"--kv-compress-prompt", "--kv-prompt-chunk=256"} <= set(side.flags)
+    (side,) = make_compressed_sides((64,), (), {**prompts, "compress_prompt": False})
+    assert not any("compress-prompt" in flag for flag in side.flags)
+    flags = ["--kv-compress-prompt", "--kv-prompt-chunk", "256", "--enforce-eager"]
+    assert split_engine_flags(flags) == (["--enforce-eager"], prompts)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -119,7 +140,7 @@ def test_flags_of_compression_go_to_the_compressed_sides():
 
 def test_an_abbreviated_method_is_that_of_the_compressed_sides():
     method = "rkv_vllm.methods.rkv.RKV"
-    common, compression = split_engine_flags([f"--kv-comp={method}"])
+    common, compression = split_engine_flags([f"--kv-compressi={method}"])
     assert (common, compression) == ([], {"method": method})
     assert f"--kv-compression={method}" in make_compressed_sides((64,), (), compression)[0].flags
 

@@ -3,7 +3,7 @@
 import pytest
 
 from rkv_vllm.bench.prompts import PROBES, TASKS, filled, own_prompts, read_prompts
-from rkv_vllm.bench.workload import SCENARIOS, num_compactions
+from rkv_vllm.bench.workload import SCENARIOS, num_compactions, prompt_compactions
 from rkv_vllm.cli.bench_input import in_turn
 from rkv_vllm.policy import EveryBuffer, Terms
 from rkv_vllm.scheduling.booking import ScheduledRequest
@@ -73,6 +73,41 @@ def test_probes_are_never_due():
                 assert num_compactions(probe_len, workload.probe_len, terms, in_flight=1) == 0
 
 
+@pytest.mark.parametrize(
+    ("prefill_len", "terms", "expected"),
+    [
+        # Not longer than what is kept and one chunk.
+        (164, Terms(64, 32), (0, 0)),
+        # At 100, where 64 stay.
+        (165, Terms(64, 32), (1, 36)),
+        (200, Terms(64, 32), (1, 36)),
+        # At 100 and 200; the last chunk is not followed by one.
+        (201, Terms(64, 32), (2, 136)),
+        # At 200 and 300: 100 tokens are what is kept.
+        (350, Terms(64, 32, prefix_len=36), (2, 200)),
+        (350, Terms(64, 32, prefix_len=350), (0, 0)),
+    ],
+)
+def test_prompts_are_compacted_between_chunks(prefill_len, terms, expected):
+    assert prompt_compactions(prefill_len, terms, chunk=100) == expected
+    assert prompt_compactions(prefill_len, terms, chunk=0) == (0, 0)
+
+
+def test_a_compressed_prompt_is_as_short_as_what_is_left_of_it():
+    chunked = {"compression": {"compress_prompt": True, "prompt_chunk": 100}}
+    # 64 are kept at 200, 50 follow: due at 114 + 32 of 64 + 50 + 150 tokens, and twice more.
+    workload = new_workload(prompt_lens=(250,), output_lens=(150,), **chunked)
+    assert workload.expected_compactions(64) == (2 + 4, 2 + 4)
+    off = {"compression": {"compress_prompt": False, "prompt_chunk": 100}}
+    whole = new_workload(prompt_lens=(250,), output_lens=(150,), **off)
+    assert whole.expected_compactions(64) == (4, 4)
+    # It may be longer than the pool.
+    workload = new_workload(pool_tokens=256, prompt_lens=(250,), output_lens=(150,), **chunked)
+    workload.check((64,))
+    with pytest.raises(ValueError, match="wanted at least 416"):
+        new_workload(pool_tokens=256, prompt_lens=(250,), output_lens=(150,), **off).check((64,))
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_scenarios_compact_and_lack_memory_where_they_say_so(name):
     scenario = SCENARIOS[name]
@@ -86,8 +121,10 @@ def test_scenarios_compact_and_lack_memory_where_they_say_so(name):
         buffer=scenario.buffer,
         pool_tokens=scenario.pool_tokens,
         block_size=scenario.block_size,
+        compression=scenario.compression,
     )
     workload.check(scenario.budgets)
+    assert (workload.pool_blocks < workload.whole_blocks) == (name == "beyond-pool")
     whole = sum(workload.total_lens)
     # Ample: with room for a block that each may ask for at its end.
     has_room = scenario.pool_tokens > whole + 2 * 32 * count
