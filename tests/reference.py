@@ -6,7 +6,7 @@ moving of survivors are written here a second time, in the plainest way. Knows n
 batches or observation slots. The models it is run on come from `models.py`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -198,7 +198,9 @@ class ReferenceRequest:
         unprocessed_steps: int = 0,
         prefix_len: int = 0,
         keep: Keep | None = None,
+        compacted_at: Collection[int] | None = None,
     ) -> None:
+        self.compacted_at = compacted_at
         self.model = model
         self.config = config
         self.keep = keep
@@ -273,15 +275,17 @@ class ReferenceRequest:
         settled_len = self.physical_len - self.unprocessed_steps
         settled_logical_len = self.logical_len - self.unprocessed_steps
         logprobs = self.forward([token_id])
-        if not self._is_due(settled_len):
+        if not self._is_due(settled_len, settled_logical_len):
             return logprobs, None
         self._evict(settled_len, settled_logical_len)
         self.counted_from = self.prefix_len + self.config.budget
         return logprobs, settled_len
 
-    def _is_due(self, settled_len: int) -> bool:
+    def _is_due(self, settled_len: int, settled_logical_len: int) -> bool:
         if self.config is None:
             return False
+        if self.compacted_at is not None:
+            return settled_logical_len in self.compacted_at
         decoded = settled_len - self.counted_from
         config = self.config
         due_at = self.prefix_len + config.budget + config.buffer
@@ -300,6 +304,7 @@ def generate_reference(
     recompute_at: int | Sequence[int] = (),
     unprocessed_steps: int = 0,
     keep: Keep | None = None,
+    compacted_at: Collection[int] | None = None,
 ) -> ReferenceResult:
     """Generates greedily for one request with explicit eviction.
 
@@ -318,6 +323,8 @@ def generate_reference(
             schedules the next one: 0 with synchronous, 1 with asynchronous scheduling. Their tokens
             are not settled.
         keep: chooses what to keep, None for R-KV.
+        compacted_at: settled logical lengths at which it is compacted while it decodes, instead of
+            by the rule of `config`.
 
     Returns:
         Tokens, log-probabilities, compactions and physical lengths. A compaction due in the very
@@ -340,7 +347,7 @@ def generate_reference(
     if config is not None and config.protect != "none":
         prefix_len = len(prompt_ids) if config.protect == "prompt" else config.protect
     model = load_model(Path(model_dir), dtype)
-    request = ReferenceRequest(model, config, unprocessed_steps, prefix_len, keep)
+    request = ReferenceRequest(model, config, unprocessed_steps, prefix_len, keep, compacted_at)
     result = ReferenceResult()
     tops = []
     for step in range(num_tokens):
