@@ -42,8 +42,6 @@ class StepStats:
     """
 
     evicted_tokens: list[int] = field(default_factory=list)
-    reasons: dict[str, int] = field(default_factory=dict)
-    pressure_steps: int = 0
     freed_blocks: int = 0
     deferred_for_seat: int = 0
     deferred_for_blocks: int = 0
@@ -55,6 +53,8 @@ class StepStats:
     swapped_in: int = 0
     recomputed: dict[str, int] = field(default_factory=dict)
     swap_bytes: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    pressure_steps: int = 0
 
     def add_waits(self, plan: StepPlan) -> None:
         """Count the compactions that begin to wait in a step, and whether the pool ran short."""

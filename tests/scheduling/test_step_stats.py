@@ -107,7 +107,9 @@ def test_plans_add_up():
     step.add_waits(StepPlan(num_waiting_for_seat=1))
     step.add_compactions([directive(20, 2), directive(9, 0)])
     step.add_compactions([directive(7, 1)])
-    assert step == StepStats([20, 9, 7], 3, deferred_for_seat=3, deferred_for_blocks=1)
+    assert step == StepStats(
+        [20, 9, 7], 3, deferred_for_seat=3, deferred_for_blocks=1, reasons={"buffer": 3}
+    )
 
 
 class Onlooker:
