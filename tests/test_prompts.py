@@ -90,6 +90,45 @@ def test_a_preempted_request_is_compacted_between_the_chunks_of_its_recompute(
     assert stats["compactions"] == check_all(engine, model, requests, runner.unprocessed_steps)
 
 
+@pytest.mark.parametrize(
+    "runner", ["v1", pytest.param("v2-async", marks=pytest.mark.nightly)], indirect=True
+)
+def test_a_compressed_prefix_serves_later_requests(random_model_dir, runner):
+    """1,024 tokens compressed to 256 by the first request; eight others start from these."""
+    model = random_model_dir("qwen3", 3)
+    lengths = {**LENGTHS, "budget": 256, "prompt_chunk": 256}
+    prefix, num_tokens = random_prompt(1024, seed=9), 50
+    prompts = {f"r{i}": [*prefix, *random_prompt(20 + 40 * i, seed=i)] for i in range(9)}
+    options = {**rkv_vllm.engine_args(**lengths), "max_model_len": 4096}
+    with running_engine(model, 300, **options) as engine:
+        engine.add("r0", prompts["r0"], num_tokens)
+        engine.run()
+        for req_id in list(prompts)[1:]:
+            engine.add(req_id, prompts[req_id], num_tokens)
+        # Neither the text alone nor the options alone make a prefix.
+        engine.add("own budget", prompts["r1"], 1, extra_args={"kv_budget": 128})
+        engine.run()
+        cached = {req_id: engine.num_cached_tokens(req_id) for req_id in engine.outputs}
+        stats = engine.stats()
+        engine.assert_pool_is_empty()
+    # One that waits for copies of what it shares is compacted later than the reference.
+    assert stats["deferred"] == 0
+    assert cached.pop("r0") == 0
+    # Uncompressed text before its first window, at 256, as far as it is left in the pool.
+    assert cached.pop("own budget") <= 224
+    assert set(cached.values()) == {1024}
+    config = ServerOptions(**lengths)
+    saved = 0
+    for req_id, prompt in prompts.items():
+        reference = generate_reference(
+            model, prompt, num_tokens, config, unprocessed_steps=runner.unprocessed_steps
+        )
+        assert engine.outputs[req_id].token_ids == reference.token_ids, req_id
+        saved += len(reference.compactions)
+    # At 512, 768 and 1,024, which eight of them found done; four at least are of "own budget".
+    assert stats["compactions"] == saved - 8 * 3 + 4
+
+
 # What a pool of 352 tokens can never hold, and the key that is named.
 TOO_LARGE = [
     ({"extra_args": {"kv_compression": "off"}}, "kv_compression"),

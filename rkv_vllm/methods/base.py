@@ -112,12 +112,15 @@ class Method(ABC):
     Attributes:
         Options: frozen dataclass of the method's options, each with a default; its fields are made
             by `rkv_vllm.option_field.option`, or plain ones.
+        depends_on_prefix_only: whether the tokens that it keeps depend on nothing of a request but
+            the tokens so far and the options, so that others with the same prefix may share them.
         options: the values of this object.
         model: the layers that it serves.
         ops: the kernels of their caches.
     """
 
     Options: ClassVar[type] = NoOptions
+    depends_on_prefix_only: ClassVar[bool] = False
 
     @classmethod
     def need(cls, options: Any) -> Need:

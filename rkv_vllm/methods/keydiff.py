@@ -15,6 +15,8 @@ from rkv_vllm.methods.base import DenseMethod
 class KeyDiff(DenseMethod):
     """Keeps the keys with the least cosine to the mean of all judged ones, window included."""
 
+    depends_on_prefix_only = True
+
     def score_dense(
         self,
         keys: Tensor,

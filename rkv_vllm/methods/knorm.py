@@ -15,6 +15,8 @@ from rkv_vllm.methods.base import DenseMethod
 class KNorm(DenseMethod):
     """Keeps the keys of the smallest norm."""
 
+    depends_on_prefix_only = True
+
     def score_dense(
         self,
         keys: Tensor,

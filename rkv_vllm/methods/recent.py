@@ -17,6 +17,8 @@ from rkv_vllm.option_field import option
 class Recent(Method):
     """Keeps sinks, which are the first tokens of the text, and then the newest."""
 
+    depends_on_prefix_only = True
+
     @dataclass(frozen=True)
     class Options:
         """What users can set."""

@@ -27,6 +27,8 @@ _RARE_COSINE = 0.9
 class RKV(Method):
     """Weighs the attention that a token gets against how much it repeats the others."""
 
+    depends_on_prefix_only = True
+
     @dataclass(frozen=True)
     class Options:
         """What users can set."""

@@ -19,6 +19,8 @@ from rkv_vllm.option_field import option
 class SnapKV(Method):
     """Keeps the tokens that get the most attention of the window, and their neighbours."""
 
+    depends_on_prefix_only = True
+
     @dataclass(frozen=True)
     class Options:
         """What users can set."""

@@ -48,6 +48,8 @@ _KEY = "--kv-option statistics"
 class TriAttention(Method):
     """Judges keys by the model's mean query, from a file made by `rkv-vllm calibrate`."""
 
+    depends_on_prefix_only = True
+
     @dataclass(frozen=True)
     class Options:
         """What users can set."""

@@ -12,6 +12,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from rkv_vllm.fit.overrides import calls, overrides
+from rkv_vllm.scheduling.publishing import publish_no_more
 
 
 class GroupBooks(FullAttentionManager):
@@ -95,7 +96,11 @@ class GroupBooks(FullAttentionManager):
         if num_evicted or (request_id in self.num_cached_block and not apply_admission_cap):
             # A running request hits no further prefix: a thousand of these are asked for per step.
             num_required = -((num_evicted - num_tokens) // self.block_size)
-            num_blocks = max(num_required - len(self.req_to_blocks[request_id]), 0)
+            held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
+            num_blocks = max(num_required - held, 0)
+            if new_computed_blocks:
+                # Those of a compressed prefix that wait for their eviction leave the free ones.
+                num_blocks += self._get_num_evictable_blocks(new_computed_blocks)
         else:
             num_blocks = super().get_num_blocks_to_allocate(
                 request_id,
@@ -127,6 +132,16 @@ class GroupBooks(FullAttentionManager):
         if self.kept_at is not None:
             self._set_copies_aside(request_id, num_tokens_main_model)
         return allocated
+
+    @overrides(
+        "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"
+        ".add_local_computed_blocks"
+    )
+    def add_local_computed_blocks(self, request_id: str, *args, **kwargs) -> None:
+        """Take over the blocks of a prefix; behind a compressed one nothing is published."""
+        super().add_local_computed_blocks(request_id, *args, **kwargs)
+        if request_id in self.num_evicted:
+            publish_no_more([self], request_id)
 
     def _num_copies(self, req_id: str, end: int, hits: Sequence[KVCacheBlock]) -> int:
         """Private copies that the compaction needs which follows when `end` tokens are computed.

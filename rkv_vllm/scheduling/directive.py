@@ -111,6 +111,7 @@ class StepPlan:
         saved: copies to host memory, to be made right after the flush of what the step before
             booked, the directives of these requests included.
         restored: copies from host memory, to be made behind those and before this step's forward.
+        adopted: request, group and evicted tokens of those that start from a compressed prefix.
         num_recomputed: preempted requests whose compacted cache is lost for want of swap space or
             because it may not be kept; 0 without a swap space.
         under_pressure: whether the pool runs short, with `--kv-when pressure`.
@@ -122,6 +123,7 @@ class StepPlan:
     num_waiting_for_blocks: int = 0
     saved: list[SwapDirective] = field(default_factory=list)
     restored: list[SwapDirective] = field(default_factory=list)
+    adopted: list[tuple[str, int, int]] = field(default_factory=list)
     num_recomputed: int = 0
     under_pressure: bool = False
 

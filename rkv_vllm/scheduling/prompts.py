@@ -25,6 +25,9 @@ class PromptCompactor:
         tracks: the compressed groups; their books learn what prompts need.
         requests: all requests that vLLM knows, by id.
         terms_of: what holds for a request in each group; None if its cache is kept whole.
+
+    Attributes:
+        booked: the requests whose prompt was compacted in the last step.
     """
 
     def __init__(
@@ -38,6 +41,8 @@ class PromptCompactor:
         self._tracks = tracks
         self._requests = requests
         self._terms_of = terms_of
+        # Requests compacted in the last step.
+        self.booked: list[str] = []
         for index, track in enumerate(tracks):
             track.books.longest_prefill = partial(self._longest_prefill, index)
             track.books.kept_at = partial(self._kept_at, index)
@@ -89,6 +94,7 @@ class PromptCompactor:
             The seats in which their queries are recorded in this step.
         """
         self._rule.begin_step()
+        self.booked = []
         seats: dict[str, int] = {}
         num_compacted = 0
         for req_id in req_ids:
@@ -101,6 +107,7 @@ class PromptCompactor:
                 continue
             seat = self._rule.seat(num_compacted)
             num_compacted += 1
+            self.booked.append(req_id)
             if seat is not None:
                 seats[req_id] = seat
             # Nothing of a prompt can be rolled back, so that nothing of it is in flight.

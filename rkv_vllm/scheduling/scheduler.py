@@ -32,6 +32,7 @@ from rkv_vllm.request_options import (
 from rkv_vllm.scheduling.admission import Admission, Limits, Track
 from rkv_vllm.scheduling.booking import ScheduledRequest
 from rkv_vllm.scheduling.books import GroupBooks
+from rkv_vllm.scheduling.compressed_prefixes import CompressedPrefixes
 from rkv_vllm.scheduling.demand import Demand
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, EvictionDirective, StepPlan
 from rkv_vllm.scheduling.floors import FloorAdmission
@@ -82,7 +83,11 @@ class CompressionSchedulerMixin:
         self._pressure: UnderPressure | None = None
         seats = self._seats()
         self._tracks = self._make_tracks(seats)
-        self._prompts = self._make_prompt_compactor(seats)
+        rule = self._make_prompt_rule(seats)
+        self._prompts = self._prefixes = None
+        if rule is not None:
+            self._prompts = PromptCompactor(rule, self._tracks, self.requests, self._terms_of)
+            self._prefixes = self._make_compressed_prefixes(rule)
         self._known: dict[str, _Known] = {}
         # Requests whose prefill has not ended; an ordered set.
         self._prefilling: dict[str, None] = {}
@@ -144,12 +149,37 @@ class CompressionSchedulerMixin:
         room = host_room(self._server, self.vllm_config, self.kv_cache_config, needs_queries)
         return SwapSpace(self._tracks, self._managers, room, self.num_spec_tokens > 0)
 
-    def _make_prompt_compactor(self, seats: Seats) -> PromptCompactor | None:
+    def _make_prompt_rule(self, seats: Seats) -> PromptRule | None:
         if not self._server.compress_prompt:
             return None
         num_extra = self._server.prompt_seats(self.max_num_scheduled_tokens)
-        rule = PromptRule(self._server.prompt_chunk, seats, num_extra)
-        return PromptCompactor(rule, self._tracks, self.requests, self._terms_of)
+        return PromptRule(self._server.prompt_chunk, seats, num_extra)
+
+    def _make_compressed_prefixes(self, rule: PromptRule) -> CompressedPrefixes | None:
+        pool = self.kv_cache_manager.block_pool
+        if (
+            not self.kv_cache_manager.enable_caching
+            or pool.enable_kv_cache_events
+            or len(self._tracks) < len(self._managers)
+            or not find_method(self._server.method).depends_on_prefix_only
+        ):
+            return None
+        return CompressedPrefixes(
+            self._tracks, pool, rule, self.hash_block_size, self._options_of_prefix
+        )
+
+    def _options_of_prefix(self, request: Request) -> str:
+        """What of a request shapes its compressed prompt, beside tokens and terms."""
+        own = self._known[request.request_id].options.method_options or self._server.method_options
+        return repr((self._server.method, self._server.window, own))
+
+    def _publish_prefixes(self) -> None:
+        """Compactions that the workers carry out with this step serve others from the next on."""
+        for req_id in self._prompts.booked:
+            directives = [each for each in self._booked if each.req_id == req_id]
+            if directives:
+                request = self.requests[req_id]
+                self._prefixes.publish(request, self._terms_of(request), directives)
 
     def _make_admission(self, server_terms: Sequence[Terms]) -> Admission | FloorAdmission:
         if self._pressure is None:
@@ -297,6 +327,9 @@ class CompressionSchedulerMixin:
         plan = StepPlan()
         if self._swap is not None:
             self._swap.step(scheduler_output.num_scheduled_tokens, self.requests, plan)
+        if self._prefixes is not None:
+            self._prefixes.step(scheduler_output.num_scheduled_tokens, plan)
+            self._publish_prefixes()
         self._begin_decoding(scheduler_output)
 
         def lookup(req_id: str) -> ScheduledRequest | None:
@@ -363,12 +396,28 @@ class CompressionSchedulerMixin:
         return self._prompts.cap(request, num_computed_tokens, num_new_tokens)
 
     @overrides("vllm.v1.core.sched.scheduler:Scheduler._get_local_prefix_cache_hit")
-    @calls("vllm.v1.core.kv_cache_manager:KVCacheManager.truncate_computed_blocks")
+    @calls(
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.truncate_computed_blocks",
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.prefix_cache_lookup_enabled",
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.create_kv_cache_blocks",
+    )
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """What a request need not compute: what it was swapped out with, else a cached prefix."""
         num_computed = None if self._swap is None else self._swap.ask(request.request_id)
         if num_computed is not None:
             return self.kv_cache_manager.empty_kv_cache_blocks, num_computed, 0, False
+        if self._prefixes is not None and self.kv_cache_manager.prefix_cache_lookup_enabled(
+            request
+        ):
+            found = self._prefixes.longest(request, self._terms_of(request))
+            if found is not None:
+                rows, num_tokens = found
+                return (
+                    self.kv_cache_manager.create_kv_cache_blocks(tuple(rows)),
+                    num_tokens,
+                    0,
+                    False,
+                )
         hit = super()._get_local_prefix_cache_hit(request)
         if self._prompts is None or not hit[1]:
             return hit

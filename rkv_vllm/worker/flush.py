@@ -189,6 +189,8 @@ class Compactor:
         self._stats.recomputed += plan.num_recomputed
         for directive in plan.restored:
             self.groups[directive.group_id].adopt(directive.req_id, directive.num_evicted)
+        for req_id, group_id, num_evicted in plan.adopted:
+            self.groups[group_id].adopt(req_id, num_evicted)
 
     def flush(self, gone: Collection[str] = ()) -> list[EvictionDirective]:
         """Carry out what the last step left, before anything of the next one.

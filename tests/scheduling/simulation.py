@@ -8,7 +8,7 @@ shows up at once. No model, no tensors.
 """
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -179,6 +179,7 @@ class WorkerRequest:
     num_evicted: list[int]
     states: list[list[Hashable]]
     drafts: list[int] = field(default_factory=list)
+    prefill_len: int = 0
 
     def reject(self, num_rejected: int) -> None:
         """Forget the last drafts: their cells stay, nobody reads them again."""
@@ -203,6 +204,12 @@ class SimulatedWorker:
         self.pending: list[EvictionDirective] = []
         self.carried_out: list[EvictionDirective] = []
         self.skipped = 0
+        # Evicted tokens by request and group of those that this step starts behind a compressed
+        # prefix; survivors by group, tokens before them, prefix and budget.
+        self.adopted: dict[str, dict[int, int]] = {}
+        self.compressed: dict[tuple, list[Hashable]] = {}
+        self.num_adopted = 0
+        self.kept_of: Callable[[str, int], tuple[int, int]] | None = None
         self.watched_steps = 0
         self.admissions = 0
         self.resumes = 0
@@ -226,6 +233,10 @@ class SimulatedWorker:
         for directive in plan.saved:
             self._save(directive)
         self.pending = list(plan.directives)
+        self.adopted = {}
+        for req_id, group_id, num_evicted in plan.adopted:
+            self.adopted.setdefault(req_id, {})[group_id] = num_evicted
+        self.num_adopted += len(self.adopted)
         for directive in plan.restored:
             self._restore(directive)
         self.swapped_in += len({directive.req_id for directive in plan.restored})
@@ -292,6 +303,15 @@ class SimulatedWorker:
             states=[[] for _ in range(num_groups)],
         )
         self.requests[req_id] = request
+        request.prefill_len = len(tokens)
+        for group_id, num_evicted in self.adopted.get(req_id, {}).items():
+            key = group_id, tuple(tokens[:num_computed]), self.kept_of(req_id, group_id)
+            request.states[group_id] = list(self.compressed[key])
+            request.num_evicted[group_id] = num_evicted
+            assert len(request.states[group_id]) == num_computed - num_evicted
+        if req_id in self.adopted:
+            assert len(self.adopted[req_id]) == num_groups
+            return
         for position in range(num_computed):
             for states in request.states:
                 states.append(self._state(req_id, request, position))
@@ -340,6 +360,9 @@ class SimulatedWorker:
     def _state(self, req_id: str, request: WorkerRequest, position: int) -> Hashable:
         """Names what a forward writes: a function of the token prefix while nothing was evicted."""
         token = [*request.tokens, *request.drafts][position]
+        if any(request.num_evicted) and position < request.prefill_len:
+            kept = [self.kept_of(req_id, group_id) for group_id in range(len(request.states))]
+            return ("compressed", tuple(request.tokens[: position + 1]), *kept)
         if any(request.num_evicted):
             return ("after eviction", req_id, request.admission, position, token)
         return ("prefix", tuple([*request.tokens, *request.drafts][: position + 1]))
@@ -407,13 +430,26 @@ class SimulatedWorker:
         assert request.block_ids[directive.group_id] == old_ids
         request.states[directive.group_id] = survivors[: length - directive.num_evict]
         request.num_evicted[directive.group_id] += directive.num_evict
+        if directive.settled_logical_len < request.prefill_len:
+            self._note_prefix(directive, request)
         request.block_ids[directive.group_id] = list(new_ids)
+
+    def _note_prefix(self, directive: EvictionDirective, request: WorkerRequest) -> None:
+        prefix = tuple(request.tokens[: directive.settled_logical_len])
+        key = directive.group_id, prefix, (directive.prefix_len, directive.budget)
+        survivors = request.states[directive.group_id][: directive.prefix_len + directive.budget]
+        assert self.compressed.setdefault(key, survivors) == survivors
 
     def _select(self, directive: EvictionDirective) -> list[int]:
         """Any choice of the right size that keeps the window; a function of the directive."""
         window_start = directive.settled_len - self.setting.window
         candidates = range(directive.prefix_len, window_start)
-        random = Random(repr((directive.req_id, directive.settled_logical_len)))
+        request = self.requests.get(directive.req_id)
+        if request is not None and directive.settled_logical_len < request.prefill_len:
+            prefix = tuple(request.tokens[: directive.settled_logical_len])
+            random = Random(repr((prefix, directive.prefix_len, directive.budget)))
+        else:
+            random = Random(repr((directive.req_id, directive.settled_logical_len)))
         kept = sorted(random.sample(candidates, directive.budget - self.setting.window))
         return [*kept, *range(window_start, directive.settled_len)]
 
@@ -476,6 +512,10 @@ class SimulatedEngine:
         self.managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.worker = SimulatedWorker(setting)
+        self.worker.kept_of = lambda req_id, group_id: (
+            self.prefix_lens[req_id],
+            setting.budget_of(group_id, self.budgets[req_id]),
+        )
         self.queue: deque[SchedulerOutput] = deque()
         self.random = Random(seed)
         self.outputs: dict[str, list[int]] = {}
@@ -683,11 +723,13 @@ class SimulatedEngine:
     def _first_boundary(self, request: Request) -> int | None:
         """SPEC section 6: where the prefill is compacted first, None for never."""
         req_id, chunk = request.request_id, self.setting.prompt_chunk
+        if not self.compresses_prompt[req_id]:
+            return None
         budgets = [
             self.setting.budget_of(group_id, self.budgets[req_id]) for group_id in self.tracks
         ]
         kept = self.prefix_lens[req_id] + min(budgets)
-        if not self.compresses_prompt[req_id] or request.num_tokens <= kept + chunk:
+        if request.num_tokens <= kept + chunk:
             return None
         return (kept // chunk + 1) * chunk
 
@@ -773,7 +815,10 @@ class SimulatedEngine:
                 assert row, f"{req_id} was compacted but holds nothing"
                 behind = row[self.prefix_lens[req_id] // BLOCK_SIZE :]
                 published = [block.block_id for block in behind if block.block_hash is not None]
-                assert not published, f"{req_id} publishes blocks {published} after an eviction"
+                # Survivors of a prompt may be found; `_check_plan` sees that none is written.
+                assert self.compresses_prompt[req_id] or not published, (
+                    f"{req_id} publishes blocks {published} after an eviction"
+                )
 
     def _audit_host(self) -> None:
         """Every host block is free, or belongs to one request that waits for its return."""
@@ -808,4 +853,6 @@ class SimulatedEngine:
                 bound = max(prefill_len, self.prefix_lens[req_id] + budget)
                 bound += self.buffers[req_id] + self.setting.drafts
                 slack = self.setting.steps_ahead * self.was_swapped_in(req_id)
-                assert physical <= bound + request.num_in_flight_tokens + slack, req_id
+                # It may have to sit out a step that others fill, its outputs processed.
+                in_flight = max(request.num_in_flight_tokens, 1 + self.setting.steps_ahead)
+                assert physical <= bound + in_flight + slack, req_id

@@ -68,7 +68,9 @@ def test_boundaries_do_not_depend_on_load_nor_on_prefix_hits(model, steps_ahead)
         random = Random(max_tokens)
         for number in range(others):
             shared = random.choice([0, 4, 8, 12, 20, 60])
-            engine.add(f"o{number}", [*prompt[:shared], *range(50, 60 + number)], 30)
+            # Of other options, so that no compressed prefix is shared.
+            text = [*prompt[:shared], *range(50, 60 + number)]
+            engine.add(f"o{number}", text, 30, {"kv_buffer": 5})
         for _ in range(2 if others else 0):
             engine.step()
         engine.add("r", prompt, 5)
@@ -100,10 +102,67 @@ def test_prompts_share_a_prefix_until_each_is_compacted(model):
     for num_blocks in range(needed, 3 * needed):
         engine = SimulatedEngine(model, replace(setting, num_blocks=num_blocks))
         for number in range(4):
-            engine.add(f"r{number}", [*range(28), number, *range(40)], 6)
+            text = [*range(28), number, *range(40)]
+            engine.add(f"r{number}", text, 6, {"kv_buffer": setting.buffer + number})
         engine.run()
         assert engine.prompt_compactions >= 4 * 4
         engine.assert_nothing_is_left()
+
+
+def adopted_by(model, second, first=None, **changes) -> int:
+    """Tokens that a second request of 60 equal tokens takes over from the first one's."""
+    engine = SimulatedEngine(model, replace(SMALL, **changes))
+    for req_id, own in (("first", first), ("second", second)):
+        engine.add(req_id, list(range(60)), 5, own)
+        engine.step()
+        found = engine.last_output.scheduled_new_reqs[0].num_computed_tokens
+        engine.run()
+    engine.assert_nothing_is_left()
+    return found
+
+
+def test_a_compressed_prefix_is_shared_by_equal_requests_only(model):
+    assert adopted_by(model, None) == 48
+    assert adopted_by(model, None, steps_ahead=2) == 48
+    assert adopted_by(model, None, groups=(Group(layer_budget=8), Group(layer_budget=16))) == 48
+    # The text before the first window is found all the same.
+    assert adopted_by(model, {"kv_budget": 12}) == 12
+    assert adopted_by(model, {"kv_option": "lam=0.5"}) == 8
+    assert adopted_by(model, {"kv_compress_prompt": False}) in (8, 12)
+    # Survivors that do not end with a block; a method that draws; layers of other kinds.
+    assert adopted_by(model, None, budget=9) == 8
+    assert adopted_by(model, None, method="random") == 8
+    assert adopted_by(model, None, prefix_caching=False) == 0
+
+
+def test_a_compressed_prefix_leaves_the_pool_by_age_and_with_a_reset(model):
+    engine = SimulatedEngine(model, replace(SMALL, num_blocks=16))
+    for number, prompt in enumerate((range(60), range(60), range(100, 190), range(60))):
+        engine.add(f"r{number}", list(prompt), 5)
+        engine.run()
+    assert engine.worker.num_adopted == 1
+    assert engine.prompt_compactions == 4 + 0 + 7 + 4
+    engine.add("again", list(range(60)), 5)
+    engine.run()
+    assert engine.worker.num_adopted == 2
+    engine.preempt_all()
+    engine.add("reset", list(range(60)), 5)
+    engine.run()
+    assert engine.worker.num_adopted == 2
+    engine.assert_nothing_is_left()
+
+
+def test_what_a_preempted_request_leaves_undone_is_not_found(model):
+    engine = SimulatedEngine(model, SMALL)
+    engine.add("first", list(range(24)), 5)
+    engine.step()
+    assert engine.prompt_compactions == 1
+    # The workers skip its compaction.
+    engine.abort("first")
+    engine.add("second", list(range(60)), 5)
+    engine.run()
+    assert engine.worker.num_adopted == 0
+    assert engine.worker.skipped == 1
 
 
 @pytest.mark.parametrize("method", ["rkv", "recent"])
@@ -167,7 +226,7 @@ def test_a_request_that_the_pool_can_never_hold_runs_with_the_servers_lengths(mo
             {"kv_protect": "prompt"},
         )
     ):
-        engine.add(f"r{number}", list(range(100)), 10, own)
+        engine.add(f"r{number}", list(range(number, 100 + number)), 10, own)
         # What the scheduler makes of it.
         engine.take_for_granted(f"r{number}")
     engine.run()
@@ -204,6 +263,16 @@ def random_setting(random: Random) -> Setting:
         prompt_chunk=random.randint(window, 40),
         host_blocks=random.choice([0, 0, 20, 500]),
     )
+    if random.random() < 0.6:
+        # Survivors end with a block, so that others can start from them.
+        setting = replace(
+            setting,
+            budget=random.choice([4, 8, 12]),
+            prompt_chunk=random.choice([4, 12, 16, 28]),
+            protect=random.choice(["none", 4]),
+            prefix_caching=True,
+            groups=(Group(),),
+        )
     # A request may ask for a budget of so many more, or a protected prefix.
     most = smallest_pool(setting, prefix_len=9, extra_budget=6)
     return replace(setting, num_blocks=most + random.choice([0, 1, 5, 60]))
@@ -250,9 +319,10 @@ def test_no_request_outgrows_its_bound_and_nothing_hangs(model, seed):
     SEEN["others"] += len(engine.directives) - engine.prompt_compactions
     SEEN["resumes"] += engine.worker.resumes
     SEEN["swapped in"] += engine.worker.swapped_in
+    SEEN["adopted"] += engine.worker.num_adopted
 
 
-SEEN = {"prompts": 0, "others": 0, "resumes": 0, "swapped in": 0}
+SEEN = {"prompts": 0, "others": 0, "resumes": 0, "swapped in": 0, "adopted": 0}
 
 
 def test_the_random_sequences_reached_what_they_are_for():
