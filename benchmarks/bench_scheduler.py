@@ -143,7 +143,8 @@ def engine_config(
     ).create_engine_config()
     # The CPU platform switches it off; the scheduler classes do not mind.
     config.scheduler_config.async_scheduling = args.in_flight > 1
-    config.cache_config.num_gpu_blocks = num_requests * (longest // BLOCK_SIZE + 2)
+    # Twice what they can fill.
+    config.cache_config.num_gpu_blocks = 2 * num_requests * (longest // BLOCK_SIZE + 2)
     if compression:
         config.additional_config[CONFIG_KEY] = ServerOptions(**compression).to_dict()
     return config
@@ -153,11 +154,12 @@ def compare(
     folder: Path, args: argparse.Namespace, num_requests: int, is_due: bool
 ) -> dict[str, Any]:
     """Times both schedulers in turns and checks the compactions that ours booked."""
-    budget, buffer = (args.prompt_len, args.buffer) if is_due else (1 << 16, args.buffer)
+    never = 1 << 16 if args.when == "always" else args.prompt_len
+    budget, buffer = args.prompt_len if is_due else never, args.buffer
     # Spread over a buffer, so that every step of the due phase books its share of the compactions.
     lengths = [args.prompt_len + (i % args.buffer if is_due else 0) for i in range(num_requests)]
     prompts = [[i % 256, i // 256, *[1] * (length - 2)] for i, length in enumerate(lengths)]
-    options = {"budget": budget, "buffer": buffer, "seats": num_requests}
+    options = {"budget": budget, "buffer": buffer, "seats": num_requests, "when": args.when}
     sides = {
         name: SteppedScheduler(
             engine_config(folder, args, num_requests, compression),
@@ -170,7 +172,8 @@ def compare(
     # As vLLM's engine does before it serves.
     gc.collect()
     gc.freeze()
-    label = f"{num_requests} requests, {'compacting' if is_due else 'far from due'}"
+    phase = "compacting" if is_due else "far from due" if args.when == "always" else "with room"
+    label = f"{num_requests} requests, {phase}"
     for _ in track(range(args.steps // args.round), label, console=Console(stderr=True)):
         for side in sides.values():
             for _ in range(args.round):
@@ -179,6 +182,8 @@ def compare(
     num_steps = 1 + len(sides["ours"].microseconds)
     terms = Terms(budget, buffer)
     due = [num_compactions(length, num_steps, terms, args.in_flight) for length in lengths]
+    if args.when == "pressure":
+        due = [0] * num_requests
     found: dict[str, Any] = {"requests": num_requests, "phase": label.split(", ")[1]}
     for name, side in sides.items():
         # The first steps of a run have no outputs to take in.
@@ -210,13 +215,14 @@ def main() -> None:
     add("--steps", type=int, default=320, help="of each scheduler and phase (default: 320)")
     add("--round", type=int, default=16, help="steps until the other's turn (default: 16)")
     add("--in-flight", type=int, choices=[1, 2], default=2, help="2: asynchronous (default)")
+    add("--when", choices=["always", "pressure"], default="always", help="pressure: with room only")
     args = parser.parse_args()
     init_none_hash(sha256)
     card = measure.card(torch.device("cpu"))
     cases = []
     with tempfile.TemporaryDirectory() as folder:
         for num_requests in args.requests:
-            for is_due in (False, True):
+            for is_due in (False, True) if args.when == "always" else (False,):
                 cases.append(compare(Path(folder), args, num_requests, is_due))
     problems = [problem for case in cases for problem in case["problems"]]
     print("  ".join(f"{name}: {value}" for name, value in card.items()))
