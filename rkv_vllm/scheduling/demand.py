@@ -61,7 +61,8 @@ class Demand:
             tokens = longest
             if isinstance(manager, GroupBooks):
                 tokens -= manager.num_evicted.get(req_id, 0)
-                if manager.longest_prefill and request.num_computed_tokens < request.num_tokens:
+                # A request that decodes has one token to compute.
+                if manager.longest_prefill and request.num_computed_tokens < request.num_tokens - 1:
                     most = manager.longest_prefill(req_id) + num_steps * self.max_advance
                     tokens = min(tokens, most)
             blocks += max(cdiv(tokens, manager.block_size) - len(manager.req_to_blocks[req_id]), 0)

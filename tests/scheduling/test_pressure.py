@@ -280,3 +280,36 @@ def test_who_has_to_leave_at_its_floor_is_swapped_and_compacted_again(model, ste
     assert back
     assert engine.worker.compactions > 50
     engine.assert_nothing_is_left()
+
+
+def test_prompts_longer_than_the_pool_run_under_pressure_too(model):
+    """In pools of a tenth of the longest text nobody starves, waits for ever or is preempted."""
+    compactions = {"pressure": 0, "prompt": 0}
+    for seed in range(8):
+        random = Random(seed)
+        setting = random_setting(
+            random,
+            compress_prompt=True,
+            prompt_chunk=random.choice([8, 12, 16]),
+            groups=(Group(),),
+            protect=random.choice(["none", 5]),
+            policy="fcfs",
+            num_blocks=random.choice([24, 34, 50]),
+            host_blocks=random.choice([0, 60]),
+        )
+        engine = PressuredEngine(model, setting, seed)
+        wanted = {}
+        for number in range(30):
+            length, wanted[f"r{number}"] = random.randint(1, 150), random.randint(1, 100)
+            own = random.choice([None, None, {"kv_budget": random.randint(4, 12)}])
+            engine.add(f"r{number}", [number] * length, wanted[f"r{number}"], own)
+            for _ in range(random.randint(1, 20)):
+                engine.step()
+        engine.run()
+        assert {req_id: len(tokens) for req_id, tokens in engine.outputs.items()} == wanted
+        assert engine.preempted == []
+        engine.worker.flush()
+        engine.assert_nothing_is_left()
+        for directive in engine.directives:
+            compactions[directive.reason] += 1
+    assert min(compactions.values()) > 100
