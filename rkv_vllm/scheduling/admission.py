@@ -20,7 +20,7 @@ from rkv_vllm.scheduling.books import GroupBooks
 from rkv_vllm.scheduling.demand import final_len
 from rkv_vllm.scheduling.directive import EvictionDirective
 from rkv_vllm.scheduling.planner import GroupPlanner
-from rkv_vllm.scheduling.pressure import PressedGroup
+from rkv_vllm.scheduling.pressed_group import PressedGroup
 
 # Weight of the latest finished request in the share of those that were compacted: about the last
 # ten count, so that admission follows a change of workload within seconds.

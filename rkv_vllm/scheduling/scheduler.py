@@ -21,8 +21,8 @@ from vllm.v1.request import Request, RequestStatus
 from rkv_vllm.fit import refusals
 from rkv_vllm.fit.overrides import calls, overrides
 from rkv_vllm.log import init_logger
-from rkv_vllm.options import CONFIG_KEY, OPTIONS, ServerOptions, find_method
-from rkv_vllm.policy import EveryBuffer, Terms, floor_blocks, longest_cache
+from rkv_vllm.options import CONFIG_KEY, ServerOptions, find_method
+from rkv_vllm.policy import EveryBuffer, Terms
 from rkv_vllm.request_options import (
     RequestOptionError,
     RequestOptions,
@@ -30,6 +30,7 @@ from rkv_vllm.request_options import (
     read_request_options,
 )
 from rkv_vllm.scheduling.admission import Admission, Limits, Track
+from rkv_vllm.scheduling.armed import ArmedRequests
 from rkv_vllm.scheduling.booking import ScheduledRequest
 from rkv_vllm.scheduling.books import GroupBooks
 from rkv_vllm.scheduling.compressed_prefixes import CompressedPrefixes
@@ -39,7 +40,9 @@ from rkv_vllm.scheduling.floors import FloorAdmission
 from rkv_vllm.scheduling.host_room import host_room
 from rkv_vllm.scheduling.loop_watch import LoopWatch
 from rkv_vllm.scheduling.planner import GroupPlanner, Seats
-from rkv_vllm.scheduling.pressure import ArmedRequests, PressedGroup, UnderPressure
+from rkv_vllm.scheduling.pool_size import PoolSize
+from rkv_vllm.scheduling.pressed_group import PressedGroup
+from rkv_vllm.scheduling.pressure import UnderPressure
 from rkv_vllm.scheduling.prompt_rule import PromptRule
 from rkv_vllm.scheduling.prompts import PromptCompactor
 from rkv_vllm.scheduling.publishing import publish_no_more
@@ -96,9 +99,12 @@ class CompressionSchedulerMixin:
         # Of the last step; the workers skip those of requests that leave before the next one.
         self._booked: list[EvictionDirective] = []
         server_terms = self._terms(read_request_options(None, self._server), prompt_len=0)
-        self._check_pool(server_terms, self._limits.in_flight)
+        self._pool_size = PoolSize(
+            self._server, self._tracks, self._managers, self._limits, self.vllm_config
+        )
+        self._pool_size.check_floor(server_terms)
         if self._prompts is not None:
-            self._check_bound(server_terms)
+            self._pool_size.check_bound(server_terms)
         self._admission = self._make_admission(server_terms)
         self._tracks[0].books.required_at_admission = self._required_at_admission
         self._swap = self._make_swap_space()
@@ -196,77 +202,6 @@ class CompressionSchedulerMixin:
             server_terms,
         )
 
-    def _check_pool(self, server_terms: Sequence[Terms], in_flight: int) -> None:
-        """Refuse a protected prefix beside which no request could ever be compacted."""
-        total = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
-        needed = sum(
-            floor_blocks(terms, self._server.window, in_flight, track.books.block_size)
-            for terms, track in zip(server_terms, self._tracks, strict=True)
-        )
-        protected = server_terms[0].prefix_len
-        if protected and needed > total:
-            raise ValueError(
-                f"--kv-protect (protect): got {protected}, which with --kv-budget "
-                f"{self._server.budget} takes {needed} blocks for one request, wanted at most the "
-                f"{total} blocks of the pool; protect fewer tokens or give the cache more memory"
-            )
-
-    @property
-    def _num_usable_blocks(self) -> int:
-        return self.kv_cache_manager.block_pool.num_gpu_blocks - 1
-
-    def _check_bound(self, server_terms: Sequence[Terms]) -> None:
-        """Refuse a pool that cannot hold one request, whatever its prompt; else say what it holds.
-
-        vLLM has asked before (`CompressedAttentionSpec.max_memory_usage_bytes`), with an answer
-        that knows nothing of these options.
-        """
-        if self._server.protect == "prompt":
-            server_terms = [own._replace(prefix_len=self.max_model_len) for own in server_terms]
-        needed, total = self._most_blocks(server_terms, self.max_model_len), self._num_usable_blocks
-        options = ", ".join(
-            f"{OPTIONS[name].flag} {getattr(self._server, name)}"
-            for name in ("protect", "budget", "prompt_chunk", "buffer")
-        )
-        if needed > total:
-            raise ValueError(
-                f"--kv-compress-prompt: got {options}, with which one request takes up to "
-                f"{needed} blocks, wanted at most the {total} blocks of the pool; lower one of "
-                "them or give the cache more memory"
-            )
-        logger.info(
-            "Prompts are compressed: with %s a request of up to --max-model-len %d tokens takes at "
-            "most %d of the %d blocks of the pool",
-            options,
-            self.max_model_len,
-            needed,
-            total,
-        )
-
-    def _most_blocks(self, terms: Sequence[Terms] | None, final_len: int) -> int:
-        """Most blocks that a request ever holds, of all KV-cache groups.
-
-        Args:
-            terms: in each compressed group; None if the cache is kept whole.
-            final_len: tokens that it cannot exceed.
-        """
-        own = [None] * len(self._tracks) if terms is None else terms
-        of_track = {
-            track.books.kv_cache_group_id: final_len
-            if each is None
-            else longest_cache(each, final_len, self._limits.in_flight)
-            for each, track in zip(own, self._tracks, strict=True)
-        }
-        num_blocks = 0
-        for manager in self._managers:
-            spec, group_id = manager.kv_cache_spec, manager.kv_cache_group_id
-            if group_id in of_track:
-                num_blocks += -(-of_track[group_id] // manager.block_size)
-            else:
-                size = spec.max_memory_usage_bytes(self.vllm_config)
-                num_blocks += -(-size // spec.page_size_bytes)
-        return num_blocks
-
     @overrides("vllm.v1.core.sched.scheduler:Scheduler.add_request")
     def add_request(self, request: Request) -> None:
         """Take a request in, with the lengths that hold for it."""
@@ -289,7 +224,7 @@ class CompressionSchedulerMixin:
         if self._prompts is None or request.sampling_params is None or request.resumable:
             return _Known(options, terms)
         final_len = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
-        if self._most_blocks(terms, final_len) > self._num_usable_blocks:
+        if not self._pool_size.holds(terms, final_len):
             logger.warning(
                 "request %s is run with the server's lengths: the pool could never hold it with "
                 "its own",
