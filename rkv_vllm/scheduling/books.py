@@ -88,13 +88,18 @@ class GroupBooks(FullAttentionManager):
         this step, so are private copies of what it shares.
         """
         num_evicted = self.num_evicted.get(request_id, 0)
+        is_running = num_evicted or request_id in self.num_cached_block
+        if is_running and self.kept_at is None and not (apply_admission_cap or new_computed_blocks):
+            # A thousand of these are asked for per step.
+            num_required = -((num_evicted - num_tokens) // self.block_size)
+            return max(num_required - len(self.req_to_blocks[request_id]), 0)
         num_copies = 0
         if self.kept_at is not None:
             num_copies = self._num_copies(request_id, num_tokens_main_model, new_computed_blocks)
             if apply_admission_cap:
                 num_tokens = min(num_tokens, num_evicted + self.longest_prefill(request_id))
         if num_evicted or (request_id in self.num_cached_block and not apply_admission_cap):
-            # A running request hits no further prefix: a thousand of these are asked for per step.
+            # A running request hits no further prefix.
             num_required = -((num_evicted - num_tokens) // self.block_size)
             held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
             num_blocks = max(num_required - held, 0)
@@ -124,7 +129,7 @@ class GroupBooks(FullAttentionManager):
         """Allocate up to `num_tokens` logical tokens of this request."""
         num_evicted = self.num_evicted.get(request_id, 0)
         held = len(self.req_to_blocks[request_id]) * self.block_size
-        allocated = []
+        allocated: list[KVCacheBlock] = []
         if num_tokens - num_evicted > held or request_id in self._partial_hit_reqs:
             allocated = super().allocate_new_blocks(
                 request_id, num_tokens - num_evicted, num_tokens_main_model - num_evicted

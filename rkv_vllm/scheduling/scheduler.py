@@ -88,7 +88,10 @@ class CompressionSchedulerMixin:
         self._tracks = self._make_tracks(seats)
         rule = self._make_prompt_rule(seats)
         self._prompts = self._prefixes = None
-        if rule is not None:
+        if rule is None:
+            # vLLM asks for every running request in every step.
+            self._reserve_prefill_lookahead = super()._reserve_prefill_lookahead
+        else:
             self._prompts = PromptCompactor(rule, self._tracks, self.requests, self._terms_of)
             self._prefixes = self._make_compressed_prefixes(rule)
         self._known: dict[str, _Known] = {}
@@ -326,7 +329,7 @@ class CompressionSchedulerMixin:
         is_decoding = (
             request.status == RequestStatus.RUNNING and request.request_id not in self._prefilling
         )
-        if self._prompts is None or is_decoding:
+        if is_decoding:
             return num_new_tokens
         return self._prompts.cap(request, num_computed_tokens, num_new_tokens)
 
