@@ -15,6 +15,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 import rkv_vllm
 from rkv_vllm.frontend.stat_logger import CompressionStatLogger
+from rkv_vllm.scheduling.directive import REASONS
 from rkv_vllm.scheduling.step_stats import StepStats
 from tests.checkpoint_configs import LLAMA, write_config
 
@@ -23,6 +24,7 @@ DASHBOARD = ROOT / "examples" / "grafana.json"
 OURS = "vllm:kv_compression_"
 FAMILIES = {
     "compactions": "counter",
+    "pressure_steps": "counter",
     "evicted_tokens": "counter",
     "freed_blocks": "counter",
     "deferred": "counter",
@@ -36,7 +38,9 @@ FAMILIES = {
     "seats_in_use": "gauge",
     "evicted_tokens_per_compaction": "histogram",
 }
-STEP = StepStats([33, 70], 3, 2, 1, 4, 900, 700, 5, 3, 2, {"space": 1}, 4096)
+STEP = StepStats(
+    [33, 70], 3, 2, 1, 4, 900, 700, 5, 3, 2, {"space": 1}, 4096, {"buffer": 1, "pressure": 1}, 6
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +91,10 @@ def test_page_has_every_metric_from_the_start(model):
     # Without a prefix of files, prometheus_client tells when each counter was made.
     assert {n: f.type for n, f in ours.items() if not n.endswith("_created")} == FAMILIES
     assert [sample("deferred_total", reason=reason) for reason in ("seat", "blocks")] == [0, 0]
+    assert [sample("compactions_total", reason=reason) for reason in REASONS] == [0, 0, 0]
     for name in (
         "looping_requests_total",
-        "compactions_total",
+        "pressure_steps_total",
         "physical_tokens",
         "evicted_tokens_per_compaction_count",
     ):
@@ -99,10 +104,12 @@ def test_page_has_every_metric_from_the_start(model):
 def test_steps_add_up_and_gauges_show_the_last(model):
     manager = manager_of(engine_config(model), [0])
     report(manager, STEP, 0)
-    report(manager, StepStats([7], 1, 0, 4, 2, 500, 400, 2), 0)
+    report(manager, StepStats([7], 1, 0, 4, 2, 500, 400, 2, reasons={"buffer": 1}), 0)
     manager.record(None, None)
     manager.record(SchedulerStats(), None)
-    assert sample("compactions_total") == sample("evicted_tokens_per_compaction_count") == 3
+    assert [sample("compactions_total", reason=reason) for reason in REASONS] == [2, 1, 0]
+    assert sample("evicted_tokens_per_compaction_count") == 3
+    assert sample("pressure_steps_total") == 6
     assert sample("evicted_tokens_total") == sample("evicted_tokens_per_compaction_sum") == 110
     assert sample("freed_blocks_total") == 4
     assert sample("deferred_total", reason="seat") == 2
@@ -120,8 +127,8 @@ def test_steps_add_up_and_gauges_show_the_last(model):
 def test_engines_are_told_apart_with_vllms_labels(model):
     manager = manager_of(engine_config(model), [0, 3])
     report(manager, STEP, 3)
-    assert sample("compactions_total", engine="0") == 0
-    assert sample("compactions_total", engine="3") == 2
+    assert sample("compactions_total", engine="0", reason="pressure") == 0
+    assert sample("compactions_total", engine="3", reason="pressure") == 1
     assert sample("logical_tokens", engine="3") == 900
     families = page()
     theirs = [s.labels for s in families["vllm:num_requests_running"].samples]
