@@ -98,7 +98,7 @@ def longest_prefill(terms: Terms, prefill_len: int) -> int:
     return min(prefill_len, terms.prefix_len + terms.budget + terms.prompt_chunk)
 
 
-def longest_cache(terms: Terms, final_len: int, in_flight: int) -> int:
+def longest_cache(terms: Terms, final_len: int, in_flight: int, slack: int = 0) -> int:
     """Most physical tokens that a request ever needs, a recompute of all its text included.
 
     What start check, front end and `rkv-vllm plan` hold against the pool.
@@ -107,8 +107,11 @@ def longest_cache(terms: Terms, final_len: int, in_flight: int) -> int:
         terms: of the request.
         final_len: tokens that it cannot exceed.
         in_flight: see `Policy.bound`.
+        slack: tokens above prefix and budget that it needs until it can be compacted, at least;
+            `ServerOptions.slack`.
     """
-    return EveryBuffer(window=0).bound(terms, final_len, final_len, in_flight)
+    bound = EveryBuffer(window=0).bound(terms, final_len, final_len, in_flight)
+    return max(bound, min(final_len, terms.prefix_len + terms.budget + slack + in_flight))
 
 
 def floor_len(terms: Terms, num_steps: int, block_size: int) -> int:

@@ -122,7 +122,8 @@ def _check_prompts(vllm_config: "VllmConfig", options: ServerOptions) -> None:
         prefix_len(options.protect, max_model_len),
         options.prompt_chunk,
     )
-    longest = longest_cache(terms, max_model_len, vllm_config.max_concurrent_batches)
+    slack = options.slack(cache.block_size)
+    longest = longest_cache(terms, max_model_len, vllm_config.max_concurrent_batches, slack)
     needed, total = -(-longest // cache.block_size), cache.num_gpu_blocks_override - 1
     if options.layer_budgets == METHOD and needed > total:
         raise ValueError(

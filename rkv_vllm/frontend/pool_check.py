@@ -79,7 +79,8 @@ class Engine(NamedTuple):
                 prefix_len(options.protect, prompt_len),
                 server.prompt_chunk if options.compress_prompt else 0,
             )
-            longest = longest_cache(terms, final_len, self.in_flight)
+            slack = server.slack(self.block_size)
+            longest = longest_cache(terms, final_len, self.in_flight, slack)
         return -(-longest // self.block_size)
 
 
@@ -89,6 +90,7 @@ def check_pool(
     server: ServerOptions,
     engine: Engine,
     num_prompt_tokens: int,
+    resumable: bool = False,
 ) -> None:
     """Raise if the pool could never hold a request.
 
@@ -98,6 +100,7 @@ def check_pool(
         server: the server's options.
         engine: where it is to run.
         num_prompt_tokens: of the request, 0 where they are not known yet.
+        resumable: whether further inputs may follow, which add up.
 
     Raises:
         RequestOptionError: names what makes it so large, and the ways out.
@@ -109,6 +112,8 @@ def check_pool(
     # Without a limit of its own it may use what is left.
     max_tokens = engine.max_model_len if params.max_tokens is None else params.max_tokens
     final_len = min(num_prompt_tokens + max_tokens, engine.max_model_len)
+    if resumable:
+        options, final_len = None, engine.max_model_len
     needed = engine.blocks_of(options, server, num_prompt_tokens, final_len)
     if needed <= engine.num_blocks:
         return

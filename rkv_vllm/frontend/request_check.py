@@ -53,8 +53,8 @@ def check_request(
     try:
         options = read_request_options(params.extra_args, server, num_prompt_tokens)
         if server.compress_prompt:
-            options = None if resumable else options
-            check_pool(params, options, server, Engine.of(vllm_config, server), num_prompt_tokens)
+            engine = Engine.of(vllm_config, server)
+            check_pool(params, options, server, engine, num_prompt_tokens, resumable)
     except RequestOptionError as error:
         raise VLLMValidationError(str(error), parameter=error.key, value=error.got) from error
 

@@ -5,6 +5,7 @@ Knows vLLM's block pool and one group; does not decide when (planner.py) and mov
 manager gets from the scheduler.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 from vllm.utils.math_utils import cdiv
@@ -53,19 +54,23 @@ class GroupBooks(FullAttentionManager):
     def num_leading_shared_blocks(self, req_id: str, first: int = 0) -> int:
         """Blocks from index `first` on that others hold, up to the first that nobody else does.
 
-        Whoever shares a block shares all before it, so there are no others.
+        Whoever shares a block shares all before it (or a copy of them that the prefix cache took
+        for the same), so the counts do not rise along a row. An estimate; `evict` counts exactly.
         """
         blocks = self.req_to_blocks.get(req_id, ())
-        stop = first
-        while stop < len(blocks) and blocks[stop].ref_cnt > 1:
-            stop += 1
-        return stop - first
+        if first >= len(blocks):
+            return 0
+        return bisect_left(blocks, True, lo=first, key=lambda block: block.ref_cnt < 2) - first
 
     def fair_share(self, req_id: str) -> float:
         """Blocks of the request, of shared ones its part."""
         blocks = self.req_to_blocks.get(req_id, ())
-        num_shared = self.num_leading_shared_blocks(req_id)
-        return len(blocks) - num_shared + sum(1 / block.ref_cnt for block in blocks[:num_shared])
+        share, first = 0.0, 0
+        while first < len(blocks):
+            count = blocks[first].ref_cnt
+            fewer = bisect_left(blocks, True, lo=first + 1, key=lambda b, n=count: b.ref_cnt < n)
+            share, first = share + (fewer - first) / count, fewer
+        return share
 
     @overrides(
         "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.get_num_blocks_to_allocate"

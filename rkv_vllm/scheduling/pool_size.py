@@ -110,7 +110,9 @@ class PoolSize:
         of_track = {
             track.books.kv_cache_group_id: final_len
             if each is None
-            else longest_cache(each, final_len, self._limits.in_flight)
+            else longest_cache(
+                each, final_len, self._limits.in_flight, self._server.slack(track.books.block_size)
+            )
             for each, track in zip(own, self._tracks, strict=True)
         }
         num_blocks = 0

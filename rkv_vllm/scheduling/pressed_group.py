@@ -81,7 +81,7 @@ class PressedGroup:
             longest: tokens that it reaches within the horizon.
         """
         untouched, num_kept, num_held, num_evict = self._row(request)
-        if num_held <= num_kept:
+        if not num_evict or num_held <= num_kept:
             return 0
         # A shared block does not return, and what is kept of it needs a copy.
         num_shared = self._books.num_leading_shared_blocks(request.req_id, untouched)

@@ -71,5 +71,6 @@ class CompressedAttentionSpec(FullAttentionSpec):
             prefix_len(server.protect, max_model_len),
             server.prompt_chunk,
         )
-        longest = longest_cache(terms, max_model_len, vllm_config.max_concurrent_batches)
+        in_flight, slack = vllm_config.max_concurrent_batches, server.slack(self.block_size)
+        longest = longest_cache(terms, max_model_len, in_flight, slack)
         return cdiv(longest, self.block_size) * self.page_size_bytes

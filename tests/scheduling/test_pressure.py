@@ -313,3 +313,20 @@ def test_prompts_longer_than_the_pool_run_under_pressure_too(model):
         for directive in engine.directives:
             compactions[directive.reason] += 1
     assert min(compactions.values()) > 100
+
+
+@STEPS_AHEAD
+def test_the_smallest_pool_that_is_accepted_lets_a_lone_request_finish(model, steps_ahead):
+    """A chunk and a buffer of one token: what it needs to be compacted again is the bound."""
+    lengths = {"budget": 13, "buffer": 1, "window": 1, "prompt_chunk": 1, "compress_prompt": True}
+    # 13 kept, a block of 4, the window, a step before and after, those in flight (vLLM's number for
+    # this platform: 1, with asynchronous scheduling 2); and the null block.
+    smallest = 1 + -(-(13 + 4 + 1 + 2 + (2 if steps_ahead else 1)) // BLOCK_SIZE)
+    setting = Setting(when="pressure", steps_ahead=steps_ahead, num_blocks=smallest, **lengths)
+    with pytest.raises(ValueError, match="one request takes up to"):
+        PressuredEngine(model, replace(setting, num_blocks=smallest - 1))
+    engine = PressuredEngine(model, setting)
+    engine.add("lone", [1] * 40, 100)
+    engine.run(max_steps=400)
+    assert engine.preempted == []
+    assert engine.worker.compactions > 30
