@@ -68,7 +68,7 @@ def make_layer_sets(
         ring = None
         if memory is not None:
             queries = memory.take(len(run), model.num_query_heads, model.head_size)
-            ring = QueryRing(queries, rows.token_rows, ops.observe)
+            ring = QueryRing(queries, rows, ops.observe)
             for layer_idx, layer in enumerate(run.values()):
                 record_in(layer, layer_idx, ring)
         sets.append(LayerSet(model, views.keys, views.values, ops, ring))

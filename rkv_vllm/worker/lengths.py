@@ -29,6 +29,8 @@ class GroupRows:
         token_rows: int32 [max_num_tokens], where each token's query is recorded, -1 = nowhere
             (`observe_naive` has the formula). Graphs hold its address.
         ring_len: see above.
+        records: False where it is known on the host that no token of the step is recorded, so that
+            its layers need not look; graphs always look.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class GroupRows:
         self.seq_lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self.token_rows = torch.full((max_num_tokens,), -1, dtype=torch.int32, device=device)
         self.ring_len = ring_len
+        self.records = True
         self._num_evicted: Tensor | None = None
         self._subtracts = False
 
@@ -62,6 +65,7 @@ class GroupRows:
             rows: one (seat, first token index, number of tokens, first logical position) per
                 watched request. Of a row longer than the ring its last tokens are recorded.
         """
+        self.records = bool(rows)
         self.token_rows.fill_(-1)
         token_rows = self.token_rows.numpy()
         for seat, first_token, num_tokens, first_position in rows:

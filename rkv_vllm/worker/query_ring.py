@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rkv_vllm.worker.lengths import GroupRows
+
 
 class RingMemory:
     """One allocation for the rings of all layers, made before vLLM measures what is left.
@@ -57,18 +59,18 @@ class QueryRing:
 
     Args:
         queries: [seats, num_layers, ring_len, num_heads, head_size].
-        token_rows: int32 [max_num_tokens], where each token of the step is recorded, -1 = nowhere.
+        rows: of the group, whose `token_rows` say where each token of the step is recorded.
         observe: writes the queries of one layer's watched tokens (`observe_naive`).
     """
 
     def __init__(
         self,
         queries: Tensor,
-        token_rows: Tensor,
+        rows: GroupRows,
         observe: Callable[[Tensor, int, Tensor, Tensor], None],
     ) -> None:
         self.queries = queries
-        self._token_rows = token_rows
+        self._rows = rows
         self._observe = observe
 
     def record(self, layer_idx: int, query: Tensor) -> None:
@@ -78,4 +80,5 @@ class QueryRing:
             layer_idx: layer of the ring.
             query: [num_tokens, num_heads, head_size] after RoPE.
         """
-        self._observe(self.queries, layer_idx, query, self._token_rows)
+        if self._rows.records:
+            self._observe(self.queries, layer_idx, query, self._rows.token_rows)

@@ -18,6 +18,7 @@ from rkv_vllm.worker.checks import FiniteChecks, JudgedLayers
 from rkv_vllm.worker.flush import Compactor
 from rkv_vllm.worker.group import CompressedGroup
 from rkv_vllm.worker.layer_set import LayerSet
+from rkv_vllm.worker.lengths import GroupRows
 from rkv_vllm.worker.query_ring import QueryRing
 
 LAYERS, HEADS, GROUP, HEAD_SIZE, BLOCK_SIZE, WINDOW = 2, 3, 2, 32, 32, 8
@@ -38,7 +39,8 @@ def new_layer_set(
     ring_shape = (SEATS, LAYERS, RING_LEN, heads * GROUP, HEAD_SIZE)
     recorded = torch.randn(ring_shape, generator=generator)
     chosen = ops(keys)
-    ring = QueryRing(recorded, torch.full((16,), -1, dtype=torch.int32), chosen.observe)
+    rows = GroupRows(SEATS, 16, RING_LEN, torch.device("cpu"))
+    ring = QueryRing(recorded, rows, chosen.observe)
     names = tuple(f"model.layers.{i}.attn" for i in range(LAYERS))
     scale = torch.full((LAYERS,), HEAD_SIZE**-0.5)
     facts = ModelFacts(names, 0, heads, heads * GROUP, HEAD_SIZE, scale, torch.zeros(LAYERS))

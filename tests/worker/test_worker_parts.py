@@ -27,7 +27,19 @@ LAYERS, HEADS, GROUP, HEAD_SIZE = 2, 3, 2, 32
 def new_ring(seats=3, ring_len=5) -> tuple[GroupRows, QueryRing]:
     rows = GroupRows(4, 16, ring_len, torch.device("cpu"))
     queries = torch.full((seats, LAYERS, ring_len, HEADS * GROUP, HEAD_SIZE), math.nan)
-    return rows, QueryRing(queries, rows.token_rows, observe_naive)
+    return rows, QueryRing(queries, rows, observe_naive)
+
+
+def test_no_layer_looks_in_a_step_that_records_nothing():
+    looked = []
+    rows, ring = new_ring()
+    ring = QueryRing(ring.queries, rows, lambda *args: looked.append(args))
+    query = torch.randn(9, HEADS * GROUP, HEAD_SIZE)
+    for watched, total in (([(2, 0, 1, 11)], 1), ([], 1), ([(0, 4, 3, 20)], 2)):
+        rows.watch(watched)
+        ring.record(1, query)
+        rows.end_step()
+        assert len(looked) == total
 
 
 def test_each_watched_row_is_recorded_at_its_logical_positions():
