@@ -146,8 +146,9 @@ def check_starved(model, seeds: range, num_steps: int) -> None:
         preemptions += len(engine.preempted)
         resumed += engine.worker.resumes
     assert compactions > 20 * len(seeds)
-    # Requests that switched compression off outgrow the pool now and then.
-    assert resumed == preemptions > 0
+    # Requests that switched compression off outgrow the pool now and then. With steps ahead the
+    # outputs in flight may end one that was just preempted.
+    assert 0 < resumed <= preemptions
 
 
 def test_nobody_is_preempted_while_another_could_be_compacted(model):
