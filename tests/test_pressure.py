@@ -51,7 +51,7 @@ def serve(model: Path, num_blocks: int, num_tokens: int, **options):
     ("runner", "num_tokens", "num_blocks"),
     [
         ("v1", 200, 23),
-        pytest.param("v2", 130, 23, marks=pytest.mark.nightly),
+        pytest.param("v2", 130, 21, marks=pytest.mark.nightly),
         ("v2-async", 120, 21),
     ],
     indirect=["runner"],
