@@ -72,6 +72,11 @@ class GroupBooks(FullAttentionManager):
             share, first = share + (fewer - first) / count, fewer
         return share
 
+    def held_len(self, req_id: str, num_tokens: int) -> int:
+        """Most tokens that a request's cache holds while these are computed, before it decodes."""
+        held = num_tokens - self.num_evicted.get(req_id, 0)
+        return held if self.longest_prefill is None else min(held, self.longest_prefill(req_id))
+
     @overrides(
         "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.get_num_blocks_to_allocate"
     )
@@ -102,7 +107,7 @@ class GroupBooks(FullAttentionManager):
         if self.kept_at is not None:
             num_copies = self._num_copies(request_id, num_tokens_main_model, new_computed_blocks)
             if apply_admission_cap:
-                num_tokens = min(num_tokens, num_evicted + self.longest_prefill(request_id))
+                num_tokens = num_evicted + self.held_len(request_id, num_tokens)
         if num_evicted or (request_id in self.num_cached_block and not apply_admission_cap):
             # A running request hits no further prefix.
             num_required = -((num_evicted - num_tokens) // self.block_size)

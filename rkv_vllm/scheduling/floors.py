@@ -119,13 +119,13 @@ class FloorAdmission:
             needed += min(theirs, math.ceil(above))
         return needed + max(map(self._copies, running))
 
-    def take_wanted(self, running: Sequence[Request]) -> int:
+    def take_wanted(self) -> int:
         """Blocks that whoever asked last and was refused needs beside the running requests.
 
         0 when it was admitted, or when the pool cannot hold it beside the floors of the others.
         """
         asked, self._asked = self._asked, None
-        if asked is None or any(request.request_id == asked.req_id for request in running):
+        if asked is None or any(r.request_id == asked.req_id for r in self._running()):
             return 0
         return asked.num_blocks
 
@@ -138,7 +138,7 @@ class FloorAdmission:
         tokens = newcomer.num_tokens
         growth = sum(cdiv(tokens + num_steps, block_size) for block_size in self._other_block_sizes)
         for books in self._groups:
-            tokens = _held_len(newcomer, books)
+            tokens = books.held_len(newcomer.request_id, newcomer.num_tokens)
             growth += cdiv(tokens + num_steps, books.block_size) - cdiv(tokens, books.block_size)
         return growth
 
@@ -157,7 +157,8 @@ class FloorAdmission:
             if num_blocks is None:
                 shared = books.num_leading_shared_blocks(request.request_id)
             else:
-                shared = cdiv(_held_len(request, books), books.block_size) - num_blocks
+                held = books.held_len(request.request_id, request.num_tokens)
+                shared = cdiv(held, books.block_size) - num_blocks
             survivors = own.prefix_len + own.budget + self._limits.in_flight
             copies += max(min(shared, cdiv(survivors, books.block_size)), 0)
         return copies
@@ -194,12 +195,6 @@ class FloorAdmission:
             capped = own._replace(budget=min(own.budget, server.budget))
             floor = floor_len(capped, num_steps, books.block_size)
             if floor <= final_len(newcomer, self._limits.max_model_len):
-                missing = cdiv(floor, books.block_size)
-                growth += max(missing - cdiv(_held_len(newcomer, books), books.block_size), 0)
+                held = books.held_len(newcomer.request_id, newcomer.num_tokens)
+                growth += max(cdiv(floor, books.block_size) - cdiv(held, books.block_size), 0)
         return self._share_long * growth
-
-
-def _held_len(newcomer: Request, books: GroupBooks) -> int:
-    """Tokens that a newcomer's cache will hold before it decodes."""
-    held = newcomer.num_tokens - books.num_evicted.get(newcomer.request_id, 0)
-    return min(held, books.longest_prefill(newcomer.request_id)) if books.longest_prefill else held

@@ -26,7 +26,7 @@ class _Victim(NamedTuple):
 
     Attributes:
         above_floor: whether it holds more than it needs until it can be compacted again.
-        rank: the highest are compacted first.
+        rank: of those alike in that the highest are compacted first.
         gain: blocks, over all groups.
         num_copies: free blocks that its compaction needs before it gives any back.
         is_warm: whether that can be now.
@@ -61,7 +61,8 @@ class UnderPressure:
         num_free: free blocks of the pool.
         seats: of the query ring.
         in_flight: steps computed while a compaction waits for the step's output.
-        rank: of a request; the highest are compacted first, whatever they give.
+        rank: of a request; of those above their floors, and then of the others, the highest are
+            compacted first, whatever they give.
         most_copies: blocks that survivors of one request fill.
 
     Attributes:

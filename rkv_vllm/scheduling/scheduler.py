@@ -279,7 +279,7 @@ class CompressionSchedulerMixin:
                 track.planner.plan_step(lookup, plan)
         else:
             prefilling = [self.requests[req_id] for req_id in self._prefilling]
-            wanted = self._admission.take_wanted(self.running)
+            wanted = self._admission.take_wanted()
             self._pressure.plan_step(self.running, prefilling, wanted, lookup, plan)
         for watched in plan.watched.values():
             watched.update(seats_of_prompts)
@@ -375,32 +375,32 @@ class CompressionSchedulerMixin:
             return {}
 
         def describe(req_id: str) -> ScheduledRequest | None:
-            num_scheduled = scheduler_output.num_scheduled_tokens.get(req_id)
-            if num_scheduled is None:
-                return None
-            return self._describe(self.requests[req_id], num_scheduled)
+            return self._describe(req_id, scheduler_output)
 
         return self._prompts.compact(self._prefilling, describe, plan)
 
     def _scheduled(self, req_id: str, scheduler_output: SchedulerOutput) -> ScheduledRequest | None:
-        num_scheduled = scheduler_output.num_scheduled_tokens.get(req_id)
-        request = self.requests[req_id]
-        if num_scheduled is None or request.is_prefill_chunk:
+        """A decoding request; None if the step does not compute it, or its prefill goes on."""
+        if self.requests[req_id].is_prefill_chunk:
             return None
-        return self._describe(request, num_scheduled)
+        return self._describe(req_id, scheduler_output)
 
-    def _describe(self, request: Request, num_scheduled: int) -> ScheduledRequest:
+    def _describe(self, req_id: str, scheduler_output: SchedulerOutput) -> ScheduledRequest | None:
+        num_scheduled = scheduler_output.num_scheduled_tokens.get(req_id)
+        if num_scheduled is None:
+            return None
+        request = self.requests[req_id]
         num_in_flight = request.num_in_flight_tokens
         if self._swap is not None:
             num_in_flight = self._swap.num_in_flight(request)
         return ScheduledRequest(
-            request.request_id,
+            req_id,
             request.num_computed_tokens,
             num_scheduled,
             num_in_flight,
             request.num_prompt_tokens,
             self._seed(request),
-            self._known[request.request_id].options.method_options,
+            self._known[req_id].options.method_options,
         )
 
     def _seed(self, request: Request) -> int:
