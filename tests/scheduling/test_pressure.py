@@ -206,9 +206,13 @@ def test_the_largest_is_compacted_first_and_no_more_than_it_takes(model, steps_a
     engine = PressuredEngine(model, setting)
     for number, length in enumerate((20, 90, 40)):
         engine.add(f"request-{number}", [number] * length, 100)
+    watched = set()
     while not engine.directives:
         engine.step()
+        watched.update(engine.last_plan.watched[0])
     assert {directive.req_id for directive in engine.directives} == {"request-1"}
+    # One is enough, so nobody else is recorded either.
+    assert watched == {"request-1"}
     engine.run()
     assert engine.preempted == []
     assert engine.directives[1].req_id != "request-1"
