@@ -194,9 +194,6 @@ def test_crowd_with_a_third_hanging_up_leaves_an_empty_pool(server):
     own_blocks = sum(len(chat.prompt) // BLOCK_SIZE for i, chat in enumerate(chats) if i % 3 != 1)
     pool = Scrape.of(server.running)
     assert own_blocks > 2 * pool.pool_blocks
-    assert max(m["num_requests_waiting"] for m in crowd.metrics) >= 5
-    # Samples, and admission keeps room for growth: a peak is seen by chance.
-    assert max(m["kv_cache_usage_perc"] for m in crowd.metrics) > 0.25
 
     assert metrics["kv_cache_usage_perc"] == 0
     assert (pool.held_blocks, pool.pool_blocks) == (0, NUM_BLOCKS - 1)
