@@ -218,6 +218,10 @@ def serving(launcher: Launcher, plan: Plan) -> Iterator[Document]:
     longest = max(shared + own + plan.output_len, few[2] + few[3])
     warm_up = min(plan.requests, WARM_UP_REQUESTS), shared, own, buffer + 8, buffer
     loads = {"warm-up": _workload(plan, *warm_up)}
+    # A small batch, whose caches hardly count in a step, shows the price; a large one the gain.
+    loads["ample, small batch"] = _workload(
+        plan, min(plan.requests, 16), shared, own, plan.output_len // 2, buffer
+    )
     loads["ample"] = _workload(plan, *many)
     for pool in sorted(plan.pools, reverse=True):
         loads[f"starved, pool of {pool} tokens"] = _workload(plan, *many, pool)
