@@ -32,6 +32,7 @@ MIXED_WINDOWS = {
     "sliding_window": 128,
     "layer_types": ["full_attention", "sliding_attention"],
 }
+ALL_WINDOWS = {**MIXED_WINDOWS, "layer_types": ["sliding_attention"] * 2}
 UNUSED_WINDOW = {**LLAMA, "model_type": "qwen2", "use_sliding_window": False, "sliding_window": 128}
 CHUNKED = {**LLAMA, "attention_chunk_size": 128}
 DUAL_CHUNK = {

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import rkv_vllm
-from rkv_vllm.fit import refusals
 from rkv_vllm.layer_budgets import LayerClass, write_classes
 from rkv_vllm.methods.rkv import RKV
 from rkv_vllm.options import ServerOptions
@@ -34,14 +33,6 @@ class Ladder(RKV):
     @classmethod
     def layer_budgets(cls, options, budget: int, num_layers: int) -> Sequence[int]:
         return LADDERS[num_layers]
-
-
-@pytest.fixture
-def windows_allowed(monkeypatch):
-    """Users are refused; what the groups do with such a model is tested all the same."""
-    rules = tuple(rule for rule in refusals.REFUSALS if "sliding-window" not in rule.feature)
-    assert len(rules) == len(refusals.REFUSALS) - 1
-    monkeypatch.setattr(refusals, "REFUSALS", rules)
 
 
 class CacheWatch:
@@ -129,7 +120,7 @@ def assert_equal_explicit_eviction(engine, model, num_tokens, configs, runner) -
     indirect=["runner"],
 )
 def test_full_layers_are_compacted_beside_sliding_ones(
-    random_model_dir, windows_allowed, runner, layer_types, num_groups, num_tokens
+    random_model_dir, runner, layer_types, num_groups, num_tokens
 ):
     model = random_model_dir(
         "llama", 3, layers=len(layer_types), layer_types=layer_types, sliding_window=WINDOW

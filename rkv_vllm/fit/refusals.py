@@ -220,15 +220,37 @@ def _cache_dtype(vllm_config: "VllmConfig") -> str | None:
     return None if got in ("auto", model_dtype) else f"{got} with a {model_dtype} model"
 
 
-def _is_limited(model: "ModelConfig") -> bool:
+def _has_no_full_layer(vllm_config: "VllmConfig") -> bool:
+    """As far as a config tells; what remains is found when the cache is specified (runner.py)."""
+    model = vllm_config.model_config
     # The config of the checkpoint, not of vLLM: each model family has other fields.
     checkpoint = model.hf_text_config.to_dict()
-    return (
-        has_limited_layers(checkpoint, windowed=model.get_sliding_window() is not None)
-        or checkpoint.get("dual_chunk_attention_config") is not None
-        or model.attention_chunk_size is not None
-        or model.rswa_window is not None
-    )
+    if layer_types := checkpoint.get("layer_types"):
+        has_bound = model.get_sliding_window() is not None or model.attention_chunk_size is not None
+        return has_bound and _FULL_ATTENTION_LAYERS.isdisjoint(layer_types)
+    # vLLM sets it where it knows of no other layers; MiMo names them in a field of its own.
+    in_all = vllm_config.cache_config.sliding_window is not None
+    return in_all and "hybrid_layer_pattern" not in checkpoint
+
+
+def _bounded_layers_as_full(vllm_config: "VllmConfig") -> str | None:
+    """What makes vLLM keep every token of layers with a window or chunks, in one block table."""
+    model = vllm_config.model_config
+    checkpoint = model.hf_text_config.to_dict()
+    chunked = model.attention_chunk_size is not None
+    windowed = model.get_sliding_window() is not None
+    if not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager or not (
+        chunked or has_limited_layers(checkpoint, windowed)
+    ):
+        return None
+    variable = "VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE=0"
+    return f"--disable-hybrid-kv-cache-manager or {variable}"
+
+
+def _sees_pieces(model: "ModelConfig") -> bool:
+    checkpoint = model.hf_text_config.to_dict()
+    is_dual = checkpoint.get("dual_chunk_attention_config") is not None
+    return is_dual or model.rswa_window is not None
 
 
 def _is_bidirectional(vllm_config: "VllmConfig") -> bool:
@@ -265,7 +287,11 @@ def _runner(vllm_config: "VllmConfig") -> str | None:
     return None if runner == "generate" else f"runner {runner!r}"
 
 
-def _model(feature: str, is_used: "Callable[[VllmConfig], bool]") -> Refusal:
+def _model(
+    feature: str,
+    is_used: "Callable[[VllmConfig], bool]",
+    wanted: str = "a decoder whose attention keeps keys and values of every token",
+) -> Refusal:
     """A row about what a checkpoint is, whatever the flags."""
 
     def got(vllm_config: "VllmConfig") -> str | None:
@@ -273,7 +299,6 @@ def _model(feature: str, is_used: "Callable[[VllmConfig], bool]") -> Refusal:
         shown = f"{', '.join(model.architectures)} ({model.model})"
         return shown if is_used(vllm_config) else None
 
-    wanted = "a decoder with full attention in every layer"
     return Refusal(feature, got, wanted, "remove --kv-compression or serve another model")
 
 
@@ -362,9 +387,24 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     # A latent cache holds no keys per head.
     _model("multi-head latent attention (MLA)", lambda c: c.model_config.use_mla),
-    # Layers with a window or chunks find their tokens by logical position.
+    # A window or a chunk bounds a cache by itself; only other layers are compacted.
     _model(
-        "sliding-window, chunked or linear attention layers", lambda c: _is_limited(c.model_config)
+        "models without a layer of full attention",
+        _has_no_full_layer,
+        "one layer or more that keeps every token",
+    ),
+    # Then vLLM has one block table for all layers, and compaction would shorten those with a
+    # window as well, which find their tokens by logical position.
+    Refusal(
+        "sliding-window or chunked layers without vLLM's hybrid KV cache manager",
+        _bounded_layers_as_full,
+        "it enabled",
+        "remove the flag and unset the variable",
+    ),
+    # Both take the place in the cache for the place in the text.
+    _model(
+        "dual chunk attention and reference windows (R-SWA)",
+        lambda c: _sees_pieces(c.model_config),
     ),
     # A recurrent state is no list of tokens.
     _model(

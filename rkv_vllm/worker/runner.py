@@ -19,6 +19,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheSpec,
@@ -51,7 +52,7 @@ logger = init_logger(__name__)
 _FINISHED_REPORTS = 256
 
 # Layers beside the compressed ones; linear attention and short convolutions keep a state as well.
-_KEPT_SPECS = (SlidingWindowSpec, MambaSpec)
+_KEPT_SPECS = (SlidingWindowSpec, ChunkedLocalAttentionSpec, MambaSpec)
 
 
 def compression_runner(mixin: type["CompressionRunner"], base: type) -> type["CompressionRunner"]:
@@ -101,8 +102,8 @@ class CompressionRunner(ABC):
             if not _is_compressed(spec) and type(spec) not in _KEPT_SPECS:
                 raise ValueError(
                     f"KV cache compression knows layers of full attention, and leaves those with "
-                    f"a window or a state as they are, got layer {name} with {spec}; serve this "
-                    "model without --kv-compression"
+                    f"a window, chunks or a state as they are, got layer {name} with {spec}; serve "
+                    "this model without --kv-compression"
                 )
         compressed = [name for name, spec in specs.items() if _is_compressed(spec)]
         # A pipeline stage may have layers of other kinds only.

@@ -51,7 +51,7 @@ STARTS = {
     "budget": (LLAMA, ["--kv-budget", "8"]),
     "scheduler": (LLAMA, ["--scheduler-cls", "some.Other"]),
     "length": (LLAMA, ["--max-model-len", "999999"]),
-    "windows": (checkpoint_configs.MIXED_WINDOWS, []),
+    "windows": (checkpoint_configs.ALL_WINDOWS, []),
     "latent": (checkpoint_configs.LATENT, []),
     "alibi": (checkpoint_configs.ALIBI, []),
     "cross-attention": (checkpoint_configs.CROSS_ATTENTION, []),

@@ -37,6 +37,9 @@ def warnings():
 SUPPORTED = [
     {},
     {"checkpoint": checkpoint_configs.UNUSED_WINDOW},
+    {"checkpoint": checkpoint_configs.MIXED_WINDOWS},
+    {"checkpoint": checkpoint_configs.CHUNKED},
+    {"checkpoint": checkpoint_configs.ALL_WINDOWS, "disable_sliding_window": True},
     {"kv_cache_dtype": "bfloat16"},
     {"tensor_parallel_size": 2},
     {"pipeline_parallel_size": 2},
@@ -93,19 +96,23 @@ REFUSED = [
     ("models that do not generate text", {"runner": "pooling", "convert": "embed"}),
     ("multi-head latent attention (MLA)", {"checkpoint": checkpoint_configs.LATENT}),
     (
-        "sliding-window, chunked or linear attention layers",
+        "models without a layer of full attention",
         {"checkpoint": checkpoint_configs.SLIDING_WINDOW},
     ),
     (
-        "sliding-window, chunked or linear attention layers",
-        {"checkpoint": checkpoint_configs.MIXED_WINDOWS},
+        "models without a layer of full attention",
+        {"checkpoint": checkpoint_configs.ALL_WINDOWS},
     ),
     (
-        "sliding-window, chunked or linear attention layers",
-        {"checkpoint": checkpoint_configs.CHUNKED},
+        "sliding-window or chunked layers without vLLM's hybrid KV cache manager: got --disable-hy",
+        {"checkpoint": checkpoint_configs.MIXED_WINDOWS, "disable_hybrid_kv_cache_manager": True},
     ),
     (
-        "sliding-window, chunked or linear attention layers",
+        "sliding-window or chunked layers without vLLM's hybrid KV cache manager",
+        {"checkpoint": checkpoint_configs.CHUNKED, "disable_hybrid_kv_cache_manager": True},
+    ),
+    (
+        "dual chunk attention and reference windows (R-SWA)",
         {"checkpoint": checkpoint_configs.DUAL_CHUNK},
     ),
     ("ALiBi position biases", {"checkpoint": checkpoint_configs.ALIBI}),
@@ -135,7 +142,7 @@ PATCHED = [
         property(lambda _: True),
     ),
     (
-        "sliding-window, chunked or linear attention layers",
+        "dual chunk attention and reference windows (R-SWA)",
         ModelConfig,
         "rswa_window",
         property(lambda _: 64),

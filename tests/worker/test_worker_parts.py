@@ -8,6 +8,7 @@ import torch
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
+    SinkFullAttentionSpec,
     SlidingWindowSpec,
 )
 
@@ -206,7 +207,8 @@ def test_layer_budgets_that_cannot_be_are_refused_by_name():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (ChunkedLocalAttentionSpec(**SIZES, attention_chunk_size=64), "got layer a with Chunked"),
+        (SinkFullAttentionSpec(**SIZES, sink_len=4), "got layer a with SinkFull"),
+        (ChunkedLocalAttentionSpec(**SIZES, attention_chunk_size=64), "no layer of full attention"),
         (FullAttentionSpec(**SIZES, sliding_window=64), "got layer a with Full"),
         (SlidingWindowSpec(**SIZES, sliding_window=32), "no layer of full attention among .'a'"),
     ],
