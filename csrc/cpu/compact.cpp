@@ -12,7 +12,9 @@ struct CompactArgs {
 
 // Ascending order: a destination is never behind its source within the blocks that stay, and other
 // blocks hold nothing that is still to be read. Blocks full of prefix are skipped; what the next
-// one holds of the prefix goes along where that block is another one now.
+// one holds of the prefix goes along where that block is another one now. What follows the last
+// token in its block becomes zero: a fresh block may hold anything there (a state of a Mamba layer
+// read as a number is often NaN), and attention multiplies what it masks by zero.
 template <class T>
 void compact_head(const CompactArgs& a, int64_t head, const int32_t* keep) {
   const RkvPaged& p = a.states;
@@ -27,6 +29,10 @@ void compact_head(const CompactArgs& a, int64_t head, const int32_t* keep) {
     T* to = base + token_place(p, a.new_ids, head, token);
     if (from == to) continue;
     for (int64_t k = 0; k < p.head_size; ++k) to[p.dim_offsets[k]] = from[p.dim_offsets[k]];
+  }
+  for (int64_t token = new_len; token % p.block_size != 0; ++token) {
+    T* to = base + token_place(p, a.new_ids, head, token);
+    for (int64_t k = 0; k < p.head_size; ++k) to[p.dim_offsets[k]] = 0;
   }
 }
 

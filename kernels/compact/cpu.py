@@ -11,7 +11,7 @@ from rkv_vllm.kernels.paged import PagedStates
 
 
 def compact_cpu(states: PagedStates, batch: EvictionBatch, keep: Tensor) -> None:
-    """As `compact_naive`, but cells behind the last token keep what they held."""
+    """As `compact_naive`."""
     batch.check_rows(states)
     check_keep(keep, batch, states)
     keep = keep.contiguous()

@@ -10,8 +10,9 @@ from rkv_vllm.kernels.paged import PagedStates
 def compact_naive(states: PagedStates, batch: EvictionBatch, keep: Tensor) -> None:
     """Leave prefix, kept tokens and tail of every request, in order, in its new blocks.
 
-    Blocks that are full of prefix are neither read nor written. No request may write a block that
-    another one of the batch reads.
+    Blocks that are full of prefix are neither read nor written. What follows the last token in its
+    block becomes zero: a fresh block may hold what no attention may read, masked or not. No request
+    may write a block that another one of the batch reads.
 
     Args:
         states: keys or values, changed in place.
