@@ -4,8 +4,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTEST_ARGS ?=
 
 BIN := .venv/bin
-MODEL := .models/SmolLM2-135M-Instruct
-MODEL_1_5B := .models/Qwen2.5-Coder-1.5B-Instruct
+# Of `make demo`; scripts/fetch_model.py --help lists the names.
+MODEL := SmolLM2-135M-Instruct
 # Progress must show live, also through a pipe.
 export PYTHONUNBUFFERED := 1
 
@@ -18,14 +18,14 @@ help:  ## list the targets
 venv:  ## build .venv: vLLM for CPUs and this project, editable
 	@$(PYTHON) scripts/install.py
 
-model: venv  ## unpack and convert SmolLM2-135M-Instruct into .models
+model: venv  ## unpack and convert SmolLM2-135M-Instruct, or MODEL=Gemma3-270M, into .models
 	@$(BIN)/python scripts/fetch_model.py $(notdir $(MODEL))
 
 model-1.5b: venv  ## the same with Qwen2.5-Coder-1.5B-Instruct: 1.1 GB to download, 3.5 GB on disk
-	@$(BIN)/python scripts/fetch_model.py $(notdir $(MODEL_1_5B))
+	@$(BIN)/python scripts/fetch_model.py Qwen2.5-Coder-1.5B-Instruct
 
-demo: model  ## serve SmolLM2 with compression, chat with it, show the books
-	@$(BIN)/python examples/demo.py
+demo: model  ## serve SmolLM2, or MODEL=..., with compression, chat with it, show the books
+	@$(BIN)/python examples/demo.py --model .models/$(notdir $(MODEL))
 
 # Engines of the tests run on one thread each, so two files at a time fill a small machine.
 test: model  ## run the tests; PYTEST_ARGS="-n 0 -k name -x" narrows them down
@@ -42,8 +42,8 @@ lint: venv  ## check format and style
 bench: model  ## kernels against two baselines, then stock vLLM against compression
 	@$(BIN)/python benchmarks/bench_kernels.py
 	@$(BIN)/python benchmarks/bench_scheduler.py
-	@$(BIN)/rkv-vllm bench $(MODEL) --scenario ample
-	@$(BIN)/rkv-vllm bench $(MODEL) --scenario starved
+	@$(BIN)/rkv-vllm bench .models/$(notdir $(MODEL)) --scenario ample
+	@$(BIN)/rkv-vllm bench .models/$(notdir $(MODEL)) --scenario starved
 
 clean:  ## remove build leftovers and caches; .venv and .models stay
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,8 +1,9 @@
-"""Serve SmolLM2 with a bounded KV cache, chat with it over HTTP, and show what each chat cost.
+"""Serve a model with a bounded KV cache, chat with it over HTTP, and show what each chat cost.
 
-`make demo` runs it. The server is the real command, `vllm serve MODEL --kv-compression rkv`; it
-ends with this script, however the script ends. What each chat holds comes from the server's workers
-(vLLM's development endpoint POST /collective_rpc), the pool from /metrics.
+`make demo` runs it with SmolLM2, `make demo MODEL=Gemma3-270M` with another one. The server is the
+real command, `vllm serve MODEL --kv-compression rkv`; it ends with this script, however the script
+ends. What each chat holds comes from the server's workers (vLLM's development endpoint POST
+/collective_rpc), the pool from /metrics.
 """
 
 import asyncio
@@ -35,6 +36,8 @@ QUESTIONS = (
     "What happens when water freezes? Explain it to a curious child, in detail.",
     "Compare travelling by train and by ship, with ten reasons for each.",
 )
+# What vLLM gets for a model that was not trained to chat.
+PLAIN_CHAT = "{{ bos_token }}Question: {{ messages[-1]['content'] }}{{ '\\n' }}Answer:"
 COLUMNS = ("prompt_tokens", "output_tokens", "logical_len", "physical_len", "compactions")
 
 console = Console(highlight=False)
@@ -58,6 +61,8 @@ def demo(
     flags += [f"--dtype={dtype}", "--enforce-eager", f"--max-model-len={PROMPT_ROOM + max_tokens}"]
     flags += [f"--block-size={BLOCK_SIZE}", f"--max-num-seqs={len(QUESTIONS)}"]
     flags += [f"--kv-cache-memory-bytes={256 << 20}"]
+    if not (model / "chat_template.jinja").is_file():
+        flags.append(f"--chat-template={PLAIN_CHAT}")
     console.print(f"[bold]$ vllm serve {' '.join(flags)}[/bold]", soft_wrap=True)
     environment = {"VLLM_LOG_STATS_INTERVAL": "2", "VLLM_SERVER_DEV_MODE": "1"}
     console.print(f"the server starts, log: {LOG_FILE}")

