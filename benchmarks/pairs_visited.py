@@ -20,7 +20,7 @@ class Tile(NamedTuple):
     is_aligned: bool
 
 
-# Those of csrc/cpu/rkv.cpp and of kernels/rkv/triton.py; tests/kernels/test_early_stop.py compares.
+# Those of csrc/cpu/rkv.cpp and of kernels/rkv/triton/; tests/kernels/test_early_stop.py compares.
 TILES = {"cpu": Tile(4, 32, False), "triton": Tile(64, 64, True)}
 _ROWS_AT_ONCE = 512
 _NORM_EPSILON = 1e-8
@@ -51,19 +51,22 @@ def similar_and_newest(keys: Tensor, threshold: float = 0.5) -> tuple[float, Ten
     return num_similar / max(n * (n - 1), 1), torch.cat(newest)
 
 
-def tiles_visited(newest: Tensor, tile: Tile) -> Tensor:
+def tiles_visited(newest: Tensor, tile: Tile, lead: int = 0) -> Tensor:
     """Steps that a search takes for each group of rows before its last row is served.
 
     Args:
         newest: as `similar_and_newest` returns it.
         tile: how the search goes.
+        lead: places before key 0 in the first group of rows and in the last step.
 
     Returns:
         int64 [groups of rows].
     """
-    n = len(newest)
     # A row without a similar key goes all the way to key 0.
-    farthest = torch.stack([part.min() for part in newest.clamp(min=0).split(tile.rows)])
+    newest = lead + newest.clamp(min=0)
+    newest = torch.cat([newest.new_full((lead,), newest.max()), newest])
+    n = len(newest)
+    farthest = torch.stack([part.min() for part in newest.split(tile.rows)])
     if tile.is_aligned:
         return (n - 1) // tile.columns - farthest // tile.columns + 1
     return (n - farthest + tile.columns - 1) // tile.columns

@@ -1,15 +1,46 @@
 """What the Triton kernels share: tiles of a paged cache, and how to say to them where it lies.
 
-Imported only where Triton serves. Next: rkv/triton.py.
+Imported only where Triton serves. Next: rkv/triton/__init__.py.
 """
 
+import math
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
+from rkv_vllm.kernels.batch import EvictionBatch
 from rkv_vllm.kernels.paged import PagedStates
+
+# Tokens per tile. 64 rows are one warp group's tensor-core instruction on Hopper; 64 columns keep
+# the products (64 x 64 float32 over 128 threads: 32 registers) and two tiles of bf16 keys of 128
+# dimensions in registers. Wider tiles would lengthen the search: most tokens find their key among
+# the newest 3 percent, and a tile is searched as a whole. Not measured on a GPU yet.
+TILE = tl.constexpr(64)
+# Tokens at once where a program goes through one number per token of a head.
+ROW_TILE = tl.constexpr(1024)
+
+# Triton compiles once more for every class of these (1, multiples of 16, others), which would stop
+# serving for a second whenever a flush brings a new one. Strides and the cache itself stay special.
+VARYING = (
+    "p_block_table",
+    "table_stride",
+    "p_settled_lens",
+    "p_prefix_lens",
+    "p_seats",
+    "p_window_ends",
+    "p_scale",
+    "p_soft_cap",
+    "num_layers",
+    "max_len",
+    "num_tiles",
+    "max_candidates",
+    "rows_per_request",
+    "first_member",
+    "stop_member",
+    "group",
+)
 
 
 class Strides(NamedTuple):
@@ -53,6 +84,41 @@ def kernel_block_size(states: PagedStates) -> int:
     return states.cells.shape[2 + states.num_token_dims]
 
 
+def grain_of(states: PagedStates) -> int:
+    """Tokens that lie one after the other wherever a tile or a kernel block of them begins."""
+    return math.gcd(kernel_block_size(states), TILE.value)
+
+
+def most_tiles(states: PagedStates, batch: EvictionBatch, num_left_out: int = 0) -> int:
+    """Tiles of the request that has the most.
+
+    Args:
+        states: the cache; tiles begin where a grain of it begins.
+        batch: the requests.
+        num_left_out: judged tokens at the end that no tile has to hold.
+    """
+    grain = grain_of(states)
+    positions = max(e.prefix_len % grain + e.num_judged for e in batch.evictions) - num_left_out
+    return triton.cdiv(positions, TILE.value)
+
+
+def layout_of(states: PagedStates) -> dict[str, int | bool]:
+    """What is fixed as long as a cache lives."""
+    block_d = max(16, triton.next_power_of_2(states.head_size))
+    return {
+        "NUM_HEADS": states.num_heads,
+        "HEAD_SIZE": states.head_size,
+        "BLOCK_D": block_d,
+        "BLOCK_SIZE": states.block_size,
+        "KERNEL_BLOCK_SIZE": kernel_block_size(states),
+        "GRAIN": grain_of(states),
+        # The interpreter multiplies bf16 as if it were integers.
+        "IN_FLOAT32": is_interpreted(),
+        # Tiles of wider heads need the registers of more threads.
+        "num_warps": 4 if block_d <= 128 else 8,
+    }
+
+
 def is_interpreted() -> bool:
     """Whether TRITON_INTERPRET was set when the kernels were imported."""
     return isinstance(token_places, InterpretedFunction)
@@ -68,6 +134,8 @@ def token_places(
     KERNEL_BLOCK_SIZE: tl.constexpr,
 ):
     """Offsets int64 of tokens within one head of one layer."""
+    # Division of what may be negative takes three more instructions.
+    o_token = o_token.to(tl.uint32)
     block = tl.load(p_row + o_token // BLOCK_SIZE, mask=m_token, other=0).to(tl.int64)
     inside = o_token % BLOCK_SIZE
     kernel_block = (inside // KERNEL_BLOCK_SIZE).to(tl.int64)
@@ -79,27 +147,36 @@ def token_places(
 def load_tile(
     p_head,
     p_row,
-    o_token,
-    m_token,
+    first,
+    stop,
     strides,
+    TOKENS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     KERNEL_BLOCK_SIZE: tl.constexpr,
+    GRAIN: tl.constexpr,
 ):
-    """Keys [tokens, BLOCK_D] of one head in the cache's dtype, zero outside."""
-    places = token_places(
-        p_row,
-        o_token,
-        m_token,
-        strides,
-        BLOCK_SIZE,
-        KERNEL_BLOCK_SIZE,
-    )
+    """Keys or values [TOKENS, BLOCK_D] of one head at positions [first, first + TOKENS).
+
+    Goes by grains, so that a thread looks up one block and one offset for many tokens, and without
+    masks: what stands before or behind the tokens in their first and last grain is read as it is,
+    and rows behind the last grain repeat it. Whoever adds rows up masks them.
+
+    `first` is a multiple of GRAIN, `stop` > 0 the number of positions that hold tokens.
+    """
+    last_grain = (stop - 1) // GRAIN * GRAIN
+    grain = tl.minimum(first + tl.arange(0, TOKENS // GRAIN) * GRAIN, last_grain)
+    places = token_places(p_row, grain, grain >= 0, strides, BLOCK_SIZE, KERNEL_BLOCK_SIZE)
+    o_token = tl.arange(0, GRAIN).to(tl.int64) * strides.token
     o_dim = tl.arange(0, BLOCK_D)
-    m_dim = o_dim < HEAD_SIZE
-    p_keys = p_head + places[:, None] + o_dim[None, :] * strides.dim
-    return tl.load(p_keys, mask=m_token[:, None] & m_dim[None, :], other=0.0)
+    p_cells = p_head + places[:, None, None] + o_token[None, :, None]
+    p_cells += (o_dim * strides.dim)[None, None, :]
+    if HEAD_SIZE == BLOCK_D:
+        b_states = tl.load(p_cells)
+    else:
+        b_states = tl.load(p_cells, mask=(o_dim < HEAD_SIZE)[None, None, :], other=0.0)
+    return tl.reshape(b_states, (TOKENS, BLOCK_D))
 
 
 @triton.jit

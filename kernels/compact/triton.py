@@ -23,7 +23,7 @@ from rkv_vllm.kernels.tiles import kernel_block_size, strides_of, token_places
 # 2 to 3 MiB that hide the latency of an H100's memory at full bandwidth. Not measured yet.
 TILE = tl.constexpr(64)
 
-# rkv/triton.py says why.
+# tiles.py says why.
 VARYING = (
     "p_old_block_table",
     "old_table_stride",

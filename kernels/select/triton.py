@@ -19,7 +19,7 @@ from rkv_vllm.kernels.select.naive import check_scores
 # measured on a GPU yet.
 TILE = tl.constexpr(1024)
 
-# rkv/triton.py says why.
+# tiles.py says why.
 VARYING = (
     "p_settled_lens",
     "p_prefix_lens",

@@ -1,6 +1,6 @@
 """VaSE's two halves in Triton; attention runs R-KV's first launches once per member of a group.
 
-    logits    (rkv/triton.py) per tile of tokens: attention logits of the window, one query head
+    logits    (rkv/triton/) per tile of tokens: attention logits of the window, one query head
     attend    (there) per head: softmax over the candidates, mean over the window, added up over
               the group
     average   per tile of tokens: mean over neighbours                          -> attention
@@ -17,16 +17,17 @@ from torch import Tensor
 from rkv_vllm.kernels.batch import EvictionBatch
 from rkv_vllm.kernels.paged import PagedStates
 from rkv_vllm.kernels.rkv.naive import check_keys, new_scores
-from rkv_vllm.kernels.rkv.triton import (
+from rkv_vllm.kernels.rkv.triton.attend import launch_attend
+from rkv_vllm.kernels.rkv.triton.logits import launch_logits, prepare_importance
+from rkv_vllm.kernels.tiles import (
     ROW_TILE,
     TILE,
     VARYING,
-    launch_attend,
-    launch_logits,
+    grain_of,
     layout_of,
-    prepare_importance,
+    load_tile,
+    strides_of,
 )
-from rkv_vllm.kernels.tiles import load_tile, strides_of
 
 
 def attention_triton(
@@ -73,7 +74,9 @@ def channel_range_triton(values: PagedStates, batch: EvictionBatch) -> Tensor:
     if result.numel() == 0:
         return result
     num_requests, rows_per_request, max_candidates = result.shape
-    num_tiles = triton.cdiv(max_candidates, TILE.value)
+    # Zeros fill every row to its end.
+    most_before = max(eviction.prefix_len % grain_of(values) for eviction in batch.evictions)
+    num_tiles = triton.cdiv(most_before + max_candidates, TILE.value)
     range_kernel[(num_requests * rows_per_request * num_tiles,)](
         values.cells,
         strides_of(values),
@@ -142,6 +145,7 @@ def range_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     KERNEL_BLOCK_SIZE: tl.constexpr,
+    GRAIN: tl.constexpr,
     IN_FLOAT32: tl.constexpr,
 ):
     """Largest minus smallest element of each value of a tile of tokens; 0 behind the candidates."""
@@ -151,19 +155,24 @@ def range_kernel(
     i_layer = i_row // NUM_HEADS % num_layers
     i_head = i_row % NUM_HEADS
     prefix_len = tl.load(p_prefix_lens + i_request)
-    m = tl.load(p_settled_lens + i_request) - prefix_len - WINDOW
-    o_token = i_tile * TILE + tl.arange(0, TILE)
-    m_token = o_token < m
+    settled_len = tl.load(p_settled_lens + i_request)
+    lead = prefix_len % GRAIN
+    start = prefix_len - lead
+    m = settled_len - prefix_len - WINDOW
+    o_token = i_tile * TILE + tl.arange(0, TILE) - lead
+    m_token = (o_token >= 0) & (o_token < m)
     b_values = load_tile(
         p_values + i_layer.to(tl.int64) * strides.layer + i_head.to(tl.int64) * strides.head,
         p_block_table + i_request.to(tl.int64) * table_stride,
-        prefix_len + o_token,
-        m_token,
+        start + i_tile * TILE,
+        settled_len,
         strides,
+        TILE,
         HEAD_SIZE,
         BLOCK_D,
         BLOCK_SIZE,
         KERNEL_BLOCK_SIZE,
+        GRAIN,
     ).to(tl.float32)
     m_dim = (tl.arange(0, BLOCK_D) < HEAD_SIZE)[None, :]
     b_largest = tl.max(tl.where(m_dim, b_values, float("-inf")), axis=1)
@@ -171,4 +180,5 @@ def range_kernel(
     # A maximum may hide NaN; this sum is 0 or NaN.
     b_range = b_largest - b_smallest + tl.sum(b_values * 0.0, axis=1)
     p_out = p_result + i_row.to(tl.int64) * max_candidates
-    tl.store(p_out + o_token, tl.where(m_token, b_range, 0.0), mask=o_token < max_candidates)
+    m_out = (o_token >= 0) & (o_token < max_candidates)
+    tl.store(p_out + o_token, tl.where(m_token, b_range, 0.0), mask=m_out)

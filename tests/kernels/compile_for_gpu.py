@@ -6,6 +6,7 @@ another flush of the same engine, with other lengths and other requests, needs n
 compilation.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from rkv_vllm.kernels.batch import EvictionBatch
+from rkv_vllm.kernels.batch import Eviction, EvictionBatch
 from rkv_vllm.kernels.compact.triton import compact_triton
 from rkv_vllm.kernels.observe.triton import observe_triton
 from rkv_vllm.kernels.paged import PagedStates
@@ -33,10 +34,7 @@ BACKEND = backends["nvidia"].compiler(H100)
 
 
 def main() -> None:
-    launches: list[tuple[JITFunction, tuple, dict[str, Any]]] = []
-    JITFunction.run = lambda kernel, *args, grid, warmup, **kwargs: launches.append(
-        (kernel, args, kwargs)
-    )
+    launches = recorded_launches()
     model = {"head_size": 128, "dtype": torch.bfloat16, "group": 4, "num_heads": 8}
     case = new_case([(100, 103, 50)], num_layers=4, **model)
     launch_all(case.states, case.batch, case.queries)
@@ -50,15 +48,50 @@ def main() -> None:
     done = set()
     for first, second in zip(launches[:half], launches[half:], strict=True):
         kernel, specialization = first[0], specialize(*first)
-        name = "+".join([kernel.__name__, *(key for key in VARIANTS if first[2].get(key))])
+        name = full_name(kernel, first[2])
         if name in done:
             continue
         done.add(name)
-        options, *rest = specialization
-        compiled = compile_kernel(ASTSource(kernel, *rest), target=H100, options=options)
-        print("compiled", name, *sorted(compiled.asm), flush=True)
+        print("compiled", name, *sorted(compile_for(kernel, specialization).asm), flush=True)
         if specialization == specialize(*second):
             print("reused", name, flush=True)
+
+
+def compiled_launches(dtype: torch.dtype, only: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and machine code of what a compaction of an 8B-shaped model launches.
+
+    Args:
+        dtype: of the cache.
+        only: kernels whose name contains this.
+    """
+    launches = recorded_launches()
+    # What vLLM takes on a GPU: blocks of 16 tokens, all heads of a token side by side.
+    cells = torch.zeros(4, 40, 16, 8, 256, dtype=dtype).transpose(2, 3)
+    states = PagedStates(cells[..., :128], None, 16)
+    batch = EvictionBatch.of(
+        [Eviction([*range(7)], [*range(7)], 100, 103, 50, 0, 0, 100)], 8, "cpu"
+    )
+    launch_all(states, batch, torch.zeros(1, 4, 11, 32, 128, dtype=dtype))
+    done = set()
+    for kernel, args, kwargs in launches:
+        name = full_name(kernel, kwargs)
+        if name not in done and only in name:
+            done.add(name)
+            yield name, compile_for(kernel, specialize(kernel, args, kwargs))
+
+
+def recorded_launches() -> list[tuple[JITFunction, tuple, dict[str, Any]]]:
+    """A list that every launch from now on is added to instead of being run."""
+    launches: list[tuple[JITFunction, tuple, dict[str, Any]]] = []
+    JITFunction.run = lambda kernel, *args, grid, warmup, **kwargs: launches.append(
+        (kernel, args, kwargs)
+    )
+    return launches
+
+
+def full_name(kernel: JITFunction, kwargs: dict[str, Any]) -> str:
+    """Of the kernel and its variant."""
+    return "+".join([kernel.__name__, *(key for key in VARIANTS if kwargs.get(key))])
 
 
 def launch_all(states: PagedStates, batch: EvictionBatch, queries: torch.Tensor) -> None:
@@ -88,6 +121,12 @@ def launch_step(pool: torch.Tensor, layer_idx: int, num_tokens: int) -> None:
     slots_triton(rows, torch.zeros(64, dtype=torch.int64), table, 16, out)
     query = torch.zeros(num_tokens, 3, *pool.shape[3:], dtype=pool.dtype)[:, 0]
     observe_triton(pool, layer_idx, query, out.token_rows)
+
+
+def compile_for(kernel: JITFunction, specialization: tuple[Any, ...]) -> Any:
+    """What Triton compiles for an H100 there."""
+    options, *rest = specialization
+    return compile_kernel(ASTSource(kernel, *rest), target=H100, options=options)
 
 
 def specialize(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, ...]:

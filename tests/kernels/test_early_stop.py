@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks.pairs_visited import TILES, similar_and_newest, tiles_visited
-from rkv_vllm.kernels.rkv import triton as rkv_triton
 from rkv_vllm.kernels.rkv.cpu import redundancy_cpu
-from tests.kernels.cases import Case, new_case
+from rkv_vllm.kernels.rkv.triton import redundancy_triton, search
+from tests.kernels.cases import BLOCK_SIZE, Case, new_case
 
 
 def tiles_of_cpu(case: Case, center: bool, monkeypatch) -> int:
@@ -21,14 +21,14 @@ def tiles_of_cpu(case: Case, center: bool, monkeypatch) -> int:
 
 def tiles_of_triton(case: Case, center: bool, monkeypatch) -> int:
     products = []
-    product = rkv_triton.product
+    product = search.product
 
     def counted(*args):
         products.append(args)
         return product(*args)
 
-    monkeypatch.setattr(rkv_triton, "product", counted)
-    rkv_triton.redundancy_triton(case.states, case.batch, threshold=0.5, center=center)
+    monkeypatch.setattr(search, "product", counted)
+    redundancy_triton(case.states, case.batch, threshold=0.5, center=center)
     return len(products)
 
 
@@ -44,19 +44,21 @@ VERSIONS = {"cpu": tiles_of_cpu, "triton": tiles_of_triton}
 def test_as_many_tiles_are_looked_at_as_the_newest_similar_keys_ask_for(
     version, similar, opposite, center, most, monkeypatch
 ):
-    lengths = [(200, 200, 60), (333, 335, 60, 33)]
+    lengths = [(200, 200, 60), (333, 335, 60, 60)]
     case = new_case(lengths, similar=similar, num_layers=1, num_heads=2, seed=1)
     expected, all_tiles = 0, 0
     tile = TILES[version]
     for eviction, dense in zip(case.batch.evictions, case.dense, strict=True):
         n = eviction.num_judged
+        # Triton's tiles begin where blocks do.
+        lead = eviction.prefix_len % BLOCK_SIZE if tile.is_aligned else 0
         # Every other token on the other side of the mean.
         dense[:, :, ::2] += opposite
         dense[:, :, 1::2] -= opposite
         case.states.write(torch.tensor(eviction.old_block_ids), dense)
         for keys in dense[0, :, eviction.prefix_len : eviction.settled_len]:
             _, newest = similar_and_newest(keys - keys.mean(dim=0) if center else keys)
-            expected += int(tiles_visited(newest, tile).sum())
-            all_tiles += -(-n // tile.rows) * -(-n // tile.columns)
+            expected += int(tiles_visited(newest, tile, lead).sum())
+            all_tiles += -(-(n + lead) // tile.rows) * -(-(n + lead) // tile.columns)
     assert 0 < expected <= most * all_tiles
     assert VERSIONS[version](case, center, monkeypatch) == expected

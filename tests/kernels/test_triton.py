@@ -35,7 +35,9 @@ TRITON = triton_ops(SMALL_STATES)
 # The interpreter takes about 10 ms per program and operation-heavy tile: one layer, two heads.
 SMALL = {"num_layers": 1, "num_heads": 2}
 
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(invalid value|divide by zero) encountered:RuntimeWarning"
+)
 
 
 def test_the_kernels_are_interpreted():
