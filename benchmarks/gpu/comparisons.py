@@ -8,6 +8,8 @@ from typing import Any
 LOGPROB_TOLERANCE = {"float32": 1e-2, "float16": 1.5, "bfloat16": 2.5}
 # How near an engine has to be to explicit eviction, as a share of its distance from a full cache.
 NEARER_THAN_FULL = 0.3
+# How far stock vLLM may be from transformers; garbage is several nats away.
+STOCK_GAP = 1.0
 
 Output = dict[str, Any]
 
@@ -93,3 +95,21 @@ def compare_with_reference(got: Output, reference: Output) -> dict[str, Any]:
         "mean_gap_to_full": full,
         "compactions": got["compactions"],
     }
+
+
+def compare_stock(got: Output, reference: Output) -> dict[str, Any]:
+    """Compare stock vLLM with transformers that was made to say the same text.
+
+    Args:
+        got: of the engine, without compression.
+        reference: `full_logprobs` of the engine's tokens.
+    """
+    pairs = zip(got["logprobs"], reference["full_logprobs"], strict=True)
+    gaps = [abs(a - b) for ours, full in pairs for a, b in zip(ours, full, strict=True)]
+    gap, problems = sum(gaps) / len(gaps), []
+    if not gap < STOCK_GAP:
+        problems.append(
+            f"without compression the mean gap of log-probabilities to transformers is {gap:.3g}, "
+            f"wanted less than {STOCK_GAP}: vLLM itself goes wrong in this mode"
+        )
+    return {"problems": problems, "mean_gap_to_full": gap, "compactions": got["compactions"]}

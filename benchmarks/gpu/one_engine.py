@@ -17,6 +17,8 @@ NUM_REQUESTS = 4
 MODES: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
     "full": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL"}},
+    # Without compression: what this mode does to stock vLLM.
+    "stock": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL"}},
     "unsynced": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL"}},
     "piecewise": {"compilation_config": {"mode": 3, "cudagraph_mode": "PIECEWISE"}},
     "default": {},
@@ -118,6 +120,7 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
     from tests.models import kv_cache_bytes
 
     replays = count_replays()
+    is_stock = args.mode == "stock"
     options = {"enforce_eager": True} if args.without_graphs else MODES[args.mode]
     if args.backend:
         options = {**options, "attention_config": {"backend": args.backend}}
@@ -132,7 +135,7 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
         skip_tokenizer_init=True,
         seed=0,
         **options,
-        **rkv_vllm.engine_args(budget=BUDGET, buffer=BUFFER),
+        **({} if is_stock else rkv_vllm.engine_args(budget=BUDGET, buffer=BUFFER)),
     )
     params = SamplingParams(
         temperature=0, max_tokens=args.num_tokens, ignore_eos=True, detokenize=False, logprobs=0
@@ -146,7 +149,7 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
             [step[token].logprob for step, token in zip(c.logprobs, c.token_ids, strict=True)]
             for c in completions
         ],
-        "compactions": rkv_vllm.stats(llm)["compactions"],
+        "compactions": 0 if is_stock else rkv_vllm.stats(llm)["compactions"],
         "graph_replays": len(replays),
         "async_scheduling": bool(config.scheduler_config.async_scheduling),
         "cudagraph_mode": str(config.compilation_config.cudagraph_mode),

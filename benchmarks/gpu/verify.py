@@ -90,6 +90,7 @@ def parse() -> argparse.Namespace:
     add("--requests", type=int, default=256, help="ample and starved (default: 256)")
     add("--output-len", type=int, default=1024, help="ample and starved, tokens (default: 1024)")
     add("--pools", type=numbers, default=[134_000, 60_000], help="tokens, of the starved loads")
+    add("--modes", type=names, default=[], help="of the equality checks, beside eager; default all")
     args = parser.parse_args()
     if unknown := set(args.phases) - set(PHASES):
         parser.error(f"--phases: got {', '.join(sorted(unknown))}, wanted some of {list(PHASES)}")
@@ -101,7 +102,8 @@ def plan_of(args: argparse.Namespace, folder: Path) -> Plan:
     if args.rehearse:
         model = str(folder / "random-model")
         return Plan(True, jobs=1, model=model, pools=[2048, 1024], requests=8, output_len=80)
-    return Plan(False, args.jobs, args.model, args.pools, args.requests, args.output_len)
+    sizes = args.pools, args.requests, args.output_len
+    return Plan(False, args.jobs, args.model, *sizes, modes=tuple(args.modes))
 
 
 def _environment(folder: Path, args: argparse.Namespace) -> dict[str, str]:
