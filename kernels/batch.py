@@ -7,6 +7,7 @@ Knows no scheduler and no vLLM. Next: ops.py for what is done with a batch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -127,9 +128,10 @@ class EvictionBatch:
             _table([getattr(e, name) for e in evictions])
             for name in ("old_block_ids", "new_block_ids")
         ]
+        # One array for all lengths: making one costs more than filling it.
+        lengths = np.array([e[_FIRST_LENGTH:_SEED] for e in evictions], dtype=np.int32)
         columns = [seeds.view(np.int32).reshape(-1, 2), *tables]
-        for name in _LENGTHS:
-            columns.append(np.array([getattr(e, name) for e in evictions], dtype=np.int32))
+        columns.extend(lengths.reshape(-1, len(_LENGTHS)).T)
         columns.append(np.full(len(evictions), ALL_FINITE, dtype=np.int32))
         flat = torch.from_numpy(np.concatenate([column.ravel() for column in columns]))
         device = torch.device(device)
@@ -147,17 +149,17 @@ class EvictionBatch:
         """R."""
         return len(self.evictions)
 
-    @property
+    @cached_property
     def max_judged(self) -> int:
         """Most tokens that a request is judged on, 0 in an empty batch."""
         return max((e.num_judged for e in self.evictions), default=0)
 
-    @property
+    @cached_property
     def max_candidates(self) -> int:
         """Most candidates of a request, 0 in an empty batch."""
         return max(self.max_judged - self.window, 0)
 
-    @property
+    @cached_property
     def max_budget(self) -> int:
         """The largest budget, 0 in an empty batch."""
         return max((e.budget for e in self.evictions), default=0)
@@ -223,15 +225,9 @@ class EvictionBatch:
                 )
 
 
-_LENGTHS = (
-    "settled_len",
-    "total_len",
-    "budget",
-    "prefix_len",
-    "seat",
-    "window_end",
-    "prompt_len",
-)
+# Those of an Eviction, which the batch has as tensors.
+_FIRST_LENGTH, _SEED = (Eviction._fields.index(name) for name in ("settled_len", "seed"))
+_LENGTHS = Eviction._fields[_FIRST_LENGTH:_SEED]
 _PER_REQUEST = ("seeds", "old_block_table", "new_block_table", *(f"{name}s" for name in _LENGTHS))
 
 

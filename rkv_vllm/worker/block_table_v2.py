@@ -60,6 +60,7 @@ class StateRows:
         for group_id, rows in self.groups.items():
             evicted = torch.from_numpy(self.num_evicted[group_id][state_idx])
             rows.begin_step(evicted, subtract=False)
+            rows.records = bool((self.seats[group_id][state_idx] >= 0).any())
 
     @contextmanager
     def own_call(self) -> Iterator[None]:

@@ -252,12 +252,18 @@ class Compactor:
             )
             for requests, layers in _chunks(batch, layer_set)
         ]
-        # Heads are counted from the first of a call's layers, so its flags are its own.
-        flags = torch.full(
-            (len(calls), len(directives)), ALL_FINITE, dtype=torch.int32, device=device
-        )
-        for call, call_flags in zip(calls, flags, strict=True):
-            part = batch.part(call.requests, call_flags[call.requests])
+        if len(calls) == 1:
+            flags, parts = batch.non_finite[None], [batch]
+        else:
+            # Heads are counted from the first of a call's layers, so its flags are its own.
+            flags = torch.full(
+                (len(calls), len(directives)), ALL_FINITE, dtype=torch.int32, device=device
+            )
+            parts = [
+                batch.part(call.requests, call_flags[call.requests])
+                for call, call_flags in zip(calls, flags, strict=True)
+            ]
+        for call, part in zip(calls, parts, strict=True):
             self._compact(call, part, directives[call.requests])
         judged = [JudgedLayers(call.layer_names, call.layer_set.keys.num_heads) for call in calls]
         self._checks.start(flags, judged, [directive.req_id for directive in directives])

@@ -30,7 +30,7 @@ class GroupRows:
             (`observe_naive` has the formula). Graphs hold its address.
         ring_len: see above.
         records: False where it is known on the host that no token of the step is recorded, so that
-            its layers need not look; graphs always look.
+            its layers need not look; captured graphs always look.
     """
 
     def __init__(
@@ -56,6 +56,8 @@ class GroupRows:
     def end_step(self) -> None:
         """Nothing that follows, up to the next `begin_step`, belongs to a request."""
         self._num_evicted = None
+        # Graphs are captured with everything that a later step may need.
+        self.records = True
         self.token_rows.fill_(-1)
 
     def watch(self, rows: list[tuple[int, int, int, int]]) -> None:

@@ -2,12 +2,16 @@
 
 from types import SimpleNamespace
 
+import numpy as np
+import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
 from rkv_vllm.worker.attention_group import attend_to_physical_lengths
+from rkv_vllm.worker.block_table_v2 import StateRows
 from rkv_vllm.worker.lengths import GroupRows
+from rkv_vllm.worker.query_ring import QueryRing
 
 
 def common(seq_lens: list[int]) -> CommonAttentionMetadata:
@@ -97,3 +101,22 @@ def test_metadata_is_not_handed_on_to_another_group_of_an_equal_spec():
     assert group.metadata_builders == [builder]
     assert not builder.supports_update_block_table
     assert Builder.supports_update_block_table
+
+
+@pytest.mark.parametrize(("row", "is_recorded"), [(1, True), (2, False)])
+def test_layers_look_for_watched_tokens_only_in_steps_that_have_some_and_in_captures(
+    row, is_recorded
+):
+    rows = GroupRows(4, 16, 9, torch.device("cpu"))
+    looked = []
+    ring = QueryRing(torch.zeros(1), rows, lambda *args: looked.append(args))
+    states = StateRows({0: rows}, 4, torch.device("cpu"))
+    states.seats[0][1] = 2
+    # A captured or dummy run before the first step.
+    ring.record(0, torch.zeros(1))
+    states.begin_step(np.array([0, row]))
+    ring.record(0, torch.zeros(1))
+    assert len(looked) == 1 + is_recorded
+    rows.end_step()
+    ring.record(0, torch.zeros(1))
+    assert len(looked) == 2 + is_recorded
