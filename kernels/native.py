@@ -14,12 +14,19 @@ import torch
 
 from rkv_vllm.kernels.paged import PagedStates
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# DType of csrc/cpu/heads.h.
+DTYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float8_e4m3fn: 3,
+    torch.float8_e5m2: 4,
+}
 
 # RkvResult of csrc/cpu/paged.h.
 _NO_MEMORY = -2
 # kInterface there.
-_INTERFACE = 3
+_INTERFACE = 4
 
 
 class _Paged(Structure):

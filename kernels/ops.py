@@ -39,7 +39,7 @@ class Ops(NamedTuple):
 
     Attributes:
         name: "triton", "cpu" or "naive".
-        observe: (ring, layer_idx, query, token_rows), see `observe_naive`.
+        observe: (ring, layer_idx, query, token_rows, query_scale), see `observe_naive`.
         importance: (keys, batch, queries, scale, soft_cap, *, pool, defensive) -> scores, see
             `importance_naive`.
         redundancy: (keys, batch, *, threshold, center) -> scores, see `redundancy_naive`.
@@ -53,7 +53,7 @@ class Ops(NamedTuple):
     """
 
     name: str
-    observe: Callable[[Tensor, int, Tensor, Tensor], None]
+    observe: Callable[..., None]
     importance: Callable[..., Tensor]
     redundancy: Callable[..., Tensor]
     attention: Callable[..., Tensor]
@@ -87,8 +87,9 @@ def ops_for(states: PagedStates, window: int = 8) -> Ops:
 
 def naive_ops(states: PagedStates) -> Ops:
     """The contracts in plain torch, for any device and layout."""
-    # One request at a time: its keys, as blocks and as heads.
-    dense = 2 * states.head_size * states.dtype.itemsize
+    # One request at a time: its keys, as blocks, as heads and, of a quantised cache, as numbers.
+    per_element = 2 * states.dtype.itemsize + 4 * (states.quantisation is not None)
+    dense = states.head_size * per_element
     return Ops(
         "naive",
         observe_naive,

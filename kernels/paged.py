@@ -11,6 +11,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+FLOATS_OF_A_BYTE = (torch.float8_e4m3fn, torch.float8_e5m2)
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -25,6 +27,19 @@ class Packing:
     order: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Quantisation:
+    """How the bytes of a quantised cache are read: a float of one byte times a factor.
+
+    Attributes:
+        dtype: of that float, torch.float8_e4m3fn or torch.float8_e5m2.
+        scale: float32 [num_layers, num_kv_heads], the factors.
+    """
+
+    dtype: torch.dtype
+    scale: Tensor
+
+
 class PagedStates:
     """Keys or values of several layers, addressed by token.
 
@@ -37,6 +52,7 @@ class PagedStates:
         block_size: tokens that one id of a block table stands for. Of a plain view it may be a
             multiple of kernel_block_size; id b then stands for the neighbours
             b * ratio ... b * ratio + ratio - 1.
+        quantisation: how blocks of bytes are read, None where they hold floats.
 
     Attributes:
         cells: [num_layers, num_blocks, num_kv_heads, *token dimensions, *head dimensions], the
@@ -47,14 +63,23 @@ class PagedStates:
         ValueError: the shape or the strides of `blocks` fit neither description.
     """
 
-    def __init__(self, blocks: Tensor, packing: Packing | None, block_size: int) -> None:
+    def __init__(
+        self,
+        blocks: Tensor,
+        packing: Packing | None,
+        block_size: int,
+        quantisation: Quantisation | None = None,
+    ) -> None:
         self.blocks = blocks
         self.packing = packing
         self.block_size = block_size
+        self.quantisation = quantisation
         split = _split_plain(blocks, block_size) if packing is None else _unpack(blocks, packing)
         self.cells = split
         self.num_token_dims = _count_token_dims(split.shape[3:], block_size)
         self.head_size = prod(split.shape[3 + self.num_token_dims :])
+        if quantisation is not None:
+            _check_quantisation(quantisation, split)
 
     @property
     def num_layers(self) -> int:
@@ -78,8 +103,8 @@ class PagedStates:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the cache."""
-        return self.blocks.dtype
+        """What attention takes an element of the cache for."""
+        return self.blocks.dtype if self.quantisation is None else self.quantisation.dtype
 
     @cached_property
     def offsets(self) -> tuple[Tensor, Tensor]:
@@ -91,7 +116,43 @@ class PagedStates:
 
     def layers(self, layers: slice) -> "PagedStates":
         """The same view over some of the layers."""
-        return PagedStates(self.blocks[layers], self.packing, self.block_size)
+        quantisation = self.quantisation
+        if quantisation is not None:
+            quantisation = Quantisation(quantisation.dtype, quantisation.scale[layers])
+        return PagedStates(self.blocks[layers], self.packing, self.block_size, quantisation)
+
+    def scale_of_heads(self, of_layers: Tensor) -> Tensor:
+        """Factors of what is computed from the elements as they are stored.
+
+        Args:
+            of_layers: float32 [num_layers], factors of what is computed from `numbers`.
+
+        Returns:
+            Contiguous float32 [num_layers * num_kv_heads].
+        """
+        by_head = of_layers.repeat_interleave(self.num_heads)
+        if self.quantisation is not None:
+            by_head *= self.quantisation.scale.flatten()
+        return by_head
+
+    def numbers(self, block_ids: Tensor, stop: int, start: int = 0) -> Tensor:
+        """The tokens of `read` as attention takes them.
+
+        Returns:
+            [num_layers, num_kv_heads, stop - start, head_size] in the cache's dtype; of a quantised
+            cache float32.
+        """
+        stored = self.read(block_ids, stop, start)
+        if self.quantisation is None:
+            return stored
+        floats = stored.view(self.quantisation.dtype).float()
+        return floats.mul_(self.quantisation.scale[:, :, None, None])
+
+    def fill_with_noise(self, block_id: int) -> None:
+        """Fill one block of all layers with finite numbers of no meaning."""
+        cells = self.cells[:, block_id]
+        # From 2 ** -6 in e4m3 and 2 ** -13 in e5m2 up to 2 in both.
+        cells.normal_() if self.quantisation is None else cells.random_(0x08, 0x41)
 
     def read(self, block_ids: Tensor, stop: int, start: int = 0) -> Tensor:
         """Copy tokens [start, stop) of a row of blocks; reads no block before that of `start`.
@@ -102,7 +163,7 @@ class PagedStates:
             start: physical tokens to leave out at the front.
 
         Returns:
-            [num_layers, num_kv_heads, stop - start, head_size] in the cache's dtype.
+            [num_layers, num_kv_heads, stop - start, head_size] as stored, maybe bytes.
         """
         first = start // self.block_size
         last = -(-stop // self.block_size)
@@ -116,7 +177,7 @@ class PagedStates:
 
         Args:
             block_ids: int32 or int64 [ceil(num_tokens / block_size)], distinct.
-            states: [num_layers, num_kv_heads, num_tokens, head_size].
+            states: [num_layers, num_kv_heads, num_tokens, head_size], as stored.
         """
         num_blocks = block_ids.shape[0]
         dense = states.new_zeros(
@@ -135,6 +196,21 @@ def _unpack(blocks: Tensor, packing: Packing) -> Tensor:
         )
     unpacked = blocks.unflatten(-1, packing.shape)
     return unpacked.permute(0, 1, 2, *(3 + dim for dim in packing.order))
+
+
+def _check_quantisation(quantisation: Quantisation, cells: Tensor) -> None:
+    dtype, scale = quantisation.dtype, quantisation.scale
+    shape = (cells.shape[0], cells.shape[2])
+    if dtype not in FLOATS_OF_A_BYTE or cells.dtype != torch.uint8:
+        raise ValueError(
+            f"quantisation: expected bytes read as one of {FLOATS_OF_A_BYTE}, got {cells.dtype} "
+            f"read as {dtype}"
+        )
+    if scale.shape != shape or scale.dtype != torch.float32 or scale.device != cells.device:
+        raise ValueError(
+            f"quantisation: expected scale float32 {list(shape)} on {cells.device}, got "
+            f"{scale.dtype} {list(scale.shape)} on {scale.device}"
+        )
 
 
 def _split_plain(blocks: Tensor, block_size: int) -> Tensor:

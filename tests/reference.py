@@ -25,6 +25,8 @@ TOP = 5
 # Another method: of (layer, settled logical length, keys, values, queries), which are those of the
 # settled tokens behind the prefix and of the window, the indices int64 [heads, budget] to keep.
 Keep = Callable[[int, int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# A cache that rounds: of (layer, keys, values) what attention reads of them.
+Store = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Compaction(NamedTuple):
@@ -65,8 +67,9 @@ class ReferenceResult:
 class LayerCache:
     """Keys and values `[num_kv_heads, n, head_dim]` of one layer, queries of its latest tokens."""
 
-    def __init__(self, num_queries: int) -> None:
+    def __init__(self, num_queries: int, store: Callable | None = None) -> None:
         self.num_queries = num_queries
+        self.store = store
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.queries: torch.Tensor | None = None
@@ -79,6 +82,8 @@ class LayerCache:
             keys: `[num_kv_heads, t, head_dim]` after RoPE.
             values: `[num_kv_heads, t, head_dim]`.
         """
+        if self.store is not None:
+            keys, values = self.store(keys, values)
         if self.keys is not None:
             queries = torch.cat((self.queries, queries), dim=1)
             keys = torch.cat((self.keys, keys), dim=1)
@@ -199,8 +204,10 @@ class ReferenceRequest:
         prefix_len: int = 0,
         keep: Keep | None = None,
         compacted_at: Collection[int] | None = None,
+        store: Store | None = None,
     ) -> None:
         self.compacted_at = compacted_at
+        self.store = store
         self.model = model
         self.config = config
         self.keep = keep
@@ -215,7 +222,10 @@ class ReferenceRequest:
         if self.config is not None:
             num_queries = self.config.window + 1 + self.unprocessed_steps
         num_layers = self.model.config.num_hidden_layers
-        self.layer_caches = [LayerCache(num_queries) for _ in range(num_layers)]
+        self.layer_caches = [
+            LayerCache(num_queries, self.store and partial(self.store, layer))
+            for layer in range(num_layers)
+        ]
         self.logical_len = 0
         self.physical_len = 0
         # Physical length from which decoded tokens count towards the next compaction.
@@ -305,6 +315,7 @@ def generate_reference(
     unprocessed_steps: int = 0,
     keep: Keep | None = None,
     compacted_at: Collection[int] | None = None,
+    store: Store | None = None,
 ) -> ReferenceResult:
     """Generates greedily for one request with explicit eviction.
 
@@ -325,6 +336,7 @@ def generate_reference(
         keep: chooses what to keep, None for R-KV.
         compacted_at: settled logical lengths at which it is compacted while it decodes, instead of
             by the rule of `config`.
+        store: how the cache rounds, None for one that does not.
 
     Returns:
         Tokens, log-probabilities, compactions and physical lengths. A compaction due in the very
@@ -347,7 +359,9 @@ def generate_reference(
     if config is not None and config.protect != "none":
         prefix_len = len(prompt_ids) if config.protect == "prompt" else config.protect
     model = load_model(Path(model_dir), dtype)
-    request = ReferenceRequest(model, config, unprocessed_steps, prefix_len, keep, compacted_at)
+    request = ReferenceRequest(
+        model, config, unprocessed_steps, prefix_len, keep, compacted_at, store
+    )
     result = ReferenceResult()
     tops = []
     for step in range(num_tokens):

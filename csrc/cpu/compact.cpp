@@ -41,7 +41,7 @@ void compact_head(const CompactArgs& a, int64_t head, const int32_t* keep) {
 extern "C" {
 
 // keep: int32 [num_layers * num_heads][keep_stride], the first `budget` ascending and in
-// [prefix_len, settled_len). element_size: 2 or 4.
+// [prefix_len, settled_len). element_size: 1, 2 or 4.
 void rkv_compact(const RkvPaged* states, int64_t element_size, const int32_t* old_ids,
                  const int32_t* new_ids, const int32_t* keep, int64_t keep_stride,
                  int64_t prefix_len, int64_t budget, int64_t settled_len, int64_t total_len) {
@@ -50,7 +50,9 @@ void rkv_compact(const RkvPaged* states, int64_t element_size, const int32_t* ol
 #pragma omp parallel for schedule(static)
   for (int64_t head = 0; head < num_heads; ++head) {
     const int32_t* kept = keep + head * keep_stride;
-    if (element_size == 2)
+    if (element_size == 1)
+      compact_head<uint8_t>(args, head, kept);
+    else if (element_size == 2)
       compact_head<uint16_t>(args, head, kept);
     else
       compact_head<uint32_t>(args, head, kept);

@@ -22,7 +22,7 @@ constexpr int64_t kColumns = 32;
 // that the machine may have promised to others.
 constexpr int64_t kMostScratchBytes = int64_t{1} << 30;
 
-enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8E4M3 = 3, kFloat8E5M2 = 4 };
 
 // The judged keys of one request: n tokens from physical token `first` on.
 struct Keys {
@@ -44,6 +44,16 @@ RKV_INLINE float to_float(uint16_t bits, int32_t dtype) {
   return static_cast<float>(half);
 }
 
+// Without the factor that a quantised cache has for a head: callers fold it in.
+RKV_INLINE float to_float(uint8_t bits, int32_t dtype) {
+  // E5M2 is the upper half of a float16.
+  if (dtype == kFloat8E5M2) return to_float(static_cast<uint16_t>(bits << 8), kFloat16);
+  // E4M3 has a bias of 7 where float16 has 15, no infinity, and one NaN of either sign.
+  const uint16_t magnitude = bits & 0x7f;
+  const auto half = static_cast<uint16_t>((bits & 0x80) << 8 | magnitude << 7);
+  return magnitude == 0x7f ? NAN : to_float(half, kFloat16) * 256.0f;
+}
+
 RKV_INLINE void load_row(const void* source, int64_t offset, int64_t count, int32_t dtype,
                          float* target) {
   if (dtype == kFloat32) {
@@ -51,10 +61,15 @@ RKV_INLINE void load_row(const void* source, int64_t offset, int64_t count, int3
     return;
   }
   const uint16_t* halves = static_cast<const uint16_t*>(source) + offset;
+  const uint8_t* bytes = static_cast<const uint8_t*>(source) + offset;
   if (dtype == kBFloat16) {
     for (int64_t i = 0; i < count; ++i) target[i] = to_float(halves[i], kBFloat16);
-  } else {
+  } else if (dtype == kFloat16) {
     for (int64_t i = 0; i < count; ++i) target[i] = to_float(halves[i], kFloat16);
+  } else if (dtype == kFloat8E4M3) {
+    for (int64_t i = 0; i < count; ++i) target[i] = to_float(bytes[i], kFloat8E4M3);
+  } else {
+    for (int64_t i = 0; i < count; ++i) target[i] = to_float(bytes[i], kFloat8E5M2);
   }
 }
 
@@ -76,6 +91,9 @@ RKV_INLINE void load_columns(const Keys& keys, int64_t head, int64_t start, int6
     } else if (keys.dtype == kFloat32) {
       const float* base = static_cast<const float*>(keys.paged.base) + dim;
       for (int64_t i = 0; i < count; ++i) row[i] = base[places[i]];
+    } else if (keys.dtype == kFloat8E4M3 || keys.dtype == kFloat8E5M2) {
+      const uint8_t* base = static_cast<const uint8_t*>(keys.paged.base) + dim;
+      for (int64_t i = 0; i < count; ++i) row[i] = to_float(base[places[i]], keys.dtype);
     } else {
       const uint16_t* base = static_cast<const uint16_t*>(keys.paged.base) + dim;
       for (int64_t i = 0; i < count; ++i) row[i] = to_float(base[places[i]], keys.dtype);

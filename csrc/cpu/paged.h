@@ -22,7 +22,7 @@
 #define RKV_INLINE static inline __attribute__((always_inline))
 
 // Raised with every change of a signature or structure; kernels/native.py refuses another one.
-constexpr int32_t kInterface = 3;
+constexpr int32_t kInterface = 4;
 
 // What the functions return.
 enum RkvResult : int64_t { kDone = 0, kNoMemory = -2 };

@@ -20,8 +20,8 @@ constexpr float kLeastCentred = 1e-5f;
 
 struct ImportanceArgs {
   Keys keys;
-  const void* queries;    // [num_layers * num_heads * group][window][head_size], contiguous
-  const float* scale;     // [num_layers]
+  const float* queries;   // [num_layers * num_heads * group][window][head_size], contiguous
+  const float* scale;     // [num_layers * num_heads]
   const float* soft_cap;  // [num_layers], 0 = none
   int64_t group, window, pool;
   bool defensive;
@@ -56,9 +56,8 @@ RKV_CLONES bool importance(const ImportanceArgs& a, int64_t head, ImportanceScra
                            float* result) {
   const int64_t m = a.keys.n - a.window, num_queries = a.group * a.window;
   const int64_t head_size = a.keys.paged.head_size, layer = head / a.keys.paged.num_heads;
-  load_row(a.queries, head * num_queries * head_size, num_queries * head_size, a.keys.dtype,
-           s.queries.data());
-  for (int64_t i = 0; i < num_queries * head_size; ++i) s.queries[i] *= a.scale[layer];
+  const float* queries = a.queries + head * num_queries * head_size;
+  for (int64_t i = 0; i < num_queries * head_size; ++i) s.queries[i] = queries[i] * a.scale[head];
   std::fill(s.logits.begin(), s.logits.end(), -INFINITY);
   float products[kRows][kColumns];
   bool finite = true;
@@ -245,7 +244,7 @@ int32_t rkv_interface() { return kInterface; }
 
 // result: float [num_layers * num_heads][result_stride], of which n - window > 0 are written.
 int64_t rkv_importance(const RkvPaged* keys, const int32_t* block_ids, int32_t dtype, int64_t first,
-                       int64_t n, const void* queries, const float* scale, const float* soft_cap,
+                       int64_t n, const float* queries, const float* scale, const float* soft_cap,
                        int64_t group, int64_t window, int64_t pool, float* result,
                        int64_t result_stride, bool defensive) {
   const ImportanceArgs args{{*keys, block_ids, dtype, first, n},

@@ -12,8 +12,8 @@ namespace {
 
 struct AttentionArgs {
   Keys keys;
-  const void* queries;    // [num_layers * num_heads * group][window][head_size], contiguous
-  const float* scale;     // [num_layers]
+  const float* queries;   // [num_layers * num_heads * group][window][head_size], contiguous
+  const float* scale;     // [num_layers * num_heads]
   const float* soft_cap;  // [num_layers], 0 = none
   int64_t group, window, pool;
 };
@@ -46,9 +46,8 @@ RKV_CLONES bool attention(const AttentionArgs& a, int64_t head, AttentionScratch
                           float* result) {
   const int64_t m = a.keys.n - a.window, num_queries = a.group * a.window;
   const int64_t head_size = a.keys.paged.head_size, layer = head / a.keys.paged.num_heads;
-  load_row(a.queries, head * num_queries * head_size, num_queries * head_size, a.keys.dtype,
-           s.queries.data());
-  for (int64_t i = 0; i < num_queries * head_size; ++i) s.queries[i] *= a.scale[layer];
+  const float* queries = a.queries + head * num_queries * head_size;
+  for (int64_t i = 0; i < num_queries * head_size; ++i) s.queries[i] = queries[i] * a.scale[head];
   for (int64_t first = 0; first < m; first += kColumns)
     load_columns(a.keys, head, first, std::min(kColumns, m - first), &s.keys[first], s.columns);
   std::fill(s.attention.begin(), s.attention.end(), 0.0f);
@@ -119,7 +118,7 @@ extern "C" {
 
 // result: float [num_layers * num_heads][result_stride], of which n - window > 0 are written.
 int64_t rkv_attention(const RkvPaged* keys, const int32_t* block_ids, int32_t dtype, int64_t first,
-                      int64_t n, const void* queries, const float* scale, const float* soft_cap,
+                      int64_t n, const float* queries, const float* scale, const float* soft_cap,
                       int64_t group, int64_t window, int64_t pool, float* result,
                       int64_t result_stride) {
   const AttentionArgs args{

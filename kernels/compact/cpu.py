@@ -25,7 +25,7 @@ def compact_cpu(states: PagedStates, batch: EvictionBatch, keep: Tensor) -> None
             )
         library().rkv_compact(
             byref(described),
-            states.dtype.itemsize,
+            states.blocks.element_size(),
             batch.old_block_table[i].data_ptr(),
             batch.new_block_table[i].data_ptr(),
             keep[i].data_ptr(),

@@ -9,10 +9,16 @@ from rkv_vllm.kernels.native import library
 from rkv_vllm.kernels.observe.naive import check_observe, observe_naive
 
 
-def observe_cpu(ring: Tensor, layer_idx: int, query: Tensor, token_rows: Tensor) -> None:
+def observe_cpu(
+    ring: Tensor,
+    layer_idx: int,
+    query: Tensor,
+    token_rows: Tensor,
+    query_scale: Tensor | None = None,
+) -> None:
     """As `observe_naive`; it copies bytes, so torch serves where a query has to be rounded."""
     if query.dtype != ring.dtype:
-        observe_naive(ring, layer_idx, query, token_rows)
+        observe_naive(ring, layer_idx, query, token_rows, query_scale)
         return
     check_observe(ring, layer_idx, query, token_rows)
     num_tokens, num_heads, head_size = query.shape

@@ -54,11 +54,11 @@ def score_windows_cpu(
     group = check_queries(queries, batch, keys)
     check_scale(scale, soft_cap, keys)
     result = new_scores(keys, batch).fill_(-math.inf)
-    described = paged(keys)
+    described, scale_of_heads = paged(keys), keys.scale_of_heads(scale)
     for i, eviction in enumerate(batch.evictions):
         if not batch.num_candidates(i):
             continue
-        window = batch.window_queries(i, queries).to(keys.dtype).contiguous()
+        window = batch.window_queries(i, queries).float().contiguous()
         done = call(
             byref(described),
             batch.old_block_table[i].data_ptr(),
@@ -66,7 +66,7 @@ def score_windows_cpu(
             eviction.prefix_len,
             eviction.num_judged,
             window.data_ptr(),
-            scale.data_ptr(),
+            scale_of_heads.data_ptr(),
             soft_cap.data_ptr(),
             group,
             batch.window,

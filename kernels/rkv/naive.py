@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rkv_vllm.kernels.batch import EvictionBatch
-from rkv_vllm.kernels.paged import PagedStates
+from rkv_vllm.kernels.paged import FLOATS_OF_A_BYTE, PagedStates
 
-# Dtypes that can be scored; fp8 caches hold bytes with a scale elsewhere.
+# Dtypes of queries, and with those of a byte what keys and values are read as.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # Keeps the unit key of an all-zero key finite.
@@ -99,7 +99,7 @@ def score_windows_naive(
     for i, eviction in enumerate(batch.evictions):
         if m := batch.num_candidates(i):
             row, end = batch.old_block_table[i], eviction.prefix_len + m
-            dense = keys.read(row, end, eviction.prefix_len).flatten(0, 1)
+            dense = keys.numbers(row, end, eviction.prefix_len).flatten(0, 1)
             window = batch.window_queries(i, queries)
             result[i, :, :m] = of_heads(dense, window, *by_head)
     return result
@@ -130,7 +130,7 @@ def redundancy_naive(
     for i, eviction in enumerate(batch.evictions):
         if m := batch.num_candidates(i):
             row = batch.old_block_table[i]
-            dense = keys.read(row, eviction.settled_len, eviction.prefix_len).flatten(0, 1)
+            dense = keys.numbers(row, eviction.settled_len, eviction.prefix_len).flatten(0, 1)
             found = redundancy_of_heads(dense, threshold=threshold, center=center)
             result[i, :, :m] = found[:, :m]
     return result
@@ -304,8 +304,9 @@ def new_scores(keys: PagedStates, batch: EvictionBatch) -> Tensor:
 
 def check_keys(keys: PagedStates) -> None:
     """Raise ValueError unless keys of this dtype can be scored."""
-    if keys.dtype not in FLOATS:
-        raise ValueError(f"keys: expected one of {FLOATS}, got {keys.dtype}")
+    known = (*FLOATS, *FLOATS_OF_A_BYTE)
+    if keys.dtype not in known:
+        raise ValueError(f"keys: expected one of {known}, got {keys.dtype}")
 
 
 def check_queries(queries: Tensor, batch: EvictionBatch, keys: PagedStates) -> int:

@@ -43,4 +43,6 @@ def channel_range_cpu(values: PagedStates, batch: EvictionBatch) -> Tensor:
                 result.stride(1),
             )
             check_memory(done, f"score {num_candidates} tokens")
+    if values.quantisation is not None:
+        result.mul_(values.quantisation.scale.reshape(1, -1, 1))
     return result

@@ -74,7 +74,7 @@ def channel_range_naive(values: PagedStates, batch: EvictionBatch) -> Tensor:
     for i, eviction in enumerate(batch.evictions):
         if m := batch.num_candidates(i):
             row, end = batch.old_block_table[i], eviction.prefix_len + m
-            dense = values.read(row, end, eviction.prefix_len).flatten(0, 1)
+            dense = values.numbers(row, end, eviction.prefix_len).flatten(0, 1)
             result[i, :, :m] = dense.amax(dim=-1).float() - dense.amin(dim=-1).float()
     return result
 

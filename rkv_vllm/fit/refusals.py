@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 # Those whose cache layouts are known (worker/cache_views.py).
 ATTENTION_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
 
+# Values of --kv-cache-dtype: bytes that are floats, times a factor of a layer or of a head.
+FP8_CACHES = ("fp8", "fp8_e4m3", "fp8_e5m2")
+
 _FULL_ATTENTION_LAYERS = {"full_attention", "attention"}
 
 
@@ -217,7 +220,22 @@ def _micro_batching(parallel: "ParallelConfig | EngineArgs") -> str | None:
 def _cache_dtype(vllm_config: "VllmConfig") -> str | None:
     got = vllm_config.cache_config.cache_dtype
     model_dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    return None if got in ("auto", model_dtype) else f"{got} with a {model_dtype} model"
+    known = ("auto", model_dtype, *FP8_CACHES)
+    return None if got in known else f"{got} with a {model_dtype} model"
+
+
+def _fp8_cache_on_gpu(vllm_config: "VllmConfig") -> str | None:
+    from vllm.platforms import current_platform
+
+    got = vllm_config.cache_config.cache_dtype
+    on_cpu = current_platform.device_type == "cpu"
+    return f"--kv-cache-dtype {got}" if got in FP8_CACHES and not on_cpu else None
+
+
+def _skipped_layers(vllm_config: "VllmConfig") -> str | None:
+    cache = vllm_config.cache_config
+    skipped = cache.kv_cache_dtype_skip_layers if cache.cache_dtype in FP8_CACHES else ()
+    return f"--kv-cache-dtype-skip-layers {' '.join(skipped)}" if skipped else None
 
 
 def _has_no_full_layer(vllm_config: "VllmConfig") -> bool:
@@ -341,13 +359,28 @@ REFUSALS: tuple[Refusal, ...] = (
         "remove both flags",
         got_early=_micro_batching,
     ),
-    # Keys of a quantised cache cannot be scored as they are.
+    # Their cells hold several numbers in a byte, or factors of their own.
     Refusal(
-        "a KV cache in another dtype than the model's",
+        "this KV cache dtype",
         _cache_dtype,
+        f"auto, {', '.join(FP8_CACHES)}",
+        "pass one of these as --kv-cache-dtype (a checkpoint may ask for another one by itself: "
+        "then pass the model's dtype)",
+    ),
+    # The Triton kernels do not read it yet.
+    Refusal(
+        "an fp8 KV cache on a GPU",
+        _fp8_cache_on_gpu,
         "auto",
-        "pass --kv-cache-dtype auto (a checkpoint may ask for a quantised cache by itself: then "
-        "pass the model's dtype)",
+        "pass --kv-cache-dtype auto (a checkpoint may ask for fp8 by itself: then pass the model's "
+        "dtype)",
+    ),
+    # Blocks of several sizes are padded to the largest.
+    Refusal(
+        "layers whose KV cache has a dtype of its own",
+        _skipped_layers,
+        "one dtype for all layers",
+        "remove --kv-cache-dtype-skip-layers",
     ),
     # It hands some layers metadata with fewer tokens.
     Refusal(

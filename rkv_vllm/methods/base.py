@@ -188,8 +188,9 @@ class DenseMethod(Method):
         """Score the candidates of one request in one layer.
 
         Args:
-            keys: [KV heads, n, head_size], cache dtype, after RoPE, the settled tokens behind the
-                protected prefix in temporal order. The last `window` of them are always kept.
+            keys: [KV heads, n, head_size] after RoPE, in the cache's dtype, of a quantised cache
+                float32; the settled tokens behind the protected prefix in temporal order. The last
+                `window` of them are always kept.
             values: the same of the values.
             queries: [query heads, window, head_size] of the last `window` tokens, after RoPE, None
                 unless `need` asks for them. Query head `h * group + g` reads KV head `h`.
@@ -218,7 +219,7 @@ class DenseMethod(Method):
             for own, layer in enumerate(layers):
                 only = slice(own, own + 1)
                 dense = (
-                    states.layers(only).read(row, eviction.settled_len, eviction.prefix_len)[0]
+                    states.layers(only).numbers(row, eviction.settled_len, eviction.prefix_len)[0]
                     for states in (heads.keys, heads.values)
                 )
                 queries = heads.queries

@@ -123,7 +123,7 @@ class TriAttention(Method):
             for layers in _layer_steps(
                 keys.num_layers, num_candidates * num_heads * keys.head_size
             ):
-                dense = keys.layers(layers).read(row, end, eviction.prefix_len).float()
+                dense = keys.layers(layers).numbers(row, end, eviction.prefix_len).float()
                 per_query_head = dense @ future[layers]
                 per_query_head += torch.hypot(*dense.chunk(2, dim=-1)) @ spread[layers]
                 own = slice(layers.start * num_heads, layers.stop * num_heads)

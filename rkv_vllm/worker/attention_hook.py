@@ -10,6 +10,7 @@ from torch import Tensor
 from vllm.model_executor.layers.attention import Attention
 
 from rkv_vllm.fit.overrides import overrides
+from rkv_vllm.kernels.paged import FLOATS_OF_A_BYTE
 from rkv_vllm.worker.query_ring import QueryRing
 
 
@@ -45,7 +46,9 @@ def _observing_class(base: type) -> type:
     def forward(self, layer: Attention, query: Tensor, *args, **kwargs) -> Tensor:
         # None while there is no cache: vLLM profiles with dummy batches first.
         if self.query_ring is not None:
-            self.query_ring.record(self.observed_layer_idx, query)
+            # A layer that has quantised its queries (`query_quant`) knows their factor.
+            scale = layer._q_scale if query.dtype in FLOATS_OF_A_BYTE else None
+            self.query_ring.record(self.observed_layer_idx, query, scale)
         return base.forward(self, layer, query, *args, **kwargs)
 
     return type(f"Observing{base.__name__}", (base,), {"forward": forward})

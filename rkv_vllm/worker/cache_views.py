@@ -7,13 +7,15 @@ for what a view can do, flush.py for who uses it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
 from vllm.model_executor.layers.attention import Attention
 
 from rkv_vllm.fit.overrides import calls
-from rkv_vllm.kernels.paged import Packing, PagedStates
+from rkv_vllm.kernels.paged import Packing, PagedStates, Quantisation
+from rkv_vllm.worker.cache_readings import TOLERANCE, Reading, readings_of, trial_numbers
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class CacheViews:
 def view_caches(layers: dict[str, Attention], block_size: int) -> CacheViews:
     """View the caches of attention layers.
 
-    How a backend lays out a block is found out, not believed: the layer itself writes a scratch
-    block, and only a known layout that reads it back is taken.
+    How a backend lays out a block and what it takes a byte for is found out, not believed: the
+    layer itself writes a scratch block, and only a known way that reads it back is taken.
 
     Args:
         layers: attention layers by name, caches allocated.
@@ -57,8 +59,9 @@ def view_caches(layers: dict[str, Attention], block_size: int) -> CacheViews:
     stacked = stack_layers([layer.kv_cache for layer in layers.values()])
     first = next(iter(layers.values()))
     layouts = LAYOUTS[backends.pop()]
-    layout = _probe(first, layouts(stacked.shape[3], first.head_size))
-    keys, values = layout.view(stacked, first.head_size, block_size)
+    layout, reading = _probe(first, layouts(stacked.shape[3], first.head_size))
+    quantisations = (None, None) if reading is None else reading.of_layers(layers.values())
+    keys, values = layout.view(stacked, first.head_size, block_size, quantisations)
     return CacheViews(keys, values, list(layers))
 
 
@@ -76,19 +79,24 @@ class Layout:
     packings: tuple[Packing, Packing] | None = None
 
     def view(
-        self, stacked: Tensor, head_size: int, block_size: int
+        self,
+        stacked: Tensor,
+        head_size: int,
+        block_size: int,
+        quantisations: tuple[Quantisation | None, Quantisation | None] = (None, None),
     ) -> tuple[PagedStates, PagedStates]:
         """Keys and values of [num_layers, num_blocks, num_kv_heads, tokens, elements per cell]."""
         if self.packings is None:
             parts = (stacked[..., :head_size], stacked[..., head_size:])
-            keys, values = (PagedStates(part, None, block_size) for part in parts)
+            packings = (None, None)
         else:
             # Keys fill the first half of a block of a head, values the second.
-            halves = stacked.view(*stacked.shape[:3], 2, -1)
-            keys, values = (
-                PagedStates(halves[:, :, :, i], packing, block_size)
-                for i, packing in enumerate(self.packings)
-            )
+            parts = stacked.view(*stacked.shape[:3], 2, -1).unbind(3)
+            packings = self.packings
+        keys, values = (
+            PagedStates(part, packing, block_size, quantisation)
+            for part, packing, quantisation in zip(parts, packings, quantisations, strict=True)
+        )
         return keys, values
 
 
@@ -155,8 +163,25 @@ LAYOUTS: dict[str, Callable[[int, int], list[Layout]]] = {
     "vllm.v1.attention.backends.flashinfer:FlashInferImpl.do_kv_cache_update",
     "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.do_kv_cache_update",
 )
-def _probe(layer: Attention, layouts: list[Layout]) -> Layout:
-    """Let the layer write two blocks of random tokens and find the layout that reads them back."""
+def _probe(layer: Attention, layouts: list[Layout]) -> tuple[Layout, Reading | None]:
+    """Let the layer write two blocks of random tokens and find what reads them back."""
+    readings = readings_of(layer)
+    for layout, reading in product(layouts, readings):
+        if _reads_back(layer, layout, reading):
+            return layout, reading
+    cache = layer.kv_cache
+    known = ", ".join(layout.name for layout in layouts)
+    bytes_are = ", ".join(sorted({str(each.dtype) for each in readings if each is not None}))
+    raise ValueError(
+        f"{layer.attn_backend.get_name()} lays out its cache {list(cache.shape)} of {cache.dtype} "
+        f"with strides {cache.stride()} in an unknown way; known are {known}"
+        + (f", of bytes that are {bytes_are} times the layer's scale" if bytes_are else "")
+        + "; serve without --kv-compression, or choose another --attention-backend"
+    )
+
+
+def _reads_back(layer: Attention, layout: Layout, reading: Reading | None) -> bool:
+    """Whether this is how the layer stores what it is given."""
     cache = layer.kv_cache
     num_heads, block_size, width = cache.shape[1:]
     # The strides of the cache decide where the layer writes, so the scratch has them too.
@@ -164,22 +189,26 @@ def _probe(layer: Attention, layouts: list[Layout]) -> Layout:
         (2, *cache.shape[1:]), cache.stride(), dtype=cache.dtype, device=cache.device
     ).zero_()
     generator = torch.Generator().manual_seed(0)
-    written = [
-        torch.randn(2 * block_size, num_heads, size, generator=generator).to(cache)
-        for size in (layer.head_size, width - layer.head_size)
-    ]
-    slots = torch.arange(2 * block_size, device=cache.device)
+    num_tokens, sizes = 2 * block_size, (layer.head_size, width - layer.head_size)
+    shapes = [(num_tokens, num_heads, size) for size in sizes]
+    if reading is None:
+        expected = [torch.randn(shape, generator=generator).to(cache) for shape in shapes]
+        written, quantisations, tolerance = expected, (None, None), 0.0
+    else:
+        trials = [
+            trial_numbers(shape, factors, generator)
+            for shape, factors in zip(shapes, reading.factors(layer), strict=True)
+        ]
+        expected, written = zip(*trials, strict=True)
+        written = [states.to(layer.dtype) for states in written]
+        quantisations, tolerance = reading.of_layers([layer]), TOLERANCE
+    slots = torch.arange(num_tokens, device=cache.device)
     layer.impl.do_kv_cache_update(layer, *written, scratch, slots)
     block_ids = torch.arange(2, device=cache.device)
-    for layout in layouts:
-        views = layout.view(scratch.unsqueeze(0), layer.head_size, block_size)
-        if all(
-            view.read(block_ids, 2 * block_size)[0].equal(states.transpose(0, 1))
-            for view, states in zip(views, written, strict=True)
-        ):
-            return layout
-    raise ValueError(
-        f"{layer.attn_backend.get_name()} lays out its cache {list(cache.shape)} with strides "
-        f"{cache.stride()} in an unknown way; known are {[layout.name for layout in layouts]}; "
-        "serve without --kv-compression, or choose another --attention-backend"
+    views = layout.view(scratch.unsqueeze(0), layer.head_size, block_size, quantisations)
+    return all(
+        torch.allclose(
+            view.numbers(block_ids, num_tokens)[0], states.transpose(0, 1), tolerance, atol=0.0
+        )
+        for view, states in zip(views, expected, strict=True)
     )

@@ -129,7 +129,7 @@ class Compactor:
         for layer_set in group.layer_sets:
             # What lies there may be zeros or NaN, which a method need not expect.
             for states in (layer_set.keys, layer_set.values):
-                states.cells[:, _NULL_BLOCK].normal_()
+                states.fill_with_noise(_NULL_BLOCK)
         try:
             self._evict(group, [self._warm_up_directive(group)])
         except Exception:

@@ -67,18 +67,23 @@ class QueryRing:
         self,
         queries: Tensor,
         rows: GroupRows,
-        observe: Callable[[Tensor, int, Tensor, Tensor], None],
+        observe: Callable[..., None],
     ) -> None:
         self.queries = queries
         self._rows = rows
         self._observe = observe
 
-    def record(self, layer_idx: int, query: Tensor) -> None:
+    def record(self, layer_idx: int, query: Tensor, query_scale: Tensor | None = None) -> None:
         """Record the watched tokens of one layer's forward.
 
         Args:
             layer_idx: layer of the ring.
             query: [num_tokens, num_heads, head_size] after RoPE.
+            query_scale: factor of a query of fp8, None with others (`observe_naive`).
         """
         if self._rows.records:
-            self._observe(self.queries, layer_idx, query, self._rows.token_rows)
+            rows = self._rows.token_rows
+            if query_scale is None:
+                self._observe(self.queries, layer_idx, query, rows)
+            else:
+                self._observe(self.queries, layer_idx, query, rows, query_scale)

@@ -43,8 +43,8 @@ def test_this_environment_and_a_plain_model_are_fine(model):
 
 SPECULATION = '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'
 STARTS = {
-    "fp8 cache": (LLAMA, ["--kv-cache-dtype", "fp8"]),
-    "two at once": (LLAMA, ["--kv-cache-dtype", "fp8", "--kv-sharing-fast-prefill"]),
+    "4-bit cache": (LLAMA, ["--kv-cache-dtype", "nvfp4"]),
+    "two at once": (LLAMA, ["--kv-cache-dtype", "nvfp4", "--kv-sharing-fast-prefill"]),
     "speculation": (LLAMA, ["--speculative-config", SPECULATION]),
     "micro-batching": (LLAMA, ["--enable-dbo"]),
     "pooling": (LLAMA, ["--runner", "pooling", "--convert", "embed"]),
@@ -76,7 +76,12 @@ def test_what_a_start_refuses_is_refused_in_the_same_words(tmp_path, checkpoint,
 
 @pytest.mark.parametrize(
     "flags",
-    [[], ["--kv-budget", "512"], ["--tensor-parallel-size", "2", "--max-model-len", "1024"]],
+    [
+        [],
+        ["--kv-budget", "512"],
+        ["--kv-cache-dtype", "fp8"],
+        ["--tensor-parallel-size", "2", "--max-model-len", "1024"],
+    ],
     ids=str,
 )
 def test_what_a_start_takes_is_not_refused(model, flags):
@@ -158,11 +163,11 @@ def test_bad_input_ends_with_one_line(arguments, message):
 def test_json_is_all_that_stands_on_standard_output(model):
     command = [sys.executable, "-m", "rkv_vllm.cli", "doctor", model, "--json"]
     done = subprocess.run(
-        [*command, "--", "--kv-cache-dtype", "fp8"], capture_output=True, text=True, check=False
+        [*command, "--", "--kv-cache-dtype", "nvfp4"], capture_output=True, text=True, check=False
     )
     document = json.loads(done.stdout)
     assert done.returncode == 1, done.stderr
     assert document["ok"] is False
     messages = [f["message"] for f in document["findings"] if f["status"] == "refused"]
     assert len(messages) == 1
-    assert "wanted auto; pass --kv-cache-dtype auto" in messages[0]
+    assert "wanted auto, fp8, fp8_e4m3, fp8_e5m2; pass one of these" in messages[0]

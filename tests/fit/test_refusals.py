@@ -41,6 +41,8 @@ SUPPORTED = [
     {"checkpoint": checkpoint_configs.CHUNKED},
     {"checkpoint": checkpoint_configs.ALL_WINDOWS, "disable_sliding_window": True},
     {"kv_cache_dtype": "bfloat16"},
+    {"kv_cache_dtype": "fp8"},
+    {"kv_cache_dtype": "fp8_e5m2"},
     {"tensor_parallel_size": 2},
     {"pipeline_parallel_size": 2},
     {"data_parallel_size": 2},
@@ -73,13 +75,11 @@ REFUSED = [
     ("context parallelism: got sizes 1", {"prefill_context_parallel_size": 2}),
     ("micro-batching: got --enable-dbo or --ubatch-size above 1", {"enable_dbo": True}),
     ("micro-batching", {"ubatch_size": 2}),
+    ("this KV cache dtype: got nvfp4 with a bfloat16 model", {"kv_cache_dtype": "nvfp4"}),
+    ("this KV cache dtype: got float16 with a bfloat16 model", {"kv_cache_dtype": "float16"}),
     (
-        "a KV cache in another dtype than the model's: got fp8 with a bfloat16",
-        {"kv_cache_dtype": "fp8"},
-    ),
-    (
-        "a KV cache in another dtype than the model's: got float16 with",
-        {"kv_cache_dtype": "float16"},
+        "layers whose KV cache has a dtype of its own: got --kv-cache-dtype-skip-layers 0 1",
+        {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0", "1"]},
     ),
     (
         "layer budgets (--kv-layer-budgets) with pipeline parallelism: got --pipeline-parallel-s",
@@ -174,6 +174,7 @@ def test_unsupported_property_is_refused_by_name(
 
 def test_every_rule_has_a_test():
     tested = "\n".join(sentence for sentence, *_ in (*REFUSED, *PATCHED))
+    tested += "an fp8 KV cache on a GPU"
     assert [rule.feature for rule in REFUSALS if rule.feature not in tested] == []
 
 
@@ -185,9 +186,17 @@ def test_what_a_gpu_has_passes(arguments, monkeypatch):
     check(vllm_config)
 
 
+def test_an_fp8_cache_on_a_gpu_is_refused(arguments, monkeypatch):
+    vllm_config = arguments(kv_cache_dtype="fp8").create_engine_config()
+    monkeypatch.setattr(type(current_platform), "device_type", "cuda")
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
+    with pytest.raises(ValueError, match="an fp8 KV cache on a GPU: got --kv-cache-dtype fp8"):
+        check(vllm_config)
+
+
 def test_all_refusals_are_named_at_once(arguments):
-    engine_args = arguments(kv_sharing_fast_prefill=True, kv_cache_dtype="fp8")
-    with pytest.raises(ValueError, match=r"(?s)KV cache in another dtype.*\n.*fast prefill"):
+    engine_args = arguments(kv_sharing_fast_prefill=True, kv_cache_dtype="nvfp4")
+    with pytest.raises(ValueError, match=r"(?s)this KV cache dtype.*\n.*fast prefill"):
         engine_args.create_engine_config()
 
 

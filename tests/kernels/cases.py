@@ -11,13 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rkv_vllm.kernels.batch import Eviction, EvictionBatch
 from rkv_vllm.kernels.ops import Ops, cpu_ops, naive_ops
-from rkv_vllm.kernels.paged import Packing, PagedStates
+from rkv_vllm.kernels.paged import FLOATS_OF_A_BYTE, Packing, PagedStates, Quantisation
 from rkv_vllm.methods import Heads, ModelFacts
 from rkv_vllm.methods.rkv import RKV
 
 BLOCK_SIZE = 32
 LAYERS, HEADS = 2, 3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# In both floats of a byte.
+NAN_OF_A_BYTE = 0x7F
 
 # A token may be exchanged for another when its float32 score lies this near to the cut.
 CUT_TOLERANCE = 1e-5
@@ -49,22 +51,34 @@ def new_states(
     num_heads: int = HEADS,
 ) -> PagedStates:
     """Half of a cache full of NaN; the other half of each block belongs to somebody else."""
-    shape = (num_layers, num_blocks, num_heads)
+    shape, quantisation, nan = (num_layers, num_blocks, num_heads), None, math.nan
+    if dtype in FLOATS_OF_A_BYTE:
+        scale = torch.rand(num_layers, num_heads, generator=torch.Generator().manual_seed(7)) + 0.1
+        quantisation, dtype, nan = Quantisation(dtype, scale), torch.uint8, NAN_OF_A_BYTE
     if layout in PACKED:
-        cache = torch.full((*shape, 2, BLOCK_SIZE * head_size), math.nan, dtype=dtype)
-        return PagedStates(cache[:, :, :, 1], packing_of(layout, head_size), BLOCK_SIZE)
+        cache = torch.full((*shape, 2, BLOCK_SIZE * head_size), nan, dtype=dtype)
+        packing = packing_of(layout, head_size)
+        return PagedStates(cache[:, :, :, 1], packing, BLOCK_SIZE, quantisation)
     if layout == "tokens first":
         cache = torch.full(
-            (num_layers, num_blocks, BLOCK_SIZE, num_heads, 2 * head_size), math.nan, dtype=dtype
+            (num_layers, num_blocks, BLOCK_SIZE, num_heads, 2 * head_size), nan, dtype=dtype
         ).transpose(2, 3)
     else:
         ratio = 2 if layout == "small blocks" else 1
         cache = torch.full(
             (num_layers, num_blocks * ratio, num_heads, BLOCK_SIZE // ratio, 2 * head_size),
-            math.nan,
+            nan,
             dtype=dtype,
         )
-    return PagedStates(cache[..., head_size:], None, BLOCK_SIZE)
+    return PagedStates(cache[..., head_size:], None, BLOCK_SIZE, quantisation)
+
+
+def stored(states: PagedStates, numbers: Tensor) -> Tensor:
+    """Numbers [layers, heads, tokens, d] as the cache stores them, rounded to nearest."""
+    if states.quantisation is None:
+        return numbers.to(states.dtype)
+    scale = states.quantisation.scale[:, :, None, None]
+    return (numbers / scale).to(states.dtype).view(torch.uint8)
 
 
 # Of any cache: only `scratch_bytes_per_token` looks at it.
@@ -74,7 +88,10 @@ NAIVE, CPU = naive_ops(SMALL_STATES), cpu_ops()
 
 @dataclass
 class Case:
-    """A cache, the requests in it, their dense keys [L, H, total_len, d] and recorded queries."""
+    """A cache, the requests in it, their dense keys [L, H, total_len, d] and recorded queries.
+
+    The keys are what the cache says after rounding.
+    """
 
     states: PagedStates
     batch: EvictionBatch
@@ -149,7 +166,7 @@ def new_case(
         lengths: (settled_len, total_len, budget) per request, and prefix_len where there is one.
         layout: one of PACKED or PLAIN.
         head_size: dimensions of a key.
-        dtype: of keys and queries.
+        dtype: of keys and queries; beside keys of a byte queries are bfloat16.
         group: query heads per KV head.
         window: newest tokens whose queries judge.
         similar: how much all keys of a head have in common.
@@ -173,15 +190,16 @@ def new_case(
         new[num_full : num_full + num_fresh] = [free.pop() for _ in range(num_fresh)]
         shape = (num_layers, num_heads, total, head_size)
         common = torch.randn((num_layers, num_heads, 1, head_size), generator=generator)
-        keys = (torch.randn(shape, generator=generator) + similar * common).to(dtype)
-        states.write(torch.tensor(row), keys)
-        dense.append(keys)
+        keys = torch.randn(shape, generator=generator) + similar * common
+        states.write(torch.tensor(row), stored(states, keys))
+        dense.append(states.numbers(torch.tensor(row), total))
         # Logical positions are ahead of physical ones after earlier evictions.
         window_end = settled + 3 * seat
         evictions.append(Eviction(row, new, settled, total, budget, prefix_len, seat, window_end))
     ring_len = window + 3
     shape = (len(lengths) + 1, num_layers, ring_len, num_heads * group, head_size)
-    queries = torch.randn(shape, generator=generator).to(dtype)
+    queries = torch.randn(shape, generator=generator)
+    queries = queries.to(torch.bfloat16 if states.quantisation is not None else dtype)
     return Case(states, EvictionBatch.of(evictions, window, "cpu"), dense, queries, free)
 
 

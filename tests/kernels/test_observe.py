@@ -75,3 +75,34 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(version, layer,
     with pytest.raises(ValueError, match="observe: expected ring"):
         VERSIONS[version](ring, layer, torch.randn(shape), torch.zeros(rows, dtype=torch.int32))
     assert ring.isnan().all()
+
+
+@pytest.mark.parametrize("version", ["naive", "cpp"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("num_scales", [1, 3])
+@pytest.mark.parametrize("ring_dtype", [torch.float32, torch.bfloat16])
+def test_fp8_queries_are_recorded_as_the_numbers_they_stand_for(
+    version, dtype, num_scales, ring_dtype
+):
+    """Six query heads of three KV heads: neighbours share a factor."""
+    generator = torch.Generator().manual_seed(3)
+    query = torch.randn(7, 6, 32, generator=generator).to(dtype)
+    scale = torch.tensor([0.3, 1.7, 0.05])[:num_scales]
+    ring = torch.full((SEATS, LAYERS, RING, 6, 32), float("nan"), dtype=ring_dtype)
+    rows = token_rows(7, seed=7)
+    of_heads = scale.repeat_interleave(6 // num_scales).view(-1, 1)
+    expected = expected_ring(ring, 1, query.float() * of_heads, rows)
+    VERSIONS[version](ring, 1, query, rows, scale)
+    torch.testing.assert_close(ring, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("version", ["naive", "cpp"])
+def test_a_factor_comes_with_fp8_queries_and_fits_their_heads(version):
+    ring = torch.zeros(SEATS, LAYERS, RING, 6, 32)
+    rows, query = token_rows(3, seed=1), torch.randn(3, 6, 32).to(torch.float8_e4m3fn)
+    for wrong_query, scale in ((query, None), (query.half(), torch.ones(1))):
+        with pytest.raises(ValueError, match="expected a query_scale with queries of"):
+            VERSIONS[version](ring, 0, wrong_query, rows, scale)
+    for scale in (torch.ones(4), torch.ones(1).half(), torch.ones(4)[::2]):
+        with pytest.raises(ValueError, match="expected query_scale float32 on cpu, contiguous"):
+            VERSIONS[version](ring, 0, query, rows, scale)

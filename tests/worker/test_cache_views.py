@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from rkv_vllm.fit.refusals import ATTENTION_BACKENDS
 from rkv_vllm.worker.cache_views import LAYOUTS, view_caches
@@ -90,3 +92,103 @@ def test_an_unknown_layout_is_refused():
 
 def test_the_backends_checked_at_start_are_those_whose_layouts_are_known():
     assert set(ATTENTION_BACKENDS) == set(LAYOUTS)
+
+
+class QuantisedImplementation(CellImplementation):
+    """Stores floats of a byte, each head's divided by its factor; cuts like CPU_ATTN or rounds."""
+
+    def __init__(self, dtype: torch.dtype, of_floats: bool = False, cuts: bool = False) -> None:
+        self.dtype, self.of_floats, self.cuts = dtype, of_floats, cuts
+
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
+        if self.of_floats:
+            scales = (layer._k_scale_float, layer._v_scale_float)
+        else:
+            scales = (s.reshape(-1, 1) for s in (layer._k_scale, layer._v_scale))
+        parts = [self.stored(x.float() / s) for x, s in zip((key, value), scales, strict=True)]
+        super().do_kv_cache_update(layer, *parts, kv_cache, slot_mapping)
+
+    def stored(self, numbers):
+        rounded = numbers.to(self.dtype)
+        if self.cuts:
+            # One less where rounding went up.
+            up = rounded.float().abs() > numbers.abs()
+            rounded = (rounded.view(torch.uint8) - up.to(torch.uint8)).view(self.dtype)
+        return rounded.view(torch.uint8)
+
+
+def quantised_layers(implementation, scales, backend="FLASH_ATTN", order="LBNHC"):
+    """Layers with caches of bytes; of each a tensor of factors for keys, values and the host."""
+    layers = layers_in(order, lambda: implementation, backend)
+    stacked = torch.zeros([SIZES[axis] for axis in order], dtype=torch.uint8)
+    logical = stacked.permute([order.index(axis) for axis in AXES])
+    for i, (layer, (keys, values)) in enumerate(zip(layers.values(), scales, strict=True)):
+        layer.kv_cache, layer.dtype, layer.num_kv_heads = logical[i], torch.bfloat16, HEADS
+        layer._k_scale, layer._v_scale = torch.tensor(keys), torch.tensor(values)
+        layer._k_scale_float = float(layer._k_scale.max())
+        layer._v_scale_float = float(layer._v_scale.max())
+    return layers
+
+
+ONE_OF_A_LAYER = [(0.05, 0.3), (1.0, 1.0), (0.7, 0.02)]
+ONE_OF_A_HEAD = [([0.05, 0.06], [0.3, 2.0]), ([1.0, 1.0], [1.0, 0.5]), ([0.7, 0.1], [0.2, 0.02])]
+
+
+@pytest.mark.parametrize("backend", ["FLASH_ATTN", "TRITON_ATTN", "FLASHINFER"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("scales", [ONE_OF_A_LAYER, ONE_OF_A_HEAD], ids=["layer", "head"])
+@pytest.mark.parametrize("of_floats", [False, True], ids=["tensors", "floats"])
+@pytest.mark.parametrize("cuts", [False, True], ids=["rounds", "cuts"])
+def test_bytes_are_read_as_the_layer_means_them(backend, dtype, scales, of_floats, cuts):
+    """Whatever the flag calls the cache: TRITON_ATTN takes the bytes of fp8_e5m2 for e4m3."""
+    implementation = QuantisedImplementation(dtype, of_floats, cuts)
+    layers = quantised_layers(implementation, scales, backend)
+    views = view_caches(layers, TOKENS)
+    slots = torch.arange(2 * TOKENS)
+    for i, layer in enumerate(layers.values()):
+        keys, values = torch.randn(2, 2 * TOKENS, HEADS, HEAD_SIZE).bfloat16()
+        layer.impl.do_kv_cache_update(layer, keys, values, layer.kv_cache, slots)
+        for states, written, factor, host in (
+            (views.keys, keys, layer._k_scale, layer._k_scale_float),
+            (views.values, values, layer._v_scale, layer._v_scale_float),
+        ):
+            assert states.dtype == dtype
+            factor = torch.tensor(host) if of_floats else factor
+            factor = factor.expand(HEADS).view(-1, 1)
+            expected = implementation.stored(written.float() / factor).view(dtype).float() * factor
+            read = states.numbers(torch.tensor([0, 1]), 2 * TOKENS)[i].transpose(0, 1)
+            assert read.equal(expected)
+
+
+def test_bytes_of_an_unknown_meaning_are_refused():
+    layers = quantised_layers(QuantisedImplementation(torch.float8_e4m3fnuz), ONE_OF_A_LAYER)
+    with pytest.raises(ValueError, match=r"uint8 with strides .* bytes that are torch.float8_e4m3"):
+        view_caches(layers, TOKENS)
+
+
+@pytest.mark.parametrize("cache_dtype", ["fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("isa", ["vec", "amx"])
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16])
+def test_the_bytes_of_cpu_attn_are_found_by_its_own_op(cache_dtype, isa, model_dtype):
+    """Both packings; the op cuts, where torch rounds."""
+    size, tokens = 32, 64
+    layers = quantised_layers(None, ONE_OF_A_LAYER, "CPU_ATTN")
+    caches = torch.zeros(LAYERS, BLOCKS, HEADS, tokens, 2 * size, dtype=torch.uint8)
+    impl = object.__new__(CPUAttentionBackendImpl)
+    impl.attn_type, impl.kv_cache_dtype = AttentionType.DECODER, cache_dtype
+    for layer, cache in zip(layers.values(), caches, strict=True):
+        layer.kv_cache, layer.head_size, layer.impl = cache, size, impl
+        layer.dtype, layer.isa = model_dtype, isa
+    views = view_caches(layers, tokens)
+    assert views.keys.dtype == {"fp8_e4m3": torch.float8_e4m3fn}.get(cache_dtype, torch.float8_e5m2)
+    generator = torch.Generator().manual_seed(5)
+    for i, layer in enumerate(layers.values()):
+        keys, values = torch.randn(2, 90, HEADS, size, generator=generator).to(model_dtype)
+        impl.do_kv_cache_update(layer, keys, values, layer.kv_cache, torch.arange(90))
+        for states, written in ((views.keys, keys), (views.values, values)):
+            read = states.numbers(torch.tensor([0, 1]), 90)[i].transpose(0, 1)
+            gap = (read - written.float()) / written.float()
+            # It cuts: what is read is nearer to zero, by less than a step.
+            assert (gap < 1e-3).all()
+            normal = written.float().abs() > 0.25
+            assert (gap[normal] > -0.26).all()

@@ -101,3 +101,26 @@ def test_without_queries_nothing_is_recorded():
     (layer_set,) = make(layers, memory=None)
     assert layer_set.ring is None
     assert all(type(layer.impl) is ObservedImplementation for layer in layers.values())
+
+
+@pytest.mark.parametrize("factors", [[0.5], [0.5, 0.25]], ids=["layer", "head"])
+def test_queries_that_a_layer_has_quantised_are_recorded_with_its_factor(factors):
+    """`query_quant` of vLLM's attention layer; what others give is recorded as it is."""
+    page = BLOCKS * 2 * TOKENS * 16
+    layers = layers_in(torch.zeros(2 * page), [0, page])
+    for i, layer in enumerate(layers.values()):
+        layer._q_scale = (i + 1) * torch.tensor(factors)
+        observe_queries(layer)
+    memory = RingMemory(1, WINDOW + 1, 2 * 6 * 8, torch.bfloat16, torch.device("cpu"))
+    (layer_set,) = make(layers, memory)
+    rows = layer_set.ring._rows
+    rows.token_rows[:2] = torch.tensor([-1, 3])
+    rows.records = True
+    query = torch.randn(2, 6, 8)
+    of_heads = torch.tensor(factors).repeat_interleave(6 // len(factors)).view(-1, 1)
+    for i, layer in enumerate(layers.values()):
+        layer.impl.forward(layer, query.to(torch.float8_e4m3fn))
+        expected = query[1].to(torch.float8_e4m3fn).float() * (i + 1) * of_heads
+        assert layer_set.ring.queries[0, i, 3].equal(expected.bfloat16())
+    layer.impl.forward(layer, query.bfloat16())
+    assert layer_set.ring.queries[0, 1, 3].equal(query[1].bfloat16())

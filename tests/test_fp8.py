@@ -1,0 +1,164 @@
+"""fp8 caches on real engines: served text is explicit eviction of what the cache has rounded.
+
+Engine and reference compute keys in another order of summation. Where a key lies that near to a
+step of the cache's floats, the two store neighbours, and from there on the request is another one.
+So most requests are held to the tolerance of other dtypes, and all of them to a wide one; a
+reference that does not round is far outside of both.
+"""
+
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+
+import rkv_vllm
+from rkv_vllm.options import ServerOptions
+from tests.engine import BLOCK_SIZE, Engine, running_engine
+from tests.fp8 import DTYPES, Fp8Store, calibrated_model, needs_fp8_on_cpu
+from tests.methods.oracle import assert_same_kept, expected_scores
+from tests.models import assert_varied, random_prompt
+from tests.reference import generate_reference
+from tests.test_equality import LOGPROB_TOLERANCE
+
+pytestmark = [pytest.mark.engine, needs_fp8_on_cpu]
+
+LENGTHS = {"budget": 32, "buffer": 16}
+PROMPTS = {f"r{i}": random_prompt(14 + 5 * i, seed=i) for i in range(6)}
+NUM_TOKENS = 90
+# Of keys and values of each layer; no two alike, no power of two.
+SCALES = [(0.05, 0.021), (0.31, 0.07)]
+# Where a key was stored as its neighbour; a cache that does not round is above, in the median.
+NEIGHBOUR_GAP = 0.02
+
+
+class FlushWatch:
+    """Chooses with the float64 oracle what is kept, and sees that these very bytes survive."""
+
+    def __init__(self, engine: Engine, cache_dtype: str) -> None:
+        self.num_judged = self.num_moved = 0
+        self._layers = engine.model_runner.compilation_config.static_forward_context
+        self._dtype = DTYPES[cache_dtype]
+        self._expected = []
+        compactor = engine.model_runner.compactor
+        compactor.observer = self
+        self._flush, compactor.flush = compactor.flush, self._watched_flush
+
+    def chosen(self, choice) -> None:
+        for i, directive in enumerate(choice.directives):
+            for number, name in enumerate(choice.layers):
+                row, end = directive.old_block_ids, directive.total_len
+                before = [part[:, :end] for part in self._bytes(name, row)]
+                num_heads = before[0].shape[0]
+                heads = slice(number * num_heads, (number + 1) * num_heads)
+                keep = choice.keep[i, heads, : directive.budget].long()
+                # The oracle takes its time.
+                if number == self.num_moved % len(choice.layers):
+                    self._judge(choice, i, number, name, before[0], keep)
+                self._expected.append((name, directive, before, keep))
+
+    def _judge(self, choice, request, number, name, key_bytes, keep) -> None:
+        eviction = choice.batch.evictions[request]
+        settled, prefix_len = eviction.settled_len, eviction.prefix_len
+        layer = self._layers[name]
+        keys = key_bytes[:, :settled].view(self._dtype).float() * layer._k_scale_float
+        queries = choice.batch.window_queries(request, choice.heads.queries[:, [number]])
+        want = expected_scores(keys, queries, prefix_len=prefix_len, scale=layer.impl.scale)
+        assert_same_kept(keep - prefix_len, want.scores, eviction.budget, choice.batch.window)
+        self.num_judged += 1
+
+    def _bytes(self, name: str, row: list[int]) -> list[torch.Tensor]:
+        """Bytes [heads, tokens, d] of the keys and of the values in a row of blocks."""
+        layer = self._layers[name]
+        blocks = layer.kv_cache[row]
+        assert blocks.dtype == torch.uint8
+        halves = blocks.reshape(*blocks.shape[:2], 2, -1)
+        key_blocks = halves[:, :, 0].unflatten(2, (layer.head_size, -1)).transpose(2, 3)
+        value_blocks = halves[:, :, 1].unflatten(2, (-1, layer.head_size))
+        return [part.transpose(0, 1).flatten(1, 2).clone() for part in (key_blocks, value_blocks)]
+
+    def _watched_flush(self, *args):
+        done = self._flush(*args)
+        for name, directive, before, keep in self._expected:
+            prefix_len, settled = directive.prefix_len, directive.settled_len
+            for old, new in zip(before, self._bytes(name, directive.new_block_ids), strict=True):
+                survivors = old.gather(1, keep.unsqueeze(-1).expand(-1, -1, old.shape[2]))
+                parts = (old[:, :prefix_len], survivors, old[:, settled:])
+                want = torch.cat(parts, dim=1)
+                assert new[:, : want.shape[1]].equal(want)
+            self.num_moved += 1
+        self._expected.clear()
+        return done
+
+
+def serve(model: Path, num_tokens: int = NUM_TOKENS, cache_dtype: str = "auto", **options):
+    """All prompts, watched where there is compression; returns the engine and its compactions."""
+    # vLLM sizes the pool of a checkpoint that asks for fp8 by bytes as well.
+    bytes_per_block = 2 * 2 * BLOCK_SIZE * 32 * len(SCALES)
+    memory = 256 * bytes_per_block
+    with running_engine(
+        model, 256, kv_cache_memory_bytes=memory, kv_cache_dtype=cache_dtype, **options
+    ) as engine:
+        compactions = 0
+        if options.get("additional_config"):
+            watch = FlushWatch(engine, "fp8_e4m3" if cache_dtype == "auto" else cache_dtype)
+        for req_id, prompt in PROMPTS.items():
+            engine.add(req_id, prompt, num_tokens)
+        engine.run()
+        if options.get("additional_config"):
+            compactions = engine.stats()["compactions"]
+            assert watch.num_judged >= compactions
+            assert watch.num_moved == compactions * len(SCALES)
+        engine.assert_pool_is_empty()
+    return engine, compactions
+
+
+def gaps(engine: Engine, req_id: str, model: Path, prompt, store, config, **how) -> tuple:
+    """How far apart log-probabilities are, and how often the reference made a compaction."""
+    output = engine.outputs[req_id]
+    reference = generate_reference(
+        model,
+        prompt,
+        len(output.token_ids),
+        config,
+        store=store,
+        forced_ids=output.token_ids,
+        **how,
+    )
+    found = [abs(a - b) for a, b in zip(output.logprobs, reference.logprobs, strict=True)]
+    if max(found) < LOGPROB_TOLERANCE:
+        assert reference.top_ids[:, 0].tolist() == output.token_ids
+    return found, len(reference.compactions)
+
+
+def assert_explicit_eviction(engine, model, store, config, **how) -> int:
+    """Every request is the reference's, most of them to the last bit; returns its compactions."""
+    compactions = num_same = 0
+    for req_id, prompt in PROMPTS.items():
+        found, number = gaps(engine, req_id, model, prompt, store, config, **how)
+        assert median(found) < NEIGHBOUR_GAP, req_id
+        num_same += max(found) < LOGPROB_TOLERANCE
+        compactions += number
+        assert_varied(engine.outputs[req_id].token_ids)
+    assert 2 * num_same >= len(PROMPTS)
+    plain, _ = gaps(engine, "r0", model, PROMPTS["r0"], None, config, **how)
+    assert median(plain) > 5 * NEIGHBOUR_GAP
+    return compactions
+
+
+def test_a_calibrated_checkpoint_is_served_as_explicit_eviction_beside_stock(
+    random_model_dir, tmp_path
+):
+    model = random_model_dir("qwen3", 3, layers=2)
+    calibrated = calibrated_model(tmp_path, model, SCALES, "tensor")
+    store, config = Fp8Store("fp8_e4m3", SCALES), ServerOptions(**LENGTHS)
+    engine, compactions = serve(calibrated, **rkv_vllm.engine_args(**LENGTHS))
+    assert compactions == assert_explicit_eviction(engine, model, store, config) >= 18
+    stock, _ = serve(calibrated)
+    assert_explicit_eviction(stock, model, store, None)
+    for req_id, prompt in PROMPTS.items():
+        ours, theirs = engine.outputs[req_id].token_ids, stock.outputs[req_id].token_ids
+        # Decoded until the first compaction, which leaves the token of its own step alone.
+        num_equal = LENGTHS["budget"] + LENGTHS["buffer"] - len(prompt) + 1
+        assert ours[:num_equal] == theirs[:num_equal]
+        assert ours != theirs
