@@ -49,8 +49,7 @@ def _version(work: Workload, ops: Ops) -> Version:
     keep = ops.select(scores, work.batch)
 
     def move(kept: Tensor) -> None:
-        ops.compact(work.keys, work.batch, kept)
-        ops.compact(work.values, work.batch, kept)
+        ops.compact_both(work.keys, work.values, work.batch, kept)
 
     return {
         "score": lambda: method.score(work.heads, work.batch),

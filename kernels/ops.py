@@ -7,7 +7,7 @@ each folder has the contract.
 
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -48,6 +48,7 @@ class Ops(NamedTuple):
         channel_range: (values, batch) -> widths, see `channel_range_naive`.
         select: (scores, batch) -> keep, see `select_naive`.
         compact: (states, batch, keep), see `compact_naive`.
+        compact_both: (keys, values, batch, keep), the same for two, at once where that is faster.
         scratch_bytes_per_token: temporaries of one importance, redundancy and select, per token,
             head and layer of the batch.
     """
@@ -60,6 +61,7 @@ class Ops(NamedTuple):
     channel_range: Callable[[PagedStates, EvictionBatch], Tensor]
     select: Callable[[Tensor, EvictionBatch], Tensor]
     compact: Callable[[PagedStates, EvictionBatch, Tensor], None]
+    compact_both: Callable[[PagedStates, PagedStates, EvictionBatch, Tensor], None]
     scratch_bytes_per_token: int
 
 
@@ -99,6 +101,7 @@ def naive_ops(states: PagedStates) -> Ops:
         channel_range_naive,
         select_naive,
         compact_naive,
+        partial(_one_by_one, compact_naive),
         _RESULT_BYTES + dense,
     )
 
@@ -114,6 +117,7 @@ def cpu_ops() -> Ops:
         channel_range_cpu,
         select_cpu,
         compact_cpu,
+        partial(_one_by_one, compact_cpu),
         _RESULT_BYTES,
     )
 
@@ -121,7 +125,7 @@ def cpu_ops() -> Ops:
 def triton_ops(states: PagedStates, window: int = 8) -> Ops:
     """The Triton kernels, for caches that strides describe."""
     # Imported where they serve: a CPU installation need not have Triton.
-    from rkv_vllm.kernels.compact.triton import compact_triton
+    from rkv_vllm.kernels.compact.triton import compact_both_triton, compact_triton
     from rkv_vllm.kernels.observe.triton import observe_triton
     from rkv_vllm.kernels.rkv.triton import importance_triton, redundancy_triton, scratch_bytes
     from rkv_vllm.kernels.select.triton import select_triton
@@ -136,8 +140,20 @@ def triton_ops(states: PagedStates, window: int = 8) -> Ops:
         channel_range_triton,
         select_triton,
         compact_triton,
+        compact_both_triton,
         scratch_bytes(states.head_size, window),
     )
+
+
+def _one_by_one(
+    compact: Callable[[PagedStates, EvictionBatch, Tensor], None],
+    keys: PagedStates,
+    values: PagedStates,
+    batch: EvictionBatch,
+    keep: Tensor,
+) -> None:
+    for states in (keys, values):
+        compact(states, batch, keep)
 
 
 def _is_plain(states: PagedStates) -> bool:

@@ -282,8 +282,7 @@ class Compactor:
         if self.observer is not None:
             choice = Choice(directives, heads, batch, scores, keep, call.layer_names)
             self.observer.chosen(choice)
-        for states in (keys, values):
-            layer_set.ops.compact(states, batch, keep)
+        layer_set.ops.compact_both(keys, values, batch, keep)
 
     def _count(self, directive: EvictionDirective) -> None:
         self.groups[directive.group_id].note(directive)

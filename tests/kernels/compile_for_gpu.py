@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from rkv_vllm.kernels.batch import Eviction, EvictionBatch
-from rkv_vllm.kernels.compact.triton import compact_triton
+from rkv_vllm.kernels.compact.triton import compact_both_triton, compact_triton
 from rkv_vllm.kernels.observe.triton import observe_triton
 from rkv_vllm.kernels.paged import PagedStates
 from rkv_vllm.kernels.rkv.triton import importance_triton, redundancy_triton
@@ -29,7 +29,7 @@ from tests.kernels.cases import new_case, random_keep
 
 H100 = GPUTarget("cuda", 90, 32)
 # Arguments that make another kernel of the same function.
-VARIANTS = ("ADD", "DEFENSIVE", "CENTER", "IS_MEAN")
+VARIANTS = ("ADD", "DEFENSIVE", "CENTER", "IS_MEAN", "BOTH")
 BACKEND = backends["nvidia"].compiler(H100)
 
 
@@ -103,7 +103,10 @@ def launch_all(states: PagedStates, batch: EvictionBatch, queries: torch.Tensor)
     attention_triton(states, batch, queries, *of_layers, pool=5)
     channel_range_triton(states, batch)
     select_triton(scores, batch)
-    compact_triton(states, batch, random_keep(batch, states.num_layers * states.num_heads))
+    keep = random_keep(batch, states.num_layers * states.num_heads)
+    compact_triton(states, batch, keep)
+    # Of a real cache these lie in the same blocks.
+    compact_both_triton(states, states, batch, keep)
 
 
 def launch_step(pool: torch.Tensor, layer_idx: int, num_tokens: int) -> None:

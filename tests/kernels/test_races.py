@@ -117,7 +117,8 @@ def test_every_layout_is_the_same_in_any_order_and_has_no_race(layout, fresh, ch
 
 @pytest.mark.parametrize("bug", ["no barrier", "descending", "foreign block", "shared rows"])
 def test_a_planted_race_is_noticed(bug):
-    case = new_case([(150, 153, 70), (150, 150, 70)], num_heads=1, **SMALL)
+    # Three tiles: the first two are loaded before anything is stored.
+    case = new_case([(150, 153, 140), (150, 150, 140)], num_heads=1, **SMALL)
     keep = random_keep(case.batch, 1)
     states, batch = case.states, case.batch
     if bug == "descending":

@@ -5,12 +5,15 @@ threads at once, so races stay unseen here; test_triton_compiles.py shows that a
 takes the kernels.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from rkv_vllm.kernels.batch import ALL_FINITE, Eviction, EvictionBatch
-from rkv_vllm.kernels.compact.triton import compact_triton
+from rkv_vllm.kernels.compact.triton import compact_both_triton, compact_kernel, compact_triton
 from rkv_vllm.kernels.ops import triton_ops
+from rkv_vllm.kernels.paged import PagedStates
 from rkv_vllm.kernels.rkv.triton import importance_triton, redundancy_triton
 from rkv_vllm.kernels.select.naive import select_naive
 from rkv_vllm.kernels.select.triton import select_triton
@@ -198,7 +201,33 @@ def test_compaction_leaves_survivors_and_tail_and_touches_nothing_else(layout, d
     assert torch.equal(case.states.cells[:, others].nan_to_num(7.0), before.nan_to_num(7.0))
 
 
-@pytest.mark.xfail(strict=True, reason="compact_triton leaves there what a fresh block held")
+@pytest.mark.parametrize("layout", PLAIN)
+@pytest.mark.parametrize("values_alike", [True, False])
+def test_keys_and_values_of_one_cache_are_compacted_together(layout, values_alike, monkeypatch):
+    # Both halves of one cache, or values of another size in one of their own.
+    case = new_case([(150, 153, 70), (40, 45, 9)], layout=layout, dtype=torch.bfloat16, **SMALL)
+    keys, other = case.states, new_case([(150, 153, 70), (40, 45, 9)], head_size=32, **SMALL)
+    if values_alike:
+        cache = keys.blocks.new_empty(0).set_(keys.blocks.untyped_storage())
+        half = cache.as_strided(keys.blocks.shape, keys.blocks.stride(), 0)
+        values = PagedStates(half, None, keys.block_size)
+        for eviction, dense in zip(case.batch.evictions, case.dense, strict=True):
+            values.write(torch.tensor(eviction.old_block_ids), -dense)
+        other = replace(case, states=values, dense=[-dense for dense in case.dense])
+    launches = []
+    launch = compact_kernel.run
+    monkeypatch.setattr(
+        compact_kernel, "run", lambda *a, **k: (launches.append(k), launch(*a, **k))
+    )
+    keep = random_keep(case.batch, 2)
+    compact_both_triton(keys, other.states, case.batch, keep)
+    for each in (case, other):
+        for i, eviction in enumerate(case.batch.evictions):
+            after = each.states.read(case.batch.new_block_table[i], eviction.new_len)
+            assert torch.equal(after, each.kept_and_tail(keep, i))
+    assert len(launches) == (1 if values_alike else 2)
+
+
 def test_what_follows_the_last_token_in_its_block_becomes_zero():
     """A fresh block of a hybrid model may hold a state, which is often NaN when read as numbers."""
     case = new_case([(150, 153, 70), (40, 45, 9)], fresh="all fresh", **SMALL)

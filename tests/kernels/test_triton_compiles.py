@@ -29,6 +29,7 @@ KERNELS = [
     "spread_kernel",
     "select_kernel",
     "compact_kernel",
+    "compact_kernel+BOTH",
     "slots_kernel",
     "observe_kernel",
 ]
