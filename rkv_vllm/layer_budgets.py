@@ -14,7 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rkv_vllm.model_name import is_same_model
+from rkv_vllm.model_file import check_model, write_model_file
 from rkv_vllm.option_field import OptionError
 
 METHOD, PYRAMID = "method", "pyramid"
@@ -142,12 +142,7 @@ def write_classes(path: Path, model: str, classes: Sequence[LayerClass]) -> None
         "num_layers": sum(len(each.layers) for each in classes),
         "classes": [{"layers": each.layers, "share": each.share} for each in classes],
     }
-    half = path.with_name(f".{path.name}.half")
-    try:
-        half.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)
+    write_model_file(path, document)
 
 
 def _read_classes(path: str, model: str, num_layers: int) -> list[LayerClass]:
@@ -166,10 +161,7 @@ def _read_classes(path: str, model: str, num_layers: int) -> list[LayerClass]:
     classes = _parse_classes(document)
     if isinstance(classes, str):
         raise refuse(classes)
-    if not is_same_model(document["model"], model):
-        raise refuse(f"it is for {document['model']!r}")
-    if document["num_layers"] != num_layers:
-        raise refuse(f"it is for {document['num_layers']} layers, and the model has {num_layers}")
+    check_model(document, model, num_layers, refuse)
     if sorted(layer for each in classes for layer in each.layers) != list(range(num_layers)):
         raise refuse(f"its classes do not name each layer from 0 to {num_layers - 1} once")
     sizes = [len(each.layers) for each in classes]

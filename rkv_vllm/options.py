@@ -132,6 +132,16 @@ class ServerOptions:
         wanted="'method', 'pyramid' or the path of a JSON file",
         accepts=lambda setting: setting != "",
     )
+    share_layers: str = option(
+        "none",
+        "Layers that read the cache of an earlier layer in place of one of their own, so that the "
+        "pool holds more tokens: a FILE.json that `rkv-vllm calibrate MODEL --share-layers "
+        "FILE.json` writes. Whatever the budget, the text changes.",
+        flag="--kv-share-layers",
+        metavar="none|FILE.json",
+        wanted="'none' or the path of a JSON file",
+        accepts=lambda setting: setting != "",
+    )
     compress_prompt: bool = option(
         False,
         "Compacts the cache of a long prompt between its chunks, so that neither prompts nor "

@@ -6,7 +6,7 @@ moving of survivors are written here a second time, in the plainest way. Knows n
 batches or observation slots. The models it is run on come from `models.py`.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -67,7 +67,8 @@ class ReferenceResult:
 class LayerCache:
     """Keys and values `[num_kv_heads, n, head_dim]` of one layer, queries of its latest tokens."""
 
-    def __init__(self, num_queries: int, store: Callable | None = None) -> None:
+    def __init__(self, layer: int, num_queries: int, store: Callable | None = None) -> None:
+        self.layer = layer
         self.num_queries = num_queries
         self.store = store
         self.keys: torch.Tensor | None = None
@@ -155,7 +156,9 @@ def _explicit_attention(
     [1, num_kv_heads, t, d]` after RoPE; `layer_caches` is a keyword argument of the model's call.
     """
     cache = layer_caches[module.layer_idx]
-    cache.append(query[0], key[0], value[0])
+    # Others read it.
+    if cache.layer == module.layer_idx:
+        cache.append(query[0], key[0], value[0])
     num_heads, num_new, head_dim = query.shape[1:]
     num_kv_heads, num_cached = cache.keys.shape[:2]
     grouped = query[0].reshape(num_kv_heads, num_heads // num_kv_heads, num_new, head_dim)
@@ -205,9 +208,12 @@ class ReferenceRequest:
         keep: Keep | None = None,
         compacted_at: Collection[int] | None = None,
         store: Store | None = None,
+        owners: Mapping[int, int] | None = None,
     ) -> None:
         self.compacted_at = compacted_at
         self.store = store
+        # Of layers that read another layer's cache.
+        self.owners = owners or {}
         self.model = model
         self.config = config
         self.keep = keep
@@ -223,9 +229,11 @@ class ReferenceRequest:
             num_queries = self.config.window + 1 + self.unprocessed_steps
         num_layers = self.model.config.num_hidden_layers
         self.layer_caches = [
-            LayerCache(num_queries, self.store and partial(self.store, layer))
+            LayerCache(layer, num_queries, self.store and partial(self.store, layer))
             for layer in range(num_layers)
         ]
+        for reader, owner in self.owners.items():
+            self.layer_caches[reader] = self.layer_caches[owner]
         self.logical_len = 0
         self.physical_len = 0
         # Physical length from which decoded tokens count towards the next compaction.
@@ -272,6 +280,8 @@ class ReferenceRequest:
     @torch.inference_mode()
     def _evict(self, settled_len: int, settled_logical_len: int) -> None:
         for layer, cache in enumerate(self.layer_caches):
+            if layer in self.owners:
+                continue
             keep = self.keep and partial(self.keep, layer, settled_logical_len)
             cache.evict(settled_len, self.config, self.prefix_len, keep)
         self.physical_len -= settled_len - self.prefix_len - self.config.budget
@@ -316,6 +326,7 @@ def generate_reference(
     keep: Keep | None = None,
     compacted_at: Collection[int] | None = None,
     store: Store | None = None,
+    owners: Mapping[int, int] | None = None,
 ) -> ReferenceResult:
     """Generates greedily for one request with explicit eviction.
 
@@ -337,6 +348,7 @@ def generate_reference(
         compacted_at: settled logical lengths at which it is compacted while it decodes, instead of
             by the rule of `config`.
         store: how the cache rounds, None for one that does not.
+        owners: by number of a layer that reads another layer's cache, the number of that one.
 
     Returns:
         Tokens, log-probabilities, compactions and physical lengths. A compaction due in the very
@@ -360,7 +372,7 @@ def generate_reference(
         prefix_len = len(prompt_ids) if config.protect == "prompt" else config.protect
     model = load_model(Path(model_dir), dtype)
     request = ReferenceRequest(
-        model, config, unprocessed_steps, prefix_len, keep, compacted_at, store
+        model, config, unprocessed_steps, prefix_len, keep, compacted_at, store, owners
     )
     result = ReferenceResult()
     tops = []

@@ -21,7 +21,8 @@ FOLDERS = {"rkv_vllm": PACKAGE, "rkv_vllm.kernels": PACKAGE.parent / "kernels"}
 # From the ground up. A room is a file or folder of the package; "" is the package itself.
 FLOORS = (
     {"kernels", "option_field", "model_name"},
-    {"methods", "layer_budgets", "log", "policy"},
+    {"methods", "model_file", "log", "policy"},
+    {"cache_owners", "layer_budgets"},
     {"options"},
     {"flags", "request_options", "fit"},
     {"scheduling"},
@@ -38,9 +39,11 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # Rooms that know tensors or plain Python only.
 WITHOUT_VLLM = (
+    "cache_owners",
     "kernels",
     "layer_budgets",
     "methods",
+    "model_file",
     "model_name",
     "option_field",
     "options",

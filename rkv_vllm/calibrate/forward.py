@@ -4,7 +4,7 @@ transformers lets attention be exchanged by name: every layer of every model the
 queries, keys and values after RoPE. Next: query_sums.py, which looks on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -55,10 +55,12 @@ def _observed_attention(
     attention_mask: Tensor | None,
     *,
     observers: Sequence[AttentionObserver],
+    caches: "_SharedCaches",
     **settings: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention of one text; registered with transformers, `observers` comes from `read`."""
+    """Causal attention of one text; `observers` and `caches` come from `read`."""
     settings["is_causal"] = True
+    key, value = caches.of_layer(module.layer_idx, key, value)
     output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, **settings)
     for observer in observers:
         observer.observe(module.layer_idx, query[0], key[0], value[0], output[0].transpose(0, 1))
@@ -66,6 +68,26 @@ def _observed_attention(
 
 
 ALL_ATTENTION_FUNCTIONS.register(_ATTENTION_NAME, _observed_attention)
+
+
+class _SharedCaches:
+    """Keys and values of one piece of text that other layers read in place of their own.
+
+    Args:
+        owners: by number of a layer that reads, the number of the one whose cache it reads.
+    """
+
+    def __init__(self, owners: Mapping[int, int]) -> None:
+        self._owners = owners
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of_layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What a layer attends to; its own are given."""
+        if layer in self._owners:
+            return self._kept[self._owners[layer]]
+        if layer in self._owners.values():
+            self._kept[layer] = key, value
+        return key, value
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -131,15 +153,24 @@ def read(
     token_ids: Sequence[int],
     context: int,
     observers: Sequence[AttentionObserver],
-) -> None:
+    owners: Mapping[int, int] | None = None,
+) -> Tensor:
     """Run a text in pieces, each from position 0 on.
 
     Args:
         model: made by `load_model`.
         token_ids: of the text.
         context: tokens of a piece, at most.
-        observers: are shown every layer of every piece.
+        observers: are shown every layer of every piece, with what it attends to.
+        owners: by number of a layer that reads another one's cache, the number of that one.
+
+    Returns:
+        The hidden states behind the last layer, [num_tokens, hidden size] in the model's dtype.
     """
+    hidden = []
     for first in range(0, len(token_ids), context):
         piece = torch.tensor([list(token_ids[first : first + context])], device=model.device)
-        model(input_ids=piece, use_cache=False, observers=observers)
+        shared = _SharedCaches(owners or {})
+        output = model(input_ids=piece, use_cache=False, observers=observers, caches=shared)
+        hidden.append(output.last_hidden_state[0])
+    return torch.cat(hidden)

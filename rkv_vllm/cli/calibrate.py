@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rkv_vllm.cache_owners import write_owners
 from rkv_vllm.cli.checkpoint import find_config
 from rkv_vllm.cli.environment import quieten_vllm
 from rkv_vllm.cli.errors import REFUSED, CommandError, interruptible, one_line_errors
@@ -34,6 +35,17 @@ _OUT = "The file to write, for --kv-option statistics=FILE; replaces an older on
 Out = Annotated[Path | None, typer.Option(metavar="FILE.safetensors", help=_OUT)]
 _LAYERS = "The file to write, for --kv-layer-budgets FILE.json; replaces an older one."
 LayerBudgets = Annotated[Path | None, typer.Option(metavar="FILE.json", help=_LAYERS)]
+_SHARE = "The file to write, for --kv-share-layers FILE.json; replaces an older one."
+ShareLayers = Annotated[Path | None, typer.Option(metavar="FILE.json", help=_SHARE)]
+_READERS = "With --share-layers: that shall read another layer's cache. Default: a quarter."
+Readers = Annotated[int | None, typer.Option(metavar="LAYERS", help=_READERS, min=1)]
+_SIMILARITY = (
+    "With --share-layers: least cosine, as a mean over tokens, between the model's last hidden "
+    "states with shared caches and without."
+)
+Similarity = Annotated[
+    float, typer.Option("--least-similarity", metavar="COSINE", help=_SIMILARITY, min=-1, max=1)
+]
 _TEXT = (
     "Plain text, UTF-8, such as you expect the model to read and write. Default: a text of worked "
     "exercises, code and prose that comes with the package (about 2,000 tokens)."
@@ -56,6 +68,9 @@ def calibrate_model(
     model: ModelArgument,
     out: Out = None,
     layer_budgets: LayerBudgets = None,
+    share_layers: ShareLayers = None,
+    readers: Readers = None,
+    similarity: Similarity = 0.5,
     text: Text = None,
     max_tokens: Tokens = 16384,
     context: Context = 1024,
@@ -67,9 +82,10 @@ def calibrate_model(
 
     The method `triattention` judges keys by the model's mean queries before RoPE; this command
     takes them from a text that the model reads once (--out). Layer budgets weigh how much each
-    layer's attention changes what it is given (--layer-budgets). Llama, Mistral, Qwen2 and Qwen3
-    are known, with full attention. A file holds for the model of that name; it is small, and every
-    process of a server reads it.
+    layer's attention changes what it is given (--layer-budgets). Which layers can read another
+    layer's cache is found by trying pairs, each of which reads the text once more (--share-layers).
+    Llama, Mistral, Qwen2 and Qwen3 are known, with full attention. A file holds for the model of
+    that name; it is small, and every process of a server reads it.
 
     Examples, with the model that `make model` unpacks; a minute at most:
 
@@ -79,36 +95,47 @@ def calibrate_model(
     vllm serve $M --kv-compression triattention --kv-option statistics=smollm2.safetensors
     rkv-vllm calibrate $M --layer-budgets smollm2.json
     vllm serve $M --kv-compression rkv --kv-layer-budgets smollm2.json
+    rkv-vllm calibrate $M --share-layers shared.json --max-tokens 1024
+    vllm serve $M --kv-compression rkv --kv-share-layers shared.json
     ```
 
     Exit codes: 0 written; 1 the model or the text cannot be had; 2 the command line is wrong; 130
     interrupted, nothing written.
     """
     with one_line_errors(), interruptible():
-        outputs = {"--out": out, "--layer-budgets": layer_budgets}
+        outputs = {
+            "--out": out,
+            "--layer-budgets": layer_budgets,
+            "--share-layers": share_layers,
+        }
         _check_outputs(outputs)
         folder = find_config(model).parent
         written = _read_text(text)
         quieten_vllm()
         with status("Importing transformers ..."):
             from rkv_vllm.calibrate import forward
+            from rkv_vllm.calibrate.kvsharer import CacheSums
             from rkv_vllm.calibrate.layer_importance import LayerImportance
             from rkv_vllm.calibrate.query_sums import QuerySums
+            from rkv_vllm.cli.share_layers import find_sharing, most_readers
         with _refused_by_name(model):
             config = forward.read_config(folder)
             num_layers = config.num_hidden_layers
             if layer_budgets is not None:
                 require_classes(num_layers)
+            num_readers = most_readers(readers, num_layers)
             token_ids = forward.tokenize(folder, written)[:max_tokens]
         _check_length(text, len(token_ids))
         with status("Loading the model ..."), _refused_by_name(model):
             loaded = _load(folder, dtype.value, device)
         sums, importance = QuerySums(loaded), LayerImportance(num_layers)
+        caches = CacheSums(num_layers)
         wanted = [sums] if out is not None else []
         wanted += [importance] if layer_budgets is not None else []
+        wanted += [caches] if share_layers is not None else []
         pieces = -(-len(token_ids) // context)
         with progress("Reading", pieces * num_layers, "layers") as move:
-            forward.read(loaded, token_ids, context, [*wanted, _Steps(move)])
+            hidden = forward.read(loaded, token_ids, context, [*wanted, _Steps(move)])
         name = model_name(str(folder))
         found: dict[str, Any] = {"model": name, "tokens": len(token_ids)}
         if out is not None:
@@ -121,6 +148,15 @@ def calibrate_model(
                 write_classes(layer_budgets, name, classes)
             found["layer_budgets"] = str(layer_budgets)
             found["shares"] = [each.share for each in classes]
+        if share_layers is not None:
+            sharing = find_sharing(
+                loaded, token_ids, context, hidden, caches, num_readers, similarity
+            )
+            with _writing("--share-layers", share_layers):
+                write_owners(share_layers, name, num_layers, sharing.owners)
+            found["share_layers"] = str(share_layers)
+            found["reads"] = {str(reader): owner for reader, owner in sharing.owners.items()}
+            found["similarity"] = round(sharing.similarity, 4)
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -131,6 +167,12 @@ def calibrate_model(
         for each in classes:
             layers = ", ".join(map(str, each.layers))
             typer.echo(f"{layer_budgets}: share {each.share:.3f} for layers {layers}")
+    if share_layers is not None:
+        pairs = ", ".join(f"{reader} reads {owner}" for reader, owner in found["reads"].items())
+        typer.echo(
+            f"{share_layers}: {len(found['reads'])} of {num_layers} layers without a cache of "
+            f"their own, similarity {found['similarity']}: {pairs}"
+        )
 
 
 class _Steps:
@@ -149,7 +191,7 @@ class _Steps:
 def _check_outputs(paths: dict[str, Path | None]) -> None:
     if not any(paths.values()):
         raise CommandError(
-            f"{' and '.join(paths)}: got neither, wanted at least one file to write; add one"
+            f"{', '.join(paths)}: got none of them, wanted at least one file to write; add one"
         )
     for flag, path in paths.items():
         if path is None:

@@ -4,11 +4,12 @@ What vLLM does at start, as arithmetic, per GPU and in bytes:
 
     cache           = gpu_memory * gpu_memory_utilization - weights / tensor_parallel - reserved
     cache (R-KV)    = cache - query ring
-    query ring      = seats * layers * (window + in_flight) * query heads * head_size * element
+    query ring      = seats * owners * (window + in_flight) * query heads * head_size * element
     bytes per token = 2 * layers * KV heads * head_size * element        (fp8: one byte per element)
     blocks          = cache // (block_size * bytes per token) - 1        (vLLM keeps one empty)
 
-Heads are those of one rank: `heads / tensor_parallel`, at least one KV head. A request holds
+Heads are those of one rank: `heads / tensor_parallel`, at least one KV head. Owners are the layers
+with a cache of their own: all, but for R-KV with `--kv-share-layers`. A request holds
 `ceil(tokens / block_size)` blocks, its tokens are those of `footprint.py`, and so
 
     at once (peak)  = blocks / (blocks that a request still grows into, averaged over its life)
@@ -139,7 +140,12 @@ class Capacity:
 
 
 def make_capacity(
-    decoder: Decoder, machine: Machine, dtype: str, block_size: int, config: ServerOptions
+    decoder: Decoder,
+    machine: Machine,
+    dtype: str,
+    block_size: int,
+    config: ServerOptions,
+    num_readers: int = 0,
 ) -> Capacity:
     """Divides the memory.
 
@@ -149,6 +155,7 @@ def make_capacity(
         dtype: of weights and cache, one of `options.DTYPES`.
         block_size: tokens per block.
         config: the options of R-KV.
+        num_readers: layers that read another layer's cache with them.
 
     Raises:
         CommandError: heads that the ranks cannot share, or no room for a cache.
@@ -161,8 +168,9 @@ def make_capacity(
             "choose another one"
         )
     element = decoder.dtype_bytes(dtype)
-    elements = 2 * decoder.num_layers * max(1, kv_heads // ranks) * decoder.head_size
-    query = decoder.num_layers * decoder.num_heads // ranks * decoder.head_size * element
+    per_layer = 2 * max(1, kv_heads // ranks) * decoder.head_size
+    num_owners = decoder.num_layers - num_readers
+    query = num_owners * (decoder.num_heads // ranks) * decoder.head_size * element
     # A step computes one chunk of a prompt, or so.
     seats = config.seats + config.prompt_seats(config.prompt_chunk)
     ring = seats * (config.window + IN_FLIGHT) * query
@@ -178,11 +186,12 @@ def make_capacity(
     def longest(prompt_len: int) -> int:
         return longest_cache(terms(prompt_len), MOST_TOKENS, IN_FLIGHT)
 
+    elements, owned = decoder.num_layers * per_layer, num_owners * per_layer
     plain, reduced = machine.cache_bytes(), machine.cache_bytes(ring)
     capacity = Capacity(
         stock=Pool("stock", "stock", elements * element, plain, block_size, stock_life),
         fp8=Pool("stock_fp8", "stock, fp8", elements * FP8_BYTES, plain, block_size, stock_life),
-        rkv=Pool("rkv", "R-KV", elements * element, reduced, block_size, rkv, longest),
+        rkv=Pool("rkv", "R-KV", owned * element, reduced, block_size, rkv, longest),
         ring_bytes=ring,
     )
     if capacity.rkv.usable_blocks == 0:

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from rkv_vllm.cache_owners import owners_of_readers
 from rkv_vllm.cli.checkpoint import (
     check_dtype,
     find_config,
@@ -51,6 +52,9 @@ CompressPrompt = Annotated[
     typer.Option("--compress-prompt", "--kv-compress-prompt", help=_COMPRESS, rich_help_panel=RKV),
 ]
 PromptChunk = Annotated[int, tokens(RKV, "Of a prompt, between two of those.", *_CHUNK_FLAGS)]
+_SHARED = "Which layers read another layer's cache."
+_SHARED_FLAGS = ("--share-layers", "--kv-share-layers")
+ShareLayers = Annotated[str, option(RKV, "none|FILE.json", _SHARED, *_SHARED_FLAGS)]
 GpuMemory = Annotated[str, option(_MEMORY, "SIZE", "Of one GPU: 80GiB, 24GB or bytes.")]
 Utilization = Annotated[float, option(_MEMORY, "SHARE", _SHARE)]
 Reserved = Annotated[str, option(_MEMORY, "SIZE", _RESERVED)]
@@ -76,6 +80,7 @@ def show_plan(
     protect: Protect = ServerOptions.protect,
     compress_prompt: CompressPrompt = ServerOptions.compress_prompt,
     prompt_chunk: PromptChunk = ServerOptions.prompt_chunk,
+    share_layers: ShareLayers = ServerOptions.share_layers,
     gpu_memory_utilization: Utilization = 0.92,
     reserved: Reserved = "2GiB",
     weights: Weights = "",
@@ -122,6 +127,7 @@ def show_plan(
                 protect=OPTIONS["protect"].parse(protect),
                 compress_prompt=compress_prompt,
                 prompt_chunk=prompt_chunk,
+                share_layers=share_layers,
             )
         except ValueError as error:
             raise CommandError(str(error)) from error
@@ -129,6 +135,10 @@ def show_plan(
         memory, cache = _memory(gpu_memory, gpu_memory_utilization, kv_cache_memory_bytes)
         found = find_config(model)
         decoder = read_decoder(read_config(found))
+        try:
+            owners = owners_of_readers(share_layers, model, decoder.num_layers)
+        except ValueError as error:
+            raise CommandError(str(error)) from error
         # They do not matter when the size of the cache is given, so they need not be known.
         size, is_guess = 0, False
         if weights:
@@ -139,7 +149,7 @@ def show_plan(
         machine = Machine(
             memory, gpu_memory_utilization, cache, reserve, size, tensor_parallel_size
         )
-        capacity = make_capacity(decoder, machine, dtype, block_size, config)
+        capacity = make_capacity(decoder, machine, dtype, block_size, config, len(owners))
         longest = capacity.rkv.longest_output(prompt_len)
         _require_room(prompt_len, output_len, longest, compress_prompt)
         document = {
@@ -153,6 +163,8 @@ def show_plan(
             "protect": config.protect,
             "compress_prompt": compress_prompt,
             "prompt_chunk": prompt_chunk,
+            "shared_layers": len(owners),
+            "num_layers": decoder.num_layers,
             "block_size": block_size,
             "tensor_parallel_size": tensor_parallel_size,
             "weight_bytes": size // tensor_parallel_size or None,
@@ -274,6 +286,9 @@ def _print(document: dict[str, Any], labels: list[str]) -> None:
     size = document["weight_bytes"]
     table.add_row("weights", *[format_size(size) if size else "not counted"] * 3)
     table.add_row("query ring", "-", "-", format_size(document["observation_bytes"]))
+    if shared := document["shared_layers"]:
+        layers = document["num_layers"]
+        table.add_row("layers with a cache", str(layers), str(layers), str(layers - shared))
     for label, key, form in (
         ("KV cache", "cache_bytes", format_size),
         ("KV bytes per token", "bytes_per_token", "{:,}".format),

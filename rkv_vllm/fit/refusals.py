@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
+from rkv_vllm.cache_owners import NONE, owners_of_readers
 from rkv_vllm.fit.overrides import check_overrides
 from rkv_vllm.fit.versions import SCHEDULER_CLS, check_vllm_version, platform_worker_cls
 from rkv_vllm.layer_budgets import METHOD, budgets_of_layers
@@ -149,6 +150,7 @@ def check_model(shape: "ModelShape", options: ServerOptions) -> None:
         budgets_of_layers(
             options.layer_budgets, shape.name, shape.num_layers, options.budget, options.window
         )
+    owners_of_readers(options.share_layers, shape.name, shape.num_layers)
 
 
 def _model_shape(model: "ModelConfig") -> "ModelShape":
@@ -300,6 +302,29 @@ def _layer_budgets(vllm_config: "VllmConfig") -> str | None:
     return None if setting == METHOD else setting
 
 
+def _if_sharing(
+    got: "Callable[[VllmConfig], str | None]",
+) -> "Callable[[VllmConfig], str | None]":
+    """What is set, where layers read other layers' caches."""
+
+    def found(vllm_config: "VllmConfig") -> str | None:
+        setting = vllm_config.additional_config[CONFIG_KEY].get("share_layers", NONE)
+        return None if setting == NONE else got(vllm_config)
+
+    return found
+
+
+def _other_layers(vllm_config: "VllmConfig") -> str | None:
+    """The model, where not all layers are of full attention with a cache of their own."""
+    model = vllm_config.model_config
+    checkpoint = model.hf_text_config.to_dict()
+    bounded = model.get_sliding_window() is not None or model.attention_chunk_size is not None
+    is_mixed = model.is_hybrid or has_limited_layers(checkpoint, bounded)
+    if not is_mixed and not checkpoint.get("num_kv_shared_layers"):
+        return None
+    return f"{', '.join(model.architectures)} ({model.model})"
+
+
 def _runner(vllm_config: "VllmConfig") -> str | None:
     runner = vllm_config.model_config.runner_type
     return None if runner == "generate" else f"runner {runner!r}"
@@ -410,6 +435,33 @@ REFUSALS: tuple[Refusal, ...] = (
         ),
         "it enabled",
         "remove the flag, or leave --kv-layer-budgets out",
+    ),
+    # Classes of layers are to be equally large, and a reader is in none.
+    Refusal(
+        "shared caches (--kv-share-layers) with layer budgets",
+        _if_sharing(lambda c: f"--kv-layer-budgets {s}" if (s := _layer_budgets(c)) else None),
+        "one of the two",
+        "leave --kv-layer-budgets out, or --kv-share-layers",
+    ),
+    # A reader may be on another stage than its owner.
+    Refusal(
+        "shared caches (--kv-share-layers) with pipeline parallelism",
+        _if_sharing(
+            lambda c: (
+                f"--pipeline-parallel-size {c.parallel_config.pipeline_parallel_size}"
+                if c.parallel_config.pipeline_parallel_size > 1
+                else None
+            )
+        ),
+        "1",
+        "use tensor parallelism, or leave --kv-share-layers out",
+    ),
+    # A window's cache forgets what a full layer reads; some models share caches by themselves.
+    Refusal(
+        "shared caches (--kv-share-layers) in models with other layers than full attention",
+        _if_sharing(_other_layers),
+        "a model whose layers all see all tokens and have caches of their own",
+        "leave --kv-share-layers out",
     ),
     # Nothing is decoded, so nothing is ever compacted.
     Refusal(

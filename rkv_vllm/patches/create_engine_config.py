@@ -9,6 +9,7 @@ finished config is searched for what is not supported (`rkv_vllm/fit/refusals.py
 import functools
 from typing import TYPE_CHECKING, Any
 
+from rkv_vllm.cache_owners import inline
 from rkv_vllm.fit import refusals
 from rkv_vllm.fit.overrides import overrides
 from rkv_vllm.fit.versions import SCHEDULER_CLS, WORKER_CLS, platform_worker_cls
@@ -88,7 +89,7 @@ def switch_on(engine_args: "EngineArgs") -> None:
     # A new dict: the old one may be shared with the parser's default or belong to the caller.
     engine_args.additional_config = {
         **engine_args.additional_config,
-        CONFIG_KEY: options.to_dict(),
+        CONFIG_KEY: {**options.to_dict(), "share_layers": inline(options.share_layers)},
     }
 
 

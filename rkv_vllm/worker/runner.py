@@ -29,6 +29,7 @@ from vllm.v1.kv_cache_interface import (
     replace_as,
 )
 
+from rkv_vllm.cache_owners import owners_of_readers
 from rkv_vllm.fit.overrides import check_overrides, overrides
 from rkv_vllm.layer_budgets import METHOD, budgets_of_layers
 from rkv_vllm.log import init_logger
@@ -46,6 +47,7 @@ from rkv_vllm.worker.host_cache import HostCache
 from rkv_vllm.worker.layer_set import LayerSet, make_layer_sets
 from rkv_vllm.worker.lengths import GroupRows
 from rkv_vllm.worker.query_ring import RingMemory
+from rkv_vllm.worker.shared_caches import share_caches
 
 logger = init_logger(__name__)
 
@@ -167,7 +169,7 @@ class CompressionRunner(ABC):
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner.load_model",
     )
     def load_model(self, *args, **kwargs) -> None:
-        """Load the model, then make its compressed layers record queries.
+        """Load the model, let layers share caches, and make the compressed ones record queries.
 
         The query ring is allocated here, where vLLM's memory profiling counts it.
 
@@ -177,11 +179,18 @@ class CompressionRunner(ABC):
         super().load_model(*args, **kwargs)
         # vLLM imports an attention backend when a model asks for it.
         check_overrides()
+        share_caches(self._compressed_layers(), self._owners_of_readers())
         layers = self._compressed_layers()
         if self._method.need(self.compression.method_options).queries:
             self._ring_memory = self._allocate_rings(layers)
             for layer in layers.values():
                 observe_queries(layer)
+
+    def _owners_of_readers(self) -> dict[int, int]:
+        model = self.model_config
+        return owners_of_readers(
+            self.compression.share_layers, model.model, model.get_total_num_hidden_layers()
+        )
 
     @overrides(
         "vllm.v1.worker.cpu_model_runner:CPUModelRunner.profile_run",

@@ -15,7 +15,9 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from rkv_vllm.cache_owners import owners_of_readers
 from rkv_vllm.calibrate import forward
+from rkv_vllm.calibrate.kvsharer import choose_owners
 from rkv_vllm.cli import app
 from rkv_vllm.layer_budgets import budgets_of_layers
 from rkv_vllm.methods.query_statistics import load_statistics
@@ -186,6 +188,79 @@ def test_layers_are_classed_by_how_far_attention_turns_their_values(tmp_path, te
     assert sorted(each.name for each in tmp_path.iterdir()) == ["Tiny-1B", path.name, text.name]
 
 
+def last_hidden_states(folder, token_ids, context, owners):
+    """[tokens, hidden size], where projections of readers give what those of their owners gave."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().model
+    given = {}
+    for number, layer in enumerate(model.layers):
+        for name in ("k_proj", "v_proj"):
+            key = name, owners.get(number, number)
+
+            def give(module, args, output, key=key, owns=number not in owners):
+                return given.setdefault(key, output) if owns else given[key]
+
+            getattr(layer.self_attn, name).register_forward_hook(give)
+    hidden = []
+    with torch.inference_mode():
+        for first in range(0, len(token_ids), context):
+            given.clear()
+            piece = torch.tensor([token_ids[first : first + context]])
+            hidden.append(model(piece, use_cache=False).last_hidden_state[0])
+    return torch.cat(hidden)
+
+
+def test_distant_layers_share_caches_while_the_last_hidden_states_stay_similar(tmp_path, text):
+    model = make_model(tmp_path / "Tiny-1B", LlamaConfig, num_hidden_layers=6)
+    path = tmp_path / "shared.json"
+    arguments = ["--text", text, "--context", 100, "--max-tokens", 330, "--dtype", "float32"]
+    arguments += ["--readers", 3, "--least-similarity", 0.6]
+    result = run(model, "--share-layers", path, *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.splitlines()[-1])
+    owners = owners_of_readers(str(path), str(model), 6)
+    assert found["reads"] == {str(reader): owner for reader, owner in owners.items()}
+    token_ids = AutoTokenizer.from_pretrained(model)(text.read_text()).input_ids[:330]
+    alone = last_hidden_states(model, token_ids, 100, {})
+
+    def similarity(owners):
+        shared = last_hidden_states(model, token_ids, 100, owners)
+        return torch.cosine_similarity(shared, alone, dim=-1).mean().item()
+
+    assert found["similarity"] == pytest.approx(similarity(owners), abs=2e-4)
+    assert 0.6 <= found["similarity"] < 0.999
+    assert 1 <= len(owners) <= 3
+
+
+def test_pairs_are_tried_from_the_most_distant_and_owners_keep_their_caches():
+    distances = torch.zeros(4, 4)
+    order = [(0, 3), (1, 2), (0, 1), (2, 3), (1, 3), (0, 2)]
+    for rank, pair in enumerate(order):
+        distances[pair] = distances[pair[::-1]] = 10.0 - rank
+    tried = []
+
+    def similarity(owners):
+        tried.append(owners)
+        return 0.1 if owners == {3: 0} else 0.7
+
+    assert choose_owners(distances, 2, similarity, 0.5) == {2: 1, 3: 1}
+    # 1 reads 0 is not tried: 1 is an owner. Nor 2 reads 0 and 3 reads 2: 2 reads.
+    assert tried == [{3: 0}, {2: 1}, {2: 1, 3: 1}]
+    assert choose_owners(distances, 1, similarity, 0.5) == {2: 1}
+    assert choose_owners(distances, 2, similarity, 0.8) == {}
+
+
+def test_what_cannot_be_shared_is_refused(tmp_path, text):
+    model = make_model(tmp_path / "Tiny-1B", LlamaConfig, num_hidden_layers=4)
+    path = tmp_path / "shared.json"
+    result = run(model, "--share-layers", path, "--text", text, "--readers", 3)
+    assert result.exit_code == 2
+    assert "--readers: got 3 of 4 layers, wanted at most 2; lower it" in result.stderr
+    result = run(model, "--share-layers", path, "--text", text, "--least-similarity", 1)
+    assert result.exit_code == 1
+    assert "--least-similarity: got 1.0, which no pair of layers reaches" in result.stderr
+    assert not path.exists()
+
+
 def test_layers_that_make_no_classes_are_refused_before_the_weights_are_read(tmp_path, text):
     model = write_config(tmp_path / "model", {**LLAMA, "num_hidden_layers": 5})
     result = run(model, "--layer-budgets", tmp_path / "out", "--text", text)
@@ -235,7 +310,7 @@ def test_models_that_cannot_be_calibrated_are_refused_by_name(tmp_path, text, ch
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "sentence"),
     [
-        ([], 2, "--out and --layer-budgets: got neither, wanted at least one file"),
+        ([], 2, "--out, --layer-budgets, --share-layers: got none of them, wanted at least"),
         (["--layer-budgets", "."], 2, "--layer-budgets: got '.', wanted a file that can be"),
         (["--out", "missing/out"], 2, "--out: got 'missing/out', wanted a file that can be"),
         (["--out", "."], 2, "--out: got '.', wanted a file that can be written"),

@@ -9,6 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from rkv_vllm.cache_owners import write_owners
 from rkv_vllm.cli import app
 from tests.checkpoint_configs import LATENT, LLAMA, write_config
 
@@ -56,6 +57,23 @@ def test_a_protected_prompt_is_held_by_every_request(model):
     assert plain["request_peak_tokens"] == 100 + 16 + 2
     assert protected["request_peak_tokens"] == 100 + 64 + 16 + 2
     assert protected["at_once_peak"] < plain["at_once_peak"]
+
+
+def test_layers_that_share_a_cache_leave_room_for_more_tokens(model, tmp_path):
+    path = tmp_path / "shared.json"
+    write_owners(path, "llama", LLAMA["num_hidden_layers"], {1: 0})
+    alone, shared = (document(model, *ROOM, *more) for more in ([], ["--share-layers", path]))
+    # One of two layers: half the bytes per token, half the query ring.
+    assert (shared["shared_layers"], shared["num_layers"]) == (1, 2)
+    assert 2 * shared["observation_bytes"] == alone["observation_bytes"]
+    sides = [each["sides"]["rkv"] for each in (alone, shared)]
+    assert 2 * sides[1]["bytes_per_token"] == sides[0]["bytes_per_token"]
+    saved = alone["observation_bytes"] - shared["observation_bytes"]
+    assert sides[1]["cache_bytes"] == sides[0]["cache_bytes"] + saved
+    assert sides[1]["pool_blocks"] >= 2 * sides[0]["pool_blocks"]
+    assert shared["sides"]["stock"] == alone["sides"]["stock"]
+    printed = run(model, *ROOM, "--share-layers", path).stdout
+    assert re.search(r"layers with a cache\D+2\D+2\D+1 ", printed)
 
 
 def test_table_says_what_json_says(model):
@@ -118,6 +136,7 @@ BAD = {
     "prompt": (["{model}", *ROOM, "--prompt-len", "999999"], 1, "--prompt-len: got 999999"),
     "plot": (["{model}", *ROOM, "--plot", "x.svg"], 2, "--plot: got 'x.svg'"),
     "plot's folder": (["{model}", *ROOM, "--plot", "/no/x.png"], 2, "--plot: got '/no/x.png'"),
+    "shared": (["{model}", *ROOM, "--share-layers", "no"], 2, "--kv-share-layers (share_layers): "),
     "attention": (["{latent}", *ROOM], 1, "multi-head latent attention"),
 }
 

@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 import rkv_vllm
+from rkv_vllm.cache_owners import write_owners
 from rkv_vllm.fit.refusals import REFUSALS, check
 from rkv_vllm.fit.versions import SCHEDULER_CLS, WORKER_CLS
 from rkv_vllm.methods import ModelShape
@@ -34,6 +35,8 @@ def warnings():
     logger.removeHandler(handler)
 
 
+READS = '{"model": "model", "num_layers": 2, "reads": {"1": 0}}'
+
 SUPPORTED = [
     {},
     {"checkpoint": checkpoint_configs.UNUSED_WINDOW},
@@ -50,6 +53,7 @@ SUPPORTED = [
     {"enable_prefix_caching": False},
     {"enable_chunked_prefill": True, "max_num_batched_tokens": 64, "max_num_seqs": 4},
     {"scheduling_policy": "priority"},
+    rkv_vllm.engine_args(share_layers=READS),
 ]
 
 
@@ -90,6 +94,21 @@ REFUSED = [
         {
             "disable_hybrid_kv_cache_manager": True,
             **rkv_vllm.engine_args(layer_budgets="pyramid"),
+        },
+    ),
+    (
+        "shared caches (--kv-share-layers) with layer budgets: got --kv-layer-budgets pyramid",
+        rkv_vllm.engine_args(share_layers=READS, layer_budgets="pyramid"),
+    ),
+    (
+        "shared caches (--kv-share-layers) with pipeline parallelism: got --pipeline-parallel-size",
+        {"pipeline_parallel_size": 2, **rkv_vllm.engine_args(share_layers=READS)},
+    ),
+    (
+        "shared caches (--kv-share-layers) in models with other layers than full attention",
+        {
+            "checkpoint": checkpoint_configs.MIXED_WINDOWS,
+            **rkv_vllm.engine_args(share_layers=READS),
         },
     ),
     ("fast prefill with shared KV layers", {"kv_sharing_fast_prefill": True}),
@@ -321,6 +340,21 @@ def test_layer_budgets_that_do_not_fit_the_model_are_refused_before_it_is_loaded
     five = {**checkpoint_configs.LLAMA, "num_hidden_layers": 5}
     with pytest.raises(ValueError, match="got 'a model of 5 layers'"):
         arguments(checkpoint=five, **with_pyramid()).create_engine_config()
+
+
+def test_shared_caches_of_another_model_are_refused_before_it_is_loaded(arguments, tmp_path):
+    path = tmp_path / "shared.json"
+    write_owners(path, "model", 3, {2: 1})
+    with pytest.raises(ValueError, match="for 3 layers, and the model has 2; make it: rkv-vllm"):
+        arguments(**rkv_vllm.engine_args(share_layers=str(path))).create_engine_config()
+    hashes = []
+    for owners in ({1: 0}, {2: 0}, {2: 1}):
+        three = {**checkpoint_configs.LLAMA, "num_hidden_layers": 3}
+        write_owners(path, "model", 3, owners)
+        engine_args = arguments(three, **rkv_vllm.engine_args(share_layers=str(path)))
+        hashes.append(engine_args.create_engine_config().compute_hash())
+    # By which vLLM finds compiled graphs.
+    assert len(set(hashes)) == 3
 
 
 def test_a_pool_or_a_step_too_small_for_compressed_prompts_is_refused_before_loading(arguments):
