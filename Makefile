@@ -10,13 +10,16 @@ MODEL := SmolLM2-135M-Instruct
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv model model-1.5b demo test test-all lint bench clean
+.PHONY: help venv gpu-lab model model-1.5b demo test test-all lint bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9.-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 12
 
 venv:  ## build .venv: vLLM for CPUs and this project, editable
 	@$(PYTHON) scripts/install.py
+
+gpu-lab: venv  ## install the pretended H100 of tests/gpu_lab into .gpu-lab: 9 GB, for nightly tests
+	@$(BIN)/python scripts/install_gpu_lab.py
 
 model: venv  ## unpack and convert SmolLM2-135M-Instruct, or MODEL=Gemma3-270M, into .models
 	@$(BIN)/python scripts/fetch_model.py $(notdir $(MODEL))
@@ -37,7 +40,7 @@ test-all: model  ## run the tests and those that a daily run has no time for
 lint: venv  ## check format and style
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
-	@$(BIN)/clang-format --dry-run --Werror csrc/cpu/*.cpp csrc/cpu/*.h
+	@$(BIN)/clang-format --dry-run --Werror csrc/cpu/*.cpp csrc/cpu/*.h tests/gpu_lab/*.cpp
 
 bench: model  ## kernels against two baselines, then stock vLLM against compression
 	@$(BIN)/python benchmarks/bench_kernels.py

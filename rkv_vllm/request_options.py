@@ -6,6 +6,7 @@ Clients send these keys as `vllm_xargs` of an OpenAI request, offline callers as
 neither vLLM nor HTTP.
 """
 
+import difflib
 from collections.abc import Mapping
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -33,6 +34,8 @@ OFF = "off"
 # Keys are spelled like the flags: "kv_budget" is the request's --kv-budget.
 _LENGTHS = {f"kv_{name}": each for name, each in OPTIONS.items() if each.per_request}
 _REQUEST_KEYS = (SWITCH_KEY, *_LENGTHS, OPTION_KEY)
+# Two letters of "kv_budget" exchanged are 0.89; vLLM's "kv_transfer_params" is at most 0.5.
+_ALIKE = 0.8
 
 
 class RequestOptionError(OptionError):
@@ -76,14 +79,15 @@ def read_request_options(
         What holds for the request, None if its cache is to be kept whole.
 
     Raises:
-        RequestOptionError: a value of the wrong type, outside the server's limits, or a key that
-            only the server can set.
+        RequestOptionError: a value of the wrong type, outside the server's limits, a key that only
+            the server can set, or one that is nearly one of ours.
     """
     if not extra_args:
         return RequestOptions(
             server.budget, server.buffer, server.protect, compress_prompt=server.compress_prompt
         )
     _refuse_server_keys(extra_args)
+    _refuse_misspelled_keys(extra_args)
     if SWITCH_KEY in extra_args and _is_off(extra_args, server):
         return None
     options = RequestOptions(
@@ -121,6 +125,26 @@ def _refuse_server_keys(extra_args: Mapping[str, Any]) -> None:
                 wanted = "no value under this key"
                 cure = f'write "{OPTION_KEY}": "{each.name}=..."'
             raise RequestOptionError(key, extra_args[key], wanted, cure)
+
+
+def _refuse_misspelled_keys(extra_args: Mapping[str, Any]) -> None:
+    """Raise for a key that is meant for us and would change nothing."""
+    for key in extra_args.keys() - set(_REQUEST_KEYS):
+        meant = _meant_by(key, any(name in extra_args for name in _REQUEST_KEYS))
+        if meant is not None:
+            wanted = f"one of {', '.join(_REQUEST_KEYS)}"
+            raise RequestOptionError(key, extra_args[key], wanted, f"write {meant!r}")
+
+
+@lru_cache(maxsize=256)
+def _meant_by(key: str, is_beside_ours: bool) -> str | None:
+    """The request key that somebody meant, None for a key of others."""
+    spelled = key.lower().replace("-", "_")
+    if not spelled.startswith("kv_"):
+        # "budget" alone may be anybody's.
+        spelled = f"kv_{spelled}"
+        return spelled if is_beside_ours and spelled in _REQUEST_KEYS else None
+    return next(iter(difflib.get_close_matches(spelled, _REQUEST_KEYS, 1, _ALIKE)), None)
 
 
 def _is_off(extra_args: Mapping[str, Any], server: ServerOptions) -> bool:

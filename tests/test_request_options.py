@@ -91,6 +91,10 @@ def test_the_protected_prefix_is_nothing_the_prompt_or_so_many_tokens():
         ({"kv_compression": "off", "kv_protect": 1}, "kv_protect", "no value, because"),
         ({"kv_compression": "off", "kv_option": "lam=1"}, "kv_option", "no value, because"),
         ({"kv_max_request_tokens": 9}, "kv_max_request_tokens", "holds for the whole server"),
+        ({"kv_bugdet": 64}, "kv_bugdet", "wanted one of kv_compression, kv_budget"),
+        ({"KV_BUDGET": 64}, "KV_BUDGET", "wanted one of kv_compression, kv_budget"),
+        ({"kv-budget": 64}, "kv-budget", "wanted one of kv_compression, kv_budget"),
+        ({"buffer": 64, "kv_budget": 64}, "buffer", "wanted one of kv_compression, kv_budget"),
     ],
 )
 def test_what_cannot_be_is_refused_by_its_key(extra_args, key, wanted):
@@ -99,6 +103,13 @@ def test_what_cannot_be_is_refused_by_its_key(extra_args, key, wanted):
     assert (refused.value.key, refused.value.got) == (key, extra_args[key])
     if key == "kv_option" and "off" not in extra_args.values():
         assert "\n  threshold: Cosine between two keys" in str(refused.value)
+
+
+def test_a_misspelled_key_is_told_from_one_of_others():
+    with pytest.raises(RequestOptionError, match="; write 'kv_protect'$"):
+        read_request_options({"kv_protct": 4}, CONFIG)
+    for others in ("budget", "kv_transfer_params", "cache_salt", "kv_load_failure_policy"):
+        assert read_request_options({others: 4}, CONFIG) == read_request_options(None, CONFIG)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,21 @@
 """What a flush and the recording of queries cost the host, for the layers of an 8B.
 
 Thread CPU time, so that a busy machine changes little; the device is not waited for. Runs on any
-device that torch calls "cuda". Prints one line per number and, last, one JSON document.
+device that torch calls "cuda". Also counts the launches of a flush, and the kernels that are still
+compiled after warm-up. Prints one line per number and, last, one JSON document.
 """
 
 import json
+import random
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,7 +31,7 @@ from rkv_vllm.worker.lengths import GroupRows
 from rkv_vllm.worker.query_ring import QueryRing
 
 LAYERS, NUM_TOKENS, BUDGET = 32, 1152, 1024
-FLUSHES, ROUNDS = (1, 8, 28), 30
+FLUSHES, ROUNDS, RANDOM_FLUSHES = (1, 8, 28), 30, 60
 # Aims of a flush of so many requests, and of recording in one layer, in microseconds.
 AIMS = {1: 250, 28: 700, "observe": 5}
 
@@ -35,17 +40,68 @@ def main() -> None:
     """Time flushes of several sizes and one layer's recording."""
     device = torch.device("cuda")
     compactor, layer_set, directives = make_compactor(max(FLUSHES), device)
+    launched, compiled = count_launches(), count_compilations()
     compactor.warm_up()
+    num_compiled = len(compiled)
+    flush_at_random(compactor, directives)
     found: dict[str, float] = {}
+    launches = {}
     for number in FLUSHES:
+        launched.clear()
+        _flush(compactor, directives[:number])
+        launches[f"flush of {number}"] = list(launched)
         found[f"flush of {number}"] = cpu_microseconds(
             lambda number=number: _flush(compactor, directives[:number])
         )
     query = torch.zeros(256, 32, 128, dtype=torch.bfloat16, device=device)
     found["observe"] = cpu_microseconds(lambda: layer_set.ring.record(3, query), rounds=300)
     for name, microseconds in found.items():
-        print(f"{name:12} {microseconds:8.1f} us of the host")
-    print(json.dumps({"device": torch.cuda.get_device_name(), "microseconds": found}))
+        print(
+            f"{name:12} {microseconds:8.1f} us of the host, {len(launches.get(name, [1]))} launches"
+        )
+    document = {
+        "device": torch.cuda.get_device_name(),
+        "microseconds": found,
+        "launches": launches,
+        "compiled_after_warm_up": compiled[num_compiled:],
+    }
+    print(json.dumps(document))
+
+
+def count_launches() -> list[str]:
+    """A list to which every launch of a Triton kernel adds the kernel's name."""
+    launched: list[str] = []
+    triton.knobs.runtime.launch_enter_hook = lambda lazy: launched.append(lazy.get()["name"])
+    return launched
+
+
+def count_compilations() -> list[str]:
+    """A list to which every compilation of a Triton kernel adds the kernel's name."""
+    compiled: list[str] = []
+
+    def note(*, fn: Any, **_: Any) -> None:
+        compiled.append(fn.name)
+
+    triton.knobs.runtime.jit_post_compile_hook = note
+    return compiled
+
+
+def flush_at_random(compactor: Compactor, directives: list[EvictionDirective]) -> None:
+    """Compact any number of requests of many lengths and budgets; what comes of it is not read."""
+    draw = random.Random(0)
+    for _ in range(RANDOM_FLUSHES):
+        chosen = []
+        for directive in directives[: draw.randint(1, len(directives))]:
+            settled_len, prefix_len = draw.choice([33, 48, 640, 1040, 1152]), draw.choice([0, 5])
+            budget = draw.randint(WINDOW, min(settled_len - 1, BUDGET) - prefix_len)
+            lengths = {
+                "prefix_len": prefix_len,
+                "settled_len": settled_len,
+                "total_len": settled_len,
+                "num_evict": settled_len - prefix_len - budget,
+            }
+            chosen.append(replace(directive, **lengths))
+        _flush(compactor, chosen)
 
 
 def make_compactor(
@@ -86,7 +142,7 @@ def make_compactor(
 
 
 def cpu_microseconds(run: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """Least CPU time of this thread, which other work disturbs least; the queue to the device is drained in between."""
+    """Least CPU time of this thread, which other work disturbs least; the device is idle before."""
     samples = []
     for _ in range(rounds):
         torch.cuda.synchronize()
