@@ -78,7 +78,8 @@ def check(vllm_config: "VllmConfig") -> None:
     """Raises ValueError naming every unsupported feature of a finished engine config.
 
     Cheap enough to be called again wherever a process cannot know that another one has. Logs a
-    warning, once per process, when no request can grow long enough to be compacted, and on a GPU.
+    warning, once per process, when no request can grow long enough to be compacted, for priorities
+    beside prefix caching, and on a GPU.
 
     Args:
         vllm_config: the engine config that vLLM has made, with our options in it.
@@ -93,6 +94,7 @@ def check(vllm_config: "VllmConfig") -> None:
         _check_prompts(vllm_config, options)
     check_model(_model_shape(vllm_config.model_config), options)
     _warn_if_never_due(vllm_config, options)
+    _warn_of_priorities(vllm_config)
     _warn_if_unproven()
 
 
@@ -180,6 +182,19 @@ def _warn_if_never_due(vllm_config: "VllmConfig", options: ServerOptions) -> Non
             options.budget,
             options.buffer,
             max_model_len,
+            scope="process",
+        )
+
+
+def _warn_of_priorities(vllm_config: "VllmConfig") -> None:
+    """Warn of a fault of vLLM, which it has with and without us (README, limits)."""
+    caches_prefixes = vllm_config.cache_config.enable_prefix_caching
+    if vllm_config.scheduler_config.policy == "priority" and caches_prefixes:
+        init_logger(__name__).warning_once(
+            "--scheduling-policy priority with prefix caching: vLLM publishes a block for a step "
+            "out of which it may then preempt the request, and whoever shares that prefix reads "
+            "what was never computed, with and without KV cache compression; add "
+            "--no-enable-prefix-caching",
             scope="process",
         )
 

@@ -271,6 +271,18 @@ def test_a_gpu_is_warned_of_once(arguments, monkeypatch, warnings):
     assert "has not run on one" in warning
 
 
+@pytest.mark.parametrize(("caches_prefixes", "num_warnings"), [(True, 1), (False, 0)])
+def test_priorities_beside_prefix_caching_are_warned_about_once(
+    arguments, warnings, caches_prefixes, num_warnings
+):
+    settings = {"scheduling_policy": "priority", "enable_prefix_caching": caches_prefixes}
+    vllm_config = arguments(**settings).create_engine_config()
+    check(vllm_config)
+    assert ["--no-enable-prefix-caching" in warning for warning in warnings] == [
+        True
+    ] * num_warnings
+
+
 @pytest.mark.parametrize(("max_model_len", "num_warnings"), [(128, 1), (129, 0)])
 def test_options_that_never_take_effect_are_warned_about_once(
     arguments, warnings, max_model_len, num_warnings
