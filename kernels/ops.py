@@ -43,6 +43,8 @@ class Ops(NamedTuple):
         importance: (keys, batch, queries, scale, soft_cap, *, pool, defensive) -> scores, see
             `importance_naive`.
         redundancy: (keys, batch, *, threshold, center) -> scores, see `redundancy_naive`.
+        rkv_scores: (keys, batch, queries, scale, soft_cap, *, lam, pool, defensive, threshold,
+            center) -> scores, lam * importance - (1 - lam) * redundancy.
         attention: (keys, batch, queries, scale, soft_cap, *, pool) -> weights, see
             `attention_naive`.
         channel_range: (values, batch) -> widths, see `channel_range_naive`.
@@ -57,6 +59,7 @@ class Ops(NamedTuple):
     observe: Callable[..., None]
     importance: Callable[..., Tensor]
     redundancy: Callable[..., Tensor]
+    rkv_scores: Callable[..., Tensor]
     attention: Callable[..., Tensor]
     channel_range: Callable[[PagedStates, EvictionBatch], Tensor]
     select: Callable[[Tensor, EvictionBatch], Tensor]
@@ -97,6 +100,7 @@ def naive_ops(states: PagedStates) -> Ops:
         observe_naive,
         importance_naive,
         redundancy_naive,
+        partial(_weighed, importance_naive, redundancy_naive),
         attention_naive,
         channel_range_naive,
         select_naive,
@@ -113,6 +117,7 @@ def cpu_ops() -> Ops:
         observe_cpu,
         importance_cpu,
         redundancy_cpu,
+        partial(_weighed, importance_cpu, redundancy_cpu),
         attention_cpu,
         channel_range_cpu,
         select_cpu,
@@ -127,7 +132,12 @@ def triton_ops(states: PagedStates, window: int = 8) -> Ops:
     # Imported where they serve: a CPU installation need not have Triton.
     from rkv_vllm.kernels.compact.triton import compact_both_triton, compact_triton
     from rkv_vllm.kernels.observe.triton import observe_triton
-    from rkv_vllm.kernels.rkv.triton import importance_triton, redundancy_triton, scratch_bytes
+    from rkv_vllm.kernels.rkv.triton import (
+        importance_triton,
+        redundancy_triton,
+        rkv_scores_triton,
+        scratch_bytes,
+    )
     from rkv_vllm.kernels.select.triton import select_triton
     from rkv_vllm.kernels.vase.triton import attention_triton, channel_range_triton
 
@@ -136,6 +146,7 @@ def triton_ops(states: PagedStates, window: int = 8) -> Ops:
         observe_triton,
         importance_triton,
         redundancy_triton,
+        rkv_scores_triton,
         attention_triton,
         channel_range_triton,
         select_triton,
@@ -143,6 +154,24 @@ def triton_ops(states: PagedStates, window: int = 8) -> Ops:
         compact_both_triton,
         scratch_bytes(states.head_size, window),
     )
+
+
+def _weighed(
+    importance: Callable[..., Tensor],
+    redundancy: Callable[..., Tensor],
+    keys: PagedStates,
+    batch: EvictionBatch,
+    *window: Tensor,
+    lam: float,
+    pool: int,
+    defensive: bool,
+    threshold: float,
+    center: bool,
+) -> Tensor:
+    # In place: on a long prompt each half is as large as the scores.
+    scores = importance(keys, batch, *window, pool=pool, defensive=defensive).mul_(lam)
+    repeated = redundancy(keys, batch, threshold=threshold, center=center)
+    return scores.sub_(repeated, alpha=1 - lam)
 
 
 def _one_by_one(

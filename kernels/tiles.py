@@ -119,6 +119,12 @@ def layout_of(states: PagedStates) -> dict[str, int | bool]:
     }
 
 
+def add_up_layout(states: PagedStates) -> dict[str, int]:
+    """The part of `layout_of` for kernels that read no keys."""
+    layout = layout_of(states)
+    return {key: layout[key] for key in ("HEAD_SIZE", "BLOCK_D", "GRAIN")}
+
+
 def is_interpreted() -> bool:
     """Whether TRITON_INTERPRET was set when the kernels were imported."""
     return isinstance(token_places, InterpretedFunction)

@@ -1,7 +1,7 @@
 """VaSE's two halves in Triton; attention runs R-KV's first launches once per member of a group.
 
-    logits    (rkv/triton/) per tile of tokens: attention logits of the window, one query head
-    attend    (there) per head: softmax over the candidates, mean over the window, added up over
+    stats     (rkv/triton/) per tile of tokens: attention logits of the window, one query head
+    combine   (there) per head: softmax over the candidates, mean over the window, added up over
               the group
     average   per tile of tokens: mean over neighbours                          -> attention
     range     per tile of tokens: largest minus smallest element of each value  -> channel range
@@ -17,8 +17,9 @@ from torch import Tensor
 from rkv_vllm.kernels.batch import EvictionBatch
 from rkv_vllm.kernels.paged import PagedStates
 from rkv_vllm.kernels.rkv.naive import check_keys, new_scores
-from rkv_vllm.kernels.rkv.triton.attend import launch_attend
-from rkv_vllm.kernels.rkv.triton.logits import launch_logits, prepare_importance
+from rkv_vllm.kernels.rkv.triton import new_window
+from rkv_vllm.kernels.rkv.triton.combine import launch_combine
+from rkv_vllm.kernels.rkv.triton.stats import launch_stats
 from rkv_vllm.kernels.tiles import (
     ROW_TILE,
     TILE,
@@ -40,18 +41,18 @@ def attention_triton(
     pool: int,
 ) -> Tensor:
     """As `attention_naive`."""
-    group = prepare_importance(keys, batch, queries, scale, soft_cap)
+    window = new_window(keys, batch, queries, scale, soft_cap)
+    group = len(window.members)
     result = new_scores(keys, batch)
     if result.numel() == 0:
         return result
     num_requests, rows_per_request, max_candidates = result.shape
     num_rows = num_requests * rows_per_request
-    logits = result.new_empty((num_rows, batch.window, max_candidates))
     attention = result.new_zeros((num_rows, max_candidates))
     for member in range(group):
-        members = range(member, member + 1)
-        launch_logits(keys, batch, queries, scale, soft_cap, members, logits)
-        launch_attend(batch, logits, attention, rows_per_request, add=True)
+        window = window._replace(members=range(member, member + 1))
+        launch_stats(keys, batch, window, None)
+        launch_combine(keys, batch, window, attention, add=True)
     average_kernel[(num_rows, triton.cdiv(max_candidates, ROW_TILE.value))](
         batch.settled_lens,
         batch.prefix_lens,

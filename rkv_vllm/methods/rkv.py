@@ -89,21 +89,18 @@ class RKV(Method):
         """Weigh importance against redundancy. See the base class."""
         scale, soft_cap = self.model.scale[heads.layers], self.model.soft_cap[heads.layers]
         own = self.options
-        importance = self.ops.importance(
+        return self.ops.rkv_scores(
             heads.keys,
             batch,
             heads.queries,
             scale,
             soft_cap,
+            lam=own.lam,
             pool=own.pool,
             defensive=own.defensive,
+            threshold=own.threshold,
+            center=own.center,
         )
-        # In place: on a long prompt each half is as large as the scores.
-        importance.mul_(own.lam)
-        redundancy = self.ops.redundancy(
-            heads.keys, batch, threshold=own.threshold, center=own.center
-        )
-        return importance.sub_(redundancy, alpha=1 - own.lam)
 
 
 @cache

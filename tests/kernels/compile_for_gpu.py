@@ -20,7 +20,7 @@ from rkv_vllm.kernels.batch import Eviction, EvictionBatch
 from rkv_vllm.kernels.compact.triton import compact_both_triton, compact_triton
 from rkv_vllm.kernels.observe.triton import observe_triton
 from rkv_vllm.kernels.paged import PagedStates
-from rkv_vllm.kernels.rkv.triton import importance_triton, redundancy_triton
+from rkv_vllm.kernels.rkv.triton import importance_triton, redundancy_triton, rkv_scores_triton
 from rkv_vllm.kernels.select.triton import select_triton
 from rkv_vllm.kernels.slots import StepRows, StepSlots
 from rkv_vllm.kernels.slots.triton import slots_triton
@@ -29,7 +29,7 @@ from tests.kernels.cases import new_case, random_keep
 
 H100 = GPUTarget("cuda", 90, 32)
 # Arguments that make another kernel of the same function.
-VARIANTS = ("ADD", "DEFENSIVE", "CENTER", "IS_MEAN", "BOTH")
+VARIANTS = ("IMPORTANCE", "REDUNDANCY", "ADD", "DEFENSIVE", "CENTER", "BOTH")
 BACKEND = backends["nvidia"].compiler(H100)
 
 
@@ -98,8 +98,11 @@ def launch_all(states: PagedStates, batch: EvictionBatch, queries: torch.Tensor)
     # As slices of what all layers have: the address is a multiple of 16 only by chance.
     of_layers = [torch.ones(8)[8 - states.num_layers :] for _ in range(2)]
     for changed in (False, True):
-        scores = importance_triton(states, batch, queries, *of_layers, pool=7, defensive=changed)
-        redundancy_triton(states, batch, threshold=0.5, center=changed)
+        both = {"lam": 0.1, "threshold": 0.5, "center": changed}
+        own = (states, batch, queries, *of_layers)
+        scores = rkv_scores_triton(*own, pool=7, defensive=changed, **both)
+        importance_triton(*own, pool=7, defensive=changed)
+    redundancy_triton(states, batch, threshold=0.5)
     attention_triton(states, batch, queries, *of_layers, pool=5)
     channel_range_triton(states, batch)
     select_triton(scores, batch)

@@ -87,7 +87,7 @@ def assert_any_order_is_the_same(run, num_seeds: int) -> set[str]:
 
 def test_a_compaction_is_the_same_in_any_order_and_has_no_race():
     case = new_case([(70, 72, 40), (103, 104, 30, 33)], num_heads=1, fresh="first fresh", **SMALL)
-    names = ["logits", "attend", "pool", "norms", "total", "search", "spread", "select", "compact"]
+    names = ["stats", "combine", "search", "finish", "select", "compact"]
     assert assert_any_order_is_the_same(lambda: compaction(case), 1) == {
         f"{name}_kernel" for name in names
     }

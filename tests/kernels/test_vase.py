@@ -134,7 +134,7 @@ def test_triton_is_the_same_in_any_order_and_has_no_race():
         assert order.races == []
         for order.mode in ("shuffled", "interleaved"):
             assert run() == expected, order.mode
-    assert order.launches == {"logits_kernel", "attend_kernel", "average_kernel", "range_kernel"}
+    assert order.launches == {"stats_kernel", "combine_kernel", "average_kernel", "range_kernel"}
 
 
 @pytest.mark.parametrize("ops", [NAIVE, *OTHERS], ids=[ops.name for ops in [NAIVE, *OTHERS]])

@@ -10,12 +10,55 @@ matter: ranks of tensor parallelism that hold copies of one head, and repeated r
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from rkv_vllm.kernels.rkv.triton.norms import NORM_EPSILON, centred
-from rkv_vllm.kernels.tiles import TILE, VARYING, load_tile, product
+from rkv_vllm.kernels.batch import EvictionBatch
+from rkv_vllm.kernels.paged import PagedStates
+from rkv_vllm.kernels.rkv.triton.stats import NORM_EPSILON, Norms, centred
+from rkv_vllm.kernels.tiles import TILE, VARYING, layout_of, load_tile, product, strides_of
 
 # Column sums are below 2**20 tokens in any context length, so a sum stays below 2**61.
 FIXED_POINT = tl.constexpr(float(2**40))
+
+
+def launch_search(
+    keys: PagedStates,
+    batch: EvictionBatch,
+    norms: Norms,
+    totals: Tensor,
+    threshold: float,
+    column_sums: Tensor,
+) -> None:
+    """Column sums, and what of them is shielded.
+
+    Args:
+        keys: the cache.
+        batch: the requests.
+        norms: as `launch_stats` leaves them; `shielded` is filled.
+        totals: float32 [rows, head_size], sums of unit keys.
+        threshold: cosine above which two keys count as similar.
+        column_sums: out, float32 [rows, most judged].
+    """
+    num_rows, num_tiles, _ = norms.tile_sums.shape
+    search_kernel[(num_rows * num_tiles,)](
+        keys.cells,
+        strides_of(keys),
+        batch.old_block_table,
+        batch.old_block_table.stride(0),
+        batch.settled_lens,
+        batch.prefix_lens,
+        norms.means,
+        norms.inverse,
+        totals,
+        column_sums,
+        norms.shielded,
+        keys.num_layers,
+        batch.max_judged,
+        num_tiles,
+        threshold,
+        CENTER=norms.means is not None,
+        **layout_of(keys),
+    )
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -1,0 +1,332 @@
+"""The first look at the keys: window logits, norms and sums of unit keys, one tile per program.
+
+What a score does not ask for is left out when the kernel is compiled.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rkv_vllm.kernels.batch import EvictionBatch
+from rkv_vllm.kernels.paged import PagedStates
+from rkv_vllm.kernels.rkv.naive import LEAST_CENTRED, check_queries, check_scale
+from rkv_vllm.kernels.tiles import (
+    TILE,
+    VARYING,
+    layout_of,
+    load_tile,
+    most_tiles,
+    product,
+    strides_of,
+)
+
+# Query rows that are multiplied at once, of several members of a group.
+QUERY_ROWS = 32
+
+NORM_EPSILON = tl.constexpr(1e-8)
+LEAST_SQUARE = tl.constexpr(LEAST_CENTRED**2)
+
+
+class RingStrides(NamedTuple):
+    """Element strides of the query ring, whose last dimension is contiguous.
+
+    Attributes:
+        seat: from seat to seat.
+        layer: from layer to layer.
+        ring: from position to position of a ring.
+        head: from query head to query head.
+    """
+
+    seat: int
+    layer: int
+    ring: int
+    head: int
+
+
+class Window(NamedTuple):
+    """What judges the candidates.
+
+    Attributes:
+        queries: the ring, see `importance_naive`.
+        scale: see there.
+        soft_cap: see there.
+        members: query heads of each group, by consecutive numbers within it.
+        logits: out, float32 [rows, window, most candidates], the largest of these members.
+    """
+
+    queries: Tensor
+    scale: Tensor
+    soft_cap: Tensor
+    members: range
+    logits: Tensor
+
+
+class Norms(NamedTuple):
+    """What the search needs to know of the keys; all of it is written.
+
+    Attributes:
+        means: float32 [rows, head_size], taken off the keys first, or None.
+        inverse: float32 [rows, tiles * TILE], NaN where a tile has no token.
+        tile_sums: float32 [rows, tiles, head_size], sums of unit keys.
+        shielded: int64 [rows, most judged], zeros.
+    """
+
+    means: Tensor | None
+    inverse: Tensor
+    tile_sums: Tensor
+    shielded: Tensor
+
+
+def prepare_importance(
+    keys: PagedStates, batch: EvictionBatch, queries: Tensor, scale: Tensor, soft_cap: Tensor
+) -> int:
+    """Query heads per KV head; ValueError unless everything fits together."""
+    batch.check_rows(keys)
+    check_scale(scale, soft_cap, keys)
+    group = check_queries(queries, batch, keys)
+    if queries.stride(-1) != 1:
+        raise ValueError(
+            f"queries: expected a contiguous last dimension, got strides {queries.stride()}"
+        )
+    return group
+
+
+def launch_stats(
+    keys: PagedStates, batch: EvictionBatch, window: Window | None, norms: Norms | None
+) -> None:
+    """Fill what is given of the two."""
+    num_rows = batch.num_requests * keys.num_layers * keys.num_heads
+    num_tiles = most_tiles(keys, batch, 0 if norms else batch.window)
+    block_w = triton.next_power_of_2(batch.window)
+    members = window.members if window else range(0)
+    at_once = min(max(QUERY_ROWS // block_w, 1), triton.next_power_of_2(max(len(members), 1)))
+    stats_kernel[(num_rows * num_tiles,)](
+        keys.cells,
+        strides_of(keys),
+        window.queries if window else None,
+        RingStrides(*window.queries.stride()[:4]) if window else None,
+        batch.old_block_table,
+        batch.old_block_table.stride(0),
+        batch.settled_lens,
+        batch.prefix_lens,
+        batch.seats,
+        batch.window_ends,
+        window.scale if window else None,
+        window.soft_cap if window else None,
+        window.logits if window else None,
+        norms.means if norms else None,
+        norms.inverse if norms else None,
+        norms.tile_sums if norms else None,
+        norms.shielded if norms else None,
+        keys.num_layers,
+        batch.max_judged,
+        num_tiles,
+        batch.max_candidates,
+        window.queries.shape[2] if window else 0,
+        members.start,
+        members.stop,
+        IMPORTANCE=window is not None,
+        REDUNDANCY=norms is not None,
+        CENTER=norms is not None and norms.means is not None,
+        GROUP=window.queries.shape[3] // keys.num_heads if window else 1,
+        WINDOW=batch.window,
+        BLOCK_W=block_w,
+        # At least what tensor cores multiply.
+        AT_ONCE=max(at_once, 16 // block_w),
+        **layout_of(keys),
+        # The loop over members has one round as a rule: nothing to load ahead.
+        num_stages=1,
+    )
+
+
+@triton.jit
+def _soft_capped(logits, cap):
+    """The logits as cap * tanh(logits / cap)."""
+    share = logits / cap
+    power = tl.exp(-2.0 * tl.abs(share))
+    wide = (1.0 - power) / (1.0 + power)
+    wide = tl.where(share < 0.0, -wide, wide)
+    # Near zero that cancels; the next term of the series is below 6e-9 of the sum there.
+    square = share * share
+    series = 1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0)))
+    return cap * tl.where(tl.abs(share) < 0.15, share * series, wide)
+
+
+@triton.jit
+def centred(b_keys, b_mean, m_token):
+    """Keys [tokens, BLOCK_D] without their mean, float32; zero where there is no token."""
+    return tl.where(m_token[:, None], b_keys.to(tl.float32) - b_mean[None, :], 0.0)
+
+
+@triton.jit
+def has_no_direction(b_square, b_mean):
+    """Whether centred keys of these squared norms consist of rounding. False for NaN."""
+    return b_square <= LEAST_SQUARE * tl.sum(b_mean * b_mean, axis=0)
+
+
+@triton.jit
+def _largest_logits(
+    b_keys,
+    p_ring,
+    query_strides,
+    window_end,
+    ring_len,
+    scale,
+    first_member,
+    stop_member,
+    WINDOW: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IN_FLOAT32: tl.constexpr,
+):
+    """Logits [tokens, BLOCK_W], the largest of some members; NaN where a product is not finite."""
+    o_window = tl.arange(0, BLOCK_W)
+    o_member = tl.arange(0, AT_ONCE)
+    o_dim = tl.arange(0, BLOCK_D)
+    ring_idx = (window_end - WINDOW + o_window) % ring_len
+    p_rows = p_ring + ring_idx[None, :, None].to(tl.int64) * query_strides.ring
+    p_rows += o_member[:, None, None].to(tl.int64) * query_strides.head + o_dim[None, None, :]
+    m_rows = (o_window < WINDOW)[None, :, None] & (o_dim < HEAD_SIZE)[None, None, :]
+    b_logits = tl.full((TILE, BLOCK_W), float("-inf"), tl.float32)
+    b_bad = tl.zeros((TILE, BLOCK_W), tl.int32)
+    for first in range(first_member, stop_member, AT_ONCE):
+        m_member = first + o_member < stop_member
+        p_members = p_rows + first * query_strides.head
+        b_queries = tl.load(p_members, mask=m_rows & m_member[:, None, None], other=0.0)
+        b_queries = tl.reshape(b_queries, (AT_ONCE * BLOCK_W, BLOCK_D)).to(b_keys.dtype)
+        b_part = product(b_keys, tl.trans(b_queries), IN_FLOAT32) * scale
+        b_part = tl.reshape(b_part, (TILE, AT_ONCE, BLOCK_W))
+        # Maximum and cap would hide what is not finite. False for NaN as well.
+        is_bad = ((tl.abs(b_part) < float("inf")) == 0) & m_member[None, :, None]
+        b_bad += tl.sum(is_bad.to(tl.int32), axis=1)
+        b_part = tl.where(m_member[None, :, None], b_part, float("-inf"))
+        b_logits = tl.maximum(b_logits, tl.max(b_part, axis=1))
+    return tl.where(b_bad > 0, float("nan"), b_logits)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def stats_kernel(
+    p_keys,
+    strides,
+    p_queries,
+    query_strides,
+    p_block_table,
+    table_stride,
+    p_settled_lens,
+    p_prefix_lens,
+    p_seats,
+    p_window_ends,
+    p_scale,
+    p_soft_cap,
+    p_logits,
+    p_means,
+    p_inverse_norms,
+    p_tile_sums,
+    p_shielded,
+    num_layers,
+    max_len,
+    num_tiles,
+    max_candidates,
+    ring_len,
+    first_member,
+    stop_member,
+    IMPORTANCE: tl.constexpr,
+    REDUNDANCY: tl.constexpr,
+    CENTER: tl.constexpr,
+    GROUP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    KERNEL_BLOCK_SIZE: tl.constexpr,
+    GRAIN: tl.constexpr,
+    IN_FLOAT32: tl.constexpr,
+):
+    """Logits [WINDOW, tokens of a tile] of one head, inverse norms, and the sum of unit keys."""
+    i_tile = tl.program_id(0) % num_tiles
+    i_row = tl.program_id(0) // num_tiles
+    i_request = i_row // (num_layers * NUM_HEADS)
+    i_layer = i_row // NUM_HEADS % num_layers
+    i_head = i_row % NUM_HEADS
+    prefix_len = tl.load(p_prefix_lens + i_request)
+    settled_len = tl.load(p_settled_lens + i_request)
+    lead = prefix_len % GRAIN
+    n = settled_len - prefix_len
+    first_row = i_tile * TILE
+    if first_row >= n + lead:
+        return
+    o_tile = tl.arange(0, TILE)
+    o_token = first_row + o_tile - lead
+    b_keys = load_tile(
+        p_keys + i_layer.to(tl.int64) * strides.layer + i_head.to(tl.int64) * strides.head,
+        p_block_table + i_request.to(tl.int64) * table_stride,
+        prefix_len - lead + first_row,
+        settled_len,
+        strides,
+        TILE,
+        HEAD_SIZE,
+        BLOCK_D,
+        BLOCK_SIZE,
+        KERNEL_BLOCK_SIZE,
+        GRAIN,
+    )
+    o_row = i_row.to(tl.int64)
+    if IMPORTANCE:
+        seat = tl.load(p_seats + i_request).to(tl.int64)
+        p_ring = (
+            p_queries
+            + seat * query_strides.seat
+            + i_layer.to(tl.int64) * query_strides.layer
+            + (i_head * GROUP).to(tl.int64) * query_strides.head
+        )
+        b_logits = _largest_logits(
+            b_keys,
+            p_ring,
+            query_strides,
+            tl.load(p_window_ends + i_request),
+            ring_len,
+            tl.load(p_scale + i_layer),
+            first_member,
+            stop_member,
+            WINDOW,
+            BLOCK_W,
+            AT_ONCE,
+            HEAD_SIZE,
+            BLOCK_D,
+            IN_FLOAT32,
+        )
+        soft_cap = tl.load(p_soft_cap + i_layer)
+        if soft_cap > 0.0:
+            # It keeps the order, so the largest of the group is still the largest.
+            b_logits = _soft_capped(b_logits, soft_cap)
+        o_window = tl.arange(0, BLOCK_W)
+        p_out = p_logits + (o_row * WINDOW + o_window[None, :]) * max_candidates + o_token[:, None]
+        m_out = (o_token >= 0) & (o_token < n - WINDOW)
+        tl.store(p_out, b_logits, mask=m_out[:, None] & (o_window < WINDOW)[None, :])
+    if REDUNDANCY:
+        m_token = (o_token >= 0) & (o_token < n)
+        o_dim = tl.arange(0, BLOCK_D)
+        m_dim = o_dim < HEAD_SIZE
+        if CENTER:
+            b_mean = tl.load(p_means + o_row * HEAD_SIZE + o_dim, mask=m_dim, other=0.0)
+            b_wide = centred(b_keys, b_mean, m_token)
+        else:
+            b_wide = tl.where(m_token[:, None], b_keys.to(tl.float32), 0.0)
+        b_square = tl.sum(b_wide * b_wide, axis=1)
+        b_inverse = 1.0 / (tl.sqrt(b_square) + NORM_EPSILON)
+        if CENTER:
+            b_inverse = tl.where(has_no_direction(b_square, b_mean), 0.0, b_inverse)
+        b_sum = tl.sum(b_wide * b_inverse[:, None], axis=0)
+        # NaN is no hit of the search, whatever the threshold.
+        b_inverse = tl.where(m_token, b_inverse, float("nan"))
+        o_rows = o_row * num_tiles + i_tile
+        tl.store(p_inverse_norms + o_rows * TILE + o_tile, b_inverse)
+        tl.store(p_tile_sums + o_rows * HEAD_SIZE + o_dim, b_sum, mask=m_dim)
+        tl.store(p_shielded + o_row * max_len + o_token, tl.zeros((TILE,), tl.int64), mask=m_token)
