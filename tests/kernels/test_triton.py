@@ -161,8 +161,8 @@ def test_adversarial_keys_of_the_backward_search(kind, center):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=5e-8)
 
 
-# 1024 scores are one tile.
-@pytest.mark.parametrize("m", [1, 7, 63, 2049])
+# 4096 scores stay in registers.
+@pytest.mark.parametrize("m", [1, 7, 63, 2049, 4096, 4099])
 def test_select_is_exact_with_ties_to_the_lower_index(m):
     generator = torch.Generator().manual_seed(m)
     counts = [1, (m + 1) // 2, m]
@@ -174,6 +174,16 @@ def test_select_is_exact_with_ties_to_the_lower_index(m):
     many = torch.randn((3, 1, m), generator=generator) * 1e-3
     for scores in (few, many):
         assert torch.equal(select_triton(scores, batch), select_naive(scores, batch))
+
+
+@pytest.mark.parametrize("where", [0, 4500])
+def test_select_notes_a_bad_score_in_a_row_that_does_not_fit_into_registers(where):
+    batch = EvictionBatch.of([Eviction([], [], 4602, 4602, 12)], 2, "cpu")
+    scores = torch.randn(1, 2, 4600)
+    scores[0, 1, where] = float("nan")
+    keep = select_triton(scores, batch)
+    assert batch.non_finite.tolist() == [1]
+    assert keep[0, 1].tolist() == [*range(4590, 4602)]
 
 
 def test_select_leaves_minus_one_behind_a_smaller_budget():
