@@ -208,6 +208,9 @@ def run_case(shape: Shape, settings: Settings, bandwidth: float) -> dict[str, An
             operation: {name: q._asdict() for name, q in by_version.items()}
             for operation, by_version in times.items()
         },
+        "kernel_microseconds": measure.kernel_microseconds(
+            versions["ours"]["whole"], settings.device
+        ),
         "peak_extra_bytes": memory,
         "released_heads_at_once": heads_at_once,
         "released_bytes_per_head": of_one_head,

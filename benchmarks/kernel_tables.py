@@ -37,6 +37,9 @@ def print_case(case: dict[str, Any]) -> None:
     memory = case["peak_extra_bytes"]
     rows.append(["peak extra memory", *(_mebibytes(memory[version]) for version in versions)])
     print_table(rows)
+    if kernels := case["kernel_microseconds"]:
+        by_time = sorted(kernels.items(), key=lambda item: -item[1])
+        print("us in kernels: " + ", ".join(f"{name[:40]} {us:.1f}" for name, us in by_time))
     if not case["released_heads_at_once"]:
         print(
             f"n x n version: does not fit; one head alone needs "

@@ -93,6 +93,25 @@ def interleaved(
     return {name: quantiles(values) for name, values in samples.items()}
 
 
+def kernel_microseconds(
+    run: Callable[[], object], device: torch.device, rounds: int = 20
+) -> dict[str, float]:
+    """Microseconds of device time that one run spends in each kernel, copies and memsets included.
+
+    Empty on a CPU.
+    """
+    if device.type != "cuda":
+        return {}
+    run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        for _ in range(rounds):
+            run()
+        torch.cuda.synchronize()
+    spent = {event.key: event.device_time_total / rounds for event in profiled.key_averages()}
+    return {name: time for name, time in spent.items() if time > 0}
+
+
 def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     """Most memory that one run holds beyond what was there before it.
 
