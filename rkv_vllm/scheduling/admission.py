@@ -19,6 +19,7 @@ from rkv_vllm.policy import Policy, Terms, longest_prefill
 from rkv_vllm.scheduling.books import GroupBooks
 from rkv_vllm.scheduling.demand import final_len
 from rkv_vllm.scheduling.directive import EvictionDirective
+from rkv_vllm.scheduling.kept_group import KeptGroup
 from rkv_vllm.scheduling.planner import GroupPlanner
 from rkv_vllm.scheduling.pressed_group import PressedGroup
 
@@ -74,6 +75,7 @@ class Admission:
 
     Args:
         tracks: the compressed groups.
+        kept: the other groups.
         policy: says how long a request can get.
         limits: of the engine.
         terms_of: what holds for a request in each group; None if its cache is kept whole.
@@ -83,12 +85,14 @@ class Admission:
     def __init__(
         self,
         tracks: Sequence[Track],
+        kept: Sequence[KeptGroup],
         policy: Policy,
         limits: Limits,
         terms_of: Callable[[Request], Sequence[Terms] | None],
         server_terms: Sequence[Terms],
     ) -> None:
         self._tracks = tracks
+        self._kept = kept
         self._policy = policy
         self._limits = limits
         self._terms_of = terms_of
@@ -163,10 +167,11 @@ class Admission:
         terms = self._terms_of(request)
         if terms is None:
             return 0.0
-        return sum(
+        growth = sum(
             self._growth(request, own, track, horizon)
             for own, track in zip(terms, self._tracks, strict=True)
         )
+        return growth + self._growth_of_kept(request, horizon)
 
     def _growth(self, request: Request, terms: Terms, track: Track, horizon: int) -> float:
         books, req_id = track.books, request.request_id
@@ -184,6 +189,19 @@ class Admission:
             survivors = terms.prefix_len + terms.budget + self._limits.in_flight
             growth += books.num_shared_blocks(req_id, terms.prefix_len, survivors)
         return self._share_compacted * growth
+
+    def _growth_of_kept(self, request: Request, horizon: int) -> float:
+        """The same in the groups that are not compressed, for a request that compaction bounds."""
+        if not self._kept or not self._is_bounded(request):
+            return 0.0
+        req_id = request.request_id
+        prefilled = max(request.num_computed_tokens, request.num_tokens)
+        longest = min(self._final_len(request), prefilled + horizon)
+        in_flight = request.num_in_flight_tokens + self._limits.in_flight
+        in_flight += prefilled - request.num_computed_tokens
+        growth = sum(group.growth(req_id, longest, in_flight) for group in self._kept)
+        was_compacted = any(req_id in track.books.num_evicted for track in self._tracks)
+        return growth if was_compacted else self._share_compacted * growth
 
     def _own_growth(self, newcomer: Request) -> float:
         """Blocks that the newcomer may need beyond its tokens so far.
@@ -207,6 +225,12 @@ class Admission:
             block_size = track.books.block_size
             prefill = longest_prefill(own, newcomer.num_tokens)
             growth += max(-(-longest // block_size) - -(-prefill // block_size), 0)
+        if self._kept and self._is_bounded(newcomer):
+            tokens, longest = newcomer.num_tokens, self._final_len(newcomer)
+            in_flight = self._limits.in_flight
+            growth += sum(
+                max(g.most(longest, in_flight) - g.most(tokens, tokens), 0) for g in self._kept
+            )
         return self._share_compacted * growth
 
     def _is_bounded(self, request: Request) -> bool:

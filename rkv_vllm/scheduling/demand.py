@@ -1,26 +1,27 @@
 """How many blocks the running requests will ask of the pool within the next steps.
 
-Knows vLLM's managers and requests, no policy. Next: pressure.py, which compares it with what is
-free.
+Knows books and requests, no policy. Next: kept_group.py for groups that are not compressed,
+pressure.py, which compares the sum with what is free.
 """
 
 from collections.abc import Iterable, Sequence
 
 from vllm.utils.math_utils import cdiv
-from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
 from rkv_vllm.scheduling.books import GroupBooks
+from rkv_vllm.scheduling.kept_group import KeptGroup
 
 
 class Demand:
     """Counts blocks over all KV-cache groups, compressed or not.
 
-    Exact for requests that decode; for groups that give blocks back by themselves, as
-    sliding-window ones do, an upper bound.
+    Exact in compressed groups for requests that decode; in the others no less than what is taken
+    beyond what is given back.
 
     Args:
-        managers: of all groups.
+        books: of the compressed groups.
+        kept: the other groups.
         max_model_len: tokens that no request exceeds.
         max_advance: most tokens by which one step takes a decoding request on.
 
@@ -29,9 +30,15 @@ class Demand:
     """
 
     def __init__(
-        self, managers: Sequence[SingleTypeKVCacheManager], max_model_len: int, max_advance: int
+        self,
+        books: Sequence[GroupBooks],
+        kept: Sequence[KeptGroup],
+        max_model_len: int,
+        max_advance: int,
     ) -> None:
-        self._managers = managers
+        self._books = books
+        self._kept = kept
+        self._block_sizes = [group.block_size for group in (*books, *kept)]
         self._max_model_len = max_model_len
         self.max_advance = max_advance
 
@@ -44,7 +51,7 @@ class Demand:
             num_steps: ahead of the next one, it included.
         """
         tokens = num_steps * self.max_advance
-        blocks = num_running * sum(cdiv(tokens, manager.block_size) for manager in self._managers)
+        blocks = num_running * sum(cdiv(tokens, block_size) for block_size in self._block_sizes)
         return blocks + sum(self.of(request, num_steps) for request in prefilling)
 
     def of(self, request: Request, num_steps: int) -> int:
@@ -57,15 +64,18 @@ class Demand:
         req_id = request.request_id
         longest = self.longest(request, num_steps)
         blocks = 0
-        for manager in self._managers:
-            tokens = longest
-            if isinstance(manager, GroupBooks):
-                tokens -= manager.num_evicted.get(req_id, 0)
-                # A request that decodes has one token to compute.
-                if manager.longest_prefill and request.num_computed_tokens < request.num_tokens - 1:
-                    most = manager.longest_prefill(req_id) + num_steps * self.max_advance
-                    tokens = min(tokens, most)
-            blocks += max(cdiv(tokens, manager.block_size) - len(manager.req_to_blocks[req_id]), 0)
+        for books in self._books:
+            tokens = longest - books.num_evicted.get(req_id, 0)
+            # A request that decodes has one token to compute.
+            if books.longest_prefill and request.num_computed_tokens < request.num_tokens - 1:
+                most = books.longest_prefill(req_id) + num_steps * self.max_advance
+                tokens = min(tokens, most)
+            blocks += max(cdiv(tokens, books.block_size) - len(books.req_to_blocks[req_id]), 0)
+        if self._kept:
+            # Of a prefill any part may be in flight.
+            left = request.num_tokens - request.num_computed_tokens
+            in_flight = request.num_in_flight_tokens + num_steps * self.max_advance + max(left, 0)
+            blocks += sum(group.growth(req_id, longest, in_flight) for group in self._kept)
         return blocks
 
     def longest(self, request: Request, num_steps: int) -> int:

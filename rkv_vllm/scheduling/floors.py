@@ -19,6 +19,7 @@ from rkv_vllm.scheduling.admission import ENDED_BY_ITSELF, SHARE_STEP, Limits
 from rkv_vllm.scheduling.books import GroupBooks
 from rkv_vllm.scheduling.demand import Demand, final_len
 from rkv_vllm.scheduling.directive import EvictionDirective
+from rkv_vllm.scheduling.kept_group import KeptGroup
 
 
 class _Asked(NamedTuple):
@@ -33,7 +34,7 @@ class FloorAdmission:
 
     Args:
         groups: books of the compressed groups.
-        other_block_sizes: of the groups that are not compressed.
+        kept: the groups that are not compressed.
         running: all running requests.
         demand: of the running requests.
         horizon: steps from arming a request to the blocks of its compaction, by running requests.
@@ -45,7 +46,7 @@ class FloorAdmission:
     def __init__(
         self,
         groups: Sequence[GroupBooks],
-        other_block_sizes: Sequence[int],
+        kept: Sequence[KeptGroup],
         running: Callable[[], Sequence[Request]],
         demand: Demand,
         horizon: Callable[[int], int],
@@ -54,7 +55,7 @@ class FloorAdmission:
         server_terms: Sequence[Terms],
     ) -> None:
         self._groups = groups
-        self._other_block_sizes = other_block_sizes
+        self._kept = kept
         self._running = running
         self._demand = demand
         self._horizon = horizon
@@ -135,8 +136,8 @@ class FloorAdmission:
         Of groups that give blocks back by themselves, vLLM counts what a newcomer keeps, not what
         its prefill takes.
         """
-        tokens = newcomer.num_tokens
-        growth = sum(cdiv(tokens + num_steps, block_size) for block_size in self._other_block_sizes)
+        longest = newcomer.num_tokens + num_steps
+        growth = sum(min(cdiv(longest, g.block_size), g.most_ever) for g in self._kept)
         for books in self._groups:
             tokens = books.held_len(newcomer.request_id, newcomer.num_tokens)
             growth += cdiv(tokens + num_steps, books.block_size) - cdiv(tokens, books.block_size)

@@ -6,13 +6,11 @@ asks.
 
 from collections.abc import Sequence
 
-from vllm.config import VllmConfig
-from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
-
 from rkv_vllm.log import init_logger
 from rkv_vllm.options import OPTIONS, ServerOptions
 from rkv_vllm.policy import Terms, floor_blocks, longest_cache
 from rkv_vllm.scheduling.admission import Limits, Track
+from rkv_vllm.scheduling.kept_group import KeptGroup
 
 logger = init_logger(__name__)
 
@@ -23,26 +21,23 @@ class PoolSize:
     Args:
         server: the server's options.
         tracks: the compressed groups.
-        managers: of all groups.
+        kept: the groups that are not compressed.
         limits: of the engine.
-        vllm_config: what specs of other groups ask for.
     """
 
     def __init__(
         self,
         server: ServerOptions,
         tracks: Sequence[Track],
-        managers: Sequence[SingleTypeKVCacheManager],
+        kept: Sequence[KeptGroup],
         limits: Limits,
-        vllm_config: VllmConfig,
     ) -> None:
-        self._vllm_config = vllm_config
         self._server = server
         self._tracks = tracks
-        self._managers = managers
+        self._kept = kept
         self._limits = limits
         # vLLM never hands out the null block.
-        self._num_blocks = managers[0].block_pool.num_gpu_blocks - 1
+        self._num_blocks = tracks[0].books.block_pool.num_gpu_blocks - 1
 
     def holds(self, terms: Sequence[Terms] | None, final_len: int) -> bool:
         """Whether the pool can hold a request.
@@ -60,6 +55,8 @@ class PoolSize:
             floor_blocks(terms, self._server.window, self._limits.in_flight, track.books.block_size)
             for terms, track in zip(server_terms, self._tracks, strict=True)
         )
+        # One in each of the others at the least.
+        needed += len(self._kept)
         protected = server_terms[0].prefix_len
         if protected and needed > total:
             raise ValueError(
@@ -107,20 +104,12 @@ class PoolSize:
             final_len: tokens that it cannot exceed.
         """
         own = [None] * len(self._tracks) if terms is None else terms
-        of_track = {
-            track.books.kv_cache_group_id: final_len
-            if each is None
-            else longest_cache(
-                each, final_len, self._limits.in_flight, self._server.slack(track.books.block_size)
-            )
-            for each, track in zip(own, self._tracks, strict=True)
-        }
-        num_blocks = 0
-        for manager in self._managers:
-            spec, group_id = manager.kv_cache_spec, manager.kv_cache_group_id
-            if group_id in of_track:
-                num_blocks += -(-of_track[group_id] // manager.block_size)
-            else:
-                size = spec.max_memory_usage_bytes(self._vllm_config)
-                num_blocks += -(-size // spec.page_size_bytes)
+        num_blocks = sum(group.most_ever for group in self._kept)
+        for each, track in zip(own, self._tracks, strict=True):
+            block_size = track.books.block_size
+            longest = final_len
+            if each is not None:
+                slack = self._server.slack(block_size)
+                longest = longest_cache(each, final_len, self._limits.in_flight, slack)
+            num_blocks += -(-longest // block_size)
         return num_blocks

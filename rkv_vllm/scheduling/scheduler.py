@@ -38,6 +38,7 @@ from rkv_vllm.scheduling.demand import Demand
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, EvictionDirective, StepPlan
 from rkv_vllm.scheduling.floors import FloorAdmission
 from rkv_vllm.scheduling.host_room import host_room
+from rkv_vllm.scheduling.kept_group import KeptGroup
 from rkv_vllm.scheduling.loop_watch import LoopWatch
 from rkv_vllm.scheduling.planner import GroupPlanner, Seats
 from rkv_vllm.scheduling.pool_size import PoolSize
@@ -78,6 +79,11 @@ class CompressionSchedulerMixin:
         self._server = ServerOptions.from_dict(self.vllm_config.additional_config[CONFIG_KEY])
         self._policy = EveryBuffer(self._server.window)
         self._managers = self.kv_cache_manager.coordinator.single_type_managers
+        self._kept = [
+            KeptGroup(manager, self.vllm_config)
+            for manager in self._managers
+            if not isinstance(manager, GroupBooks)
+        ]
         self._limits = Limits(
             self.max_model_len,
             self.max_num_scheduled_tokens,
@@ -102,9 +108,7 @@ class CompressionSchedulerMixin:
         # Of the last step; the workers skip those of requests that leave before the next one.
         self._booked: list[EvictionDirective] = []
         server_terms = self._terms(read_request_options(None, self._server), prompt_len=0)
-        self._pool_size = PoolSize(
-            self._server, self._tracks, self._managers, self._limits, self.vllm_config
-        )
+        self._pool_size = PoolSize(self._server, self._tracks, self._kept, self._limits)
         self._pool_size.check_floor(server_terms)
         if self._prompts is not None:
             self._pool_size.check_bound(server_terms)
@@ -131,7 +135,7 @@ class CompressionSchedulerMixin:
         if self._server.when == "pressure":
             armed = ArmedRequests(seats)
             groups = [PressedGroup(b.kv_cache_group_id, b, armed) for b in books]
-            demand = Demand(self._managers, self.max_model_len, max_advance)
+            demand = Demand(books, self._kept, self.max_model_len, max_advance)
             most_copies = sum(
                 cdiv(self._server.budget + in_flight, b.block_size) + 1 for b in books
             )
@@ -169,7 +173,7 @@ class CompressionSchedulerMixin:
         if (
             not self.kv_cache_manager.enable_caching
             or pool.enable_kv_cache_events
-            or len(self._tracks) < len(self._managers)
+            or self._kept
             or not find_method(self._server.method).depends_on_prefix_only
         ):
             return None
@@ -192,11 +196,12 @@ class CompressionSchedulerMixin:
 
     def _make_admission(self, server_terms: Sequence[Terms]) -> Admission | FloorAdmission:
         if self._pressure is None:
-            return Admission(self._tracks, self._policy, self._limits, self._terms_of, server_terms)
-        others = [m.block_size for m in self._managers if not isinstance(m, GroupBooks)]
+            return Admission(
+                self._tracks, self._kept, self._policy, self._limits, self._terms_of, server_terms
+            )
         return FloorAdmission(
             [track.books for track in self._tracks],
-            others,
+            self._kept,
             lambda: self.running,
             self._pressure.demand,
             self._pressure.horizon,
@@ -364,7 +369,7 @@ class CompressionSchedulerMixin:
         if longest == num_tokens:
             return hit
         # The blocks of other kinds of layers serve one length only.
-        if not longest or len(self._tracks) < len(self._managers):
+        if not longest or self._kept:
             return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
         blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, longest)
         return blocks, longest, 0, False

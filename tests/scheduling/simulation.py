@@ -23,6 +23,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
@@ -47,9 +48,12 @@ from rkv_vllm.scheduling.spec import CompressedAttentionSpec
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 256
+# Tokens of the largest blocks; cells of a block are numbered up to there.
+MAX_BLOCK_SIZE = 2 * BLOCK_SIZE
 # Of one block of one layer, key and value of one head.
 PAGE_BYTES = BLOCK_SIZE * 2 * 32 * 4
 SLIDING_WINDOW = 6
+CHUNK = 8
 # Ends a request by itself; sampled where a test says so (`SimulatedEngine.stop_after`).
 STOP_TOKEN = 999
 
@@ -59,22 +63,30 @@ class Group:
     """One KV-cache group of a simulated model.
 
     Attributes:
-        kind: "full" is compressed; "sliding" reads the last tokens; "state" has one block for all.
+        kind: "full" is compressed; "sliding" reads the last tokens, "chunked" those from the last
+            multiple of `CHUNK` on; "state" has one block for all.
         layer_budget: what a full group keeps where the server keeps its budget.
+        block_size: tokens of a block; smaller heads fit more tokens into equally many bytes.
     """
 
     kind: str = "full"
     layer_budget: int | None = None
+    block_size: int = BLOCK_SIZE
 
     @property
     def spec(self) -> KVCacheSpec:
-        size = {"block_size": BLOCK_SIZE, "num_kv_heads": 1, "head_size": 32}
+        head_size = 32 * BLOCK_SIZE // self.block_size
+        size = {"block_size": self.block_size, "num_kv_heads": 1, "head_size": head_size}
         if self.kind == "full":
             return CompressedAttentionSpec(
                 **size, dtype=torch.float32, layer_budget=self.layer_budget
             )
         if self.kind == "sliding":
             return SlidingWindowSpec(**size, dtype=torch.float32, sliding_window=SLIDING_WINDOW)
+        if self.kind == "chunked":
+            return ChunkedLocalAttentionSpec(
+                **size, dtype=torch.float32, attention_chunk_size=CHUNK
+            )
         return MambaSpec(block_size=MAX_MODEL_LEN, shapes=((8, 32),), dtypes=(torch.float32,))
 
 
@@ -260,11 +272,11 @@ class SimulatedWorker:
                 self._compact(directive)
         self.pending = []
 
-    def slot(self, block_ids: list[int], physical: int) -> int:
+    def slot(self, block_ids: list[int], physical: int, block_size: int = BLOCK_SIZE) -> int:
         assert physical >= 0, "negative physical position"
-        block_id = block_ids[physical // BLOCK_SIZE]
+        block_id = block_ids[physical // block_size]
         assert block_id != 0, "the null block is inside a row"
-        return block_id * BLOCK_SIZE + physical % BLOCK_SIZE
+        return block_id * MAX_BLOCK_SIZE + physical % block_size
 
     def _update_requests(self, output: SchedulerOutput, restored: set[str]) -> None:
         for req_id in output.finished_req_ids:
@@ -323,7 +335,7 @@ class SimulatedWorker:
         num_blocks = len(directive.block_ids)
         assert directive.block_ids == request.block_ids[group_id][:num_blocks]
         for block_id, host_id in zip(directive.block_ids, directive.host_block_ids, strict=True):
-            first = block_id * BLOCK_SIZE
+            first = block_id * MAX_BLOCK_SIZE
             self.host[host_id] = [self.cells.get(first + i) for i in range(BLOCK_SIZE)]
         if directive.seat >= 0:
             recorded = [
@@ -340,7 +352,7 @@ class SimulatedWorker:
         )
         for block_id, host_id in zip(directive.block_ids, directive.host_block_ids, strict=True):
             for i, cell in enumerate(self.host[host_id]):
-                self.cells[block_id * BLOCK_SIZE + i] = cell
+                self.cells[block_id * MAX_BLOCK_SIZE + i] = cell
         if directive.seat >= 0:
             for i, recorded in enumerate(self.host[directive.host_window_ids[-1]]):
                 self.ring[directive.group_id, directive.seat, i] = recorded
@@ -377,7 +389,8 @@ class SimulatedWorker:
                 assert physical == len(states), "the physical length disagrees with the states"
                 row = request.block_ids[group_id]
                 # A state model folds every token into its one block.
-                self.cells[self.slot(row, 0 if group.kind == "state" else physical)] = state
+                cell = 0 if group.kind == "state" else physical
+                self.cells[self.slot(row, cell, group.block_size)] = state
                 states.append(state)
                 seat = watched.get(group_id, {}).get(req_id)
                 if seat is not None:
@@ -393,15 +406,16 @@ class SimulatedWorker:
             if group.kind == "state":
                 assert self.cells[self.slot(row, 0)] == states[-1], f"{req_id} lost its state"
                 continue
-            # The first token of the step sees the window that ends with it.
-            oldest = len(states) - num_tokens - SLIDING_WINDOW + 1 if group.kind == "sliding" else 0
-            for physical in range(max(0, oldest), len(states)):
-                read = self.cells[self.slot(row, physical)]
+            # The first token of the step sees the window that ends with it, or its chunk so far.
+            first = len(states) - num_tokens
+            oldest = {"sliding": first - SLIDING_WINDOW + 1, "chunked": first // CHUNK * CHUNK}
+            for physical in range(max(0, oldest.get(group.kind, 0)), len(states)):
+                read = self.cells[self.slot(row, physical, group.block_size)]
                 expected = states[physical]
                 assert read == expected, f"{req_id} reads {read} at {physical}, not {expected}"
-            needed = -(-len(states) // BLOCK_SIZE)
+            needed = -(-len(states) // group.block_size)
             # Rejected drafts may leave a block behind that the next tokens will fill.
-            spare = -(-self.setting.drafts * (self.setting.steps_ahead + 1) // BLOCK_SIZE)
+            spare = -(-self.setting.drafts * (self.setting.steps_ahead + 1) // group.block_size)
             assert needed <= len(row) <= needed + spare
 
     def _compact(self, directive: EvictionDirective) -> None:
@@ -492,6 +506,7 @@ class SimulatedEngine:
             structured_output_manager=StructuredOutputManager(self.vllm_config),
             # The least common multiple of the groups' block sizes, as vLLM's engine takes it.
             block_size=max(group.spec.block_size for group in setting.groups),
+            hash_block_size=BLOCK_SIZE,
             log_stats=True,
         )
         assert isinstance(self.scheduler, AsyncScheduler) == (setting.steps_ahead > 0)

@@ -402,8 +402,9 @@ class FlushesOneStepLate(SimulatedWorker):
 class CountsStale(SimulatedWorker):
     """The mistake of computing slots with the count from before the compaction."""
 
-    def slot(self, block_ids, physical):
-        return super().slot(block_ids, min(physical + self.late_by, len(block_ids) * 4 - 1))
+    def slot(self, block_ids, physical, block_size=BLOCK_SIZE):
+        last = len(block_ids) * block_size - 1
+        return super().slot(block_ids, min(physical + self.late_by, last), block_size)
 
     late_by = 0
 
