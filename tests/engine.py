@@ -138,16 +138,20 @@ def running_engine(
         num_blocks: blocks of the pool, the null block included.
         num_groups: KV-cache groups that vLLM makes of the layers, all of as many.
         options: further arguments of `LLM`; `rkv_vllm.engine_args()` switches compression on.
+            Where layers differ in heads, `kv_cache_memory_bytes` enough for the blocks.
     """
-    bytes_per_element = 2 if options.get("dtype") == "bfloat16" else 4
-    pool_bytes = kv_cache_bytes(model, num_blocks * BLOCK_SIZE, bytes_per_element)
+    if "kv_cache_memory_bytes" in options:
+        options["num_gpu_blocks_override"] = num_blocks
+    else:
+        bytes_per_element = 2 if options.get("dtype") == "bfloat16" else 4
+        pool_bytes = kv_cache_bytes(model, num_blocks * BLOCK_SIZE, bytes_per_element)
+        options["kv_cache_memory_bytes"] = pool_bytes // num_groups
     defaults = {
         "dtype": "float32",
         "enforce_eager": True,
         "max_model_len": 1024,
         "max_num_seqs": 16,
         "block_size": BLOCK_SIZE,
-        "kv_cache_memory_bytes": pool_bytes // num_groups,
         "seed": 0,
     }
     llm = LLM(str(model), **{**defaults, **options})

@@ -65,9 +65,16 @@ class ReferenceResult:
 
 
 class LayerCache:
-    """Keys and values `[num_kv_heads, n, head_dim]` of one layer, queries of its latest tokens."""
+    """Keys and values `[num_kv_heads, n, head_dim]` of one layer, queries of its latest tokens.
+
+    Attributes:
+        scale: of the layer's logits; None until it has attended.
+        soft_cap: of the same, 0 = none.
+    """
 
     def __init__(self, layer: int, num_queries: int, store: Callable | None = None) -> None:
+        self.scale: float | None = None
+        self.soft_cap = 0.0
         self.layer = layer
         self.num_queries = num_queries
         self.store = store
@@ -122,6 +129,8 @@ class LayerCache:
                 threshold=config.method_options.threshold,
                 center=config.method_options.center,
                 defensive=config.method_options.defensive,
+                scale=self.scale,
+                soft_cap=self.soft_cap,
             )
         else:
             kept = keep(keys, values, queries)
@@ -148,29 +157,71 @@ def _explicit_attention(
     *,
     scaling: float,
     layer_caches: list[LayerCache],
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Lets the newest tokens attend to all cached ones of their layer, causally among themselves.
 
     Registered with transformers, which passes `query [1, num_heads, t, d]` and `key`, `value
     [1, num_kv_heads, t, d]` after RoPE; `layer_caches` is a keyword argument of the model's call.
+    `softcap` bounds the logits, `s_aux [num_heads]` are the logits of sinks, which have no value.
     """
     cache = layer_caches[module.layer_idx]
     # Others read it.
     if cache.layer == module.layer_idx:
+        cache.scale, cache.soft_cap = scaling, softcap or 0.0
         cache.append(query[0], key[0], value[0])
     num_heads, num_new, head_dim = query.shape[1:]
     num_kv_heads, num_cached = cache.keys.shape[:2]
     grouped = query[0].reshape(num_kv_heads, num_heads // num_kv_heads, num_new, head_dim)
     logits = grouped @ cache.keys.unsqueeze(1).transpose(-1, -2) * scaling
-    visible = torch.ones(num_new, num_cached, dtype=torch.bool).tril(num_cached - num_new)
-    layer_types = getattr(module.config, "layer_types", None)
-    if layer_types is not None and layer_types[module.layer_idx] == "sliding_attention":
-        # Such a layer's cache is never trimmed here, only not seen.
-        visible &= visible.triu(num_cached - num_new - module.config.sliding_window + 1)
-    weights = logits.float().masked_fill(~visible, float("-inf")).softmax(-1)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    visible = _visible(module, num_new, num_cached)
+    logits = logits.float().masked_fill(~visible, float("-inf"))
+    if s_aux is not None:
+        sinks = s_aux.float().reshape(num_kv_heads, -1, 1, 1).expand(-1, -1, num_new, 1)
+        logits = torch.cat([logits, sinks], dim=-1)
+    weights = logits.softmax(-1)[..., :num_cached]
     output = weights.to(query.dtype) @ cache.values.unsqueeze(1)
     return output.reshape(1, num_heads, num_new, head_dim).transpose(1, 2), None
+
+
+def _is_full(model: PreTrainedModel, layer: int) -> bool:
+    """Whether a layer attends to every token."""
+    layer_types = getattr(model.config, "layer_types", None)
+    return layer_types is None or layer_types[layer] == "full_attention"
+
+
+def _owners(model: PreTrainedModel) -> dict[int, int]:
+    """The layers that by design read the cache of the last layer of their kind that has one."""
+    num_readers = getattr(model.config, "num_kv_shared_layers", None) or 0
+    layer_types = getattr(model.config, "layer_types", None) or ()
+    first = len(layer_types) - num_readers
+    return {
+        reader: max(i for i in range(first) if layer_types[i] == layer_types[reader])
+        for reader in range(first, len(layer_types))
+    }
+
+
+def _visible(module: torch.nn.Module, num_new: int, num_cached: int) -> torch.Tensor:
+    """Bool [num_new, num_cached]: the cached tokens of its layer that each new one sees.
+
+    The cache of a layer with a window or chunks is never trimmed here, only not seen.
+    """
+    causal = torch.ones(num_new, num_cached, dtype=torch.bool).tril(num_cached - num_new)
+    config = module.config
+    layer_types = getattr(config, "layer_types", None)
+    layer_type = None if layer_types is None else layer_types[module.layer_idx]
+    if layer_type == "sliding_attention":
+        # Command-R7B's windows have one token more than they say.
+        window = config.sliding_window + (config.model_type == "cohere2")
+        return causal & causal.triu(num_cached - num_new - window + 1)
+    if layer_type == "chunked_attention":
+        chunk = torch.arange(num_cached) // config.attention_chunk_size
+        return causal & (chunk[num_cached - num_new :, None] == chunk)
+    return causal
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _explicit_attention)
@@ -213,7 +264,7 @@ class ReferenceRequest:
         self.compacted_at = compacted_at
         self.store = store
         # Of layers that read another layer's cache.
-        self.owners = owners or {}
+        self.owners = owners or _owners(model)
         self.model = model
         self.config = config
         self.keep = keep
@@ -280,7 +331,7 @@ class ReferenceRequest:
     @torch.inference_mode()
     def _evict(self, settled_len: int, settled_logical_len: int) -> None:
         for layer, cache in enumerate(self.layer_caches):
-            if layer in self.owners:
+            if layer in self.owners or not _is_full(self.model, layer):
                 continue
             keep = self.keep and partial(self.keep, layer, settled_logical_len)
             cache.evict(settled_len, self.config, self.prefix_len, keep)
@@ -348,7 +399,8 @@ def generate_reference(
         compacted_at: settled logical lengths at which it is compacted while it decodes, instead of
             by the rule of `config`.
         store: how the cache rounds, None for one that does not.
-        owners: by number of a layer that reads another layer's cache, the number of that one.
+        owners: by number of a layer that reads another layer's cache, the number of that one; None
+            for those that read one by design.
 
     Returns:
         Tokens, log-probabilities, compactions and physical lengths. A compaction due in the very

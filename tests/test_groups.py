@@ -4,25 +4,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-import torch
 
 import rkv_vllm
 from rkv_vllm.layer_budgets import LayerClass, write_classes
 from rkv_vllm.methods.rkv import RKV
 from rkv_vllm.options import ServerOptions
-from rkv_vllm.scheduling.spec import CompressedAttentionSpec
-from tests.engine import BLOCK_SIZE, Engine, running_engine
+from tests.engine import BLOCK_SIZE, running_engine
+from tests.families import FULL, SLIDING, WINDOW
 from tests.layered_reference import generate_layered_reference
-from tests.models import assert_varied, random_prompt
+from tests.served_groups import PROMPTS, assert_equal_explicit_eviction, serve
 
 pytestmark = pytest.mark.engine
 
 CONFIG = ServerOptions(budget=64, buffer=32)
-LOGPROB_TOLERANCE = 1e-3
-SHARED = random_prompt(32, seed=1)
-PROMPTS = {f"r{i}": [*SHARED, *random_prompt(6 + 7 * i, seed=i)] for i in range(4)}
-FULL, SLIDING = "full_attention", "sliding_attention"
-WINDOW = 40
 # Budgets by layer, for as many layers.
 LADDERS = {6: (96, 96, 64, 64, 40, 40), 3: (72, 64, 40)}
 
@@ -33,79 +27,6 @@ class Ladder(RKV):
     @classmethod
     def layer_budgets(cls, options, budget: int, num_layers: int) -> Sequence[int]:
         return LADDERS[num_layers]
-
-
-class CacheWatch:
-    """Sees which blocks a flush writes, in all layers of all groups."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.num_flushes = 0
-        # By group: blocks that requests held right after compactions.
-        self.blocks_left: dict[int, set[int]] = {}
-        self._layers = [
-            layer.kv_cache
-            for layer in engine.model_runner.compilation_config.static_forward_context.values()
-        ]
-        self._flush = engine.model_runner.compactor.flush
-        engine.model_runner.compactor.flush = self._watched_flush
-
-    def _watched_flush(self, *args):
-        before = [cache.clone() for cache in self._layers]
-        done = self._flush(*args)
-        for directive in done:
-            left = self.blocks_left.setdefault(directive.group_id, set())
-            left.add(len(directive.new_block_ids))
-        allowed = {block_id for directive in done for block_id in directive.new_block_ids}
-        self.num_flushes += bool(done)
-        for old, cache in zip(before, self._layers, strict=True):
-            changed = (old != cache).flatten(1).any(dim=1).nonzero().flatten().tolist()
-            assert set(changed) <= allowed
-        return done
-
-
-def serve(model, num_tokens: int, num_groups: int, **options):
-    """Run all prompts, then some of them again.
-
-    Returns:
-        The engine, the specs of its groups, compactions by group, blocks left by group.
-    """
-    with running_engine(model, 256, num_groups, **options) as engine:
-        watch = CacheWatch(engine)
-        for req_id, prompt in PROMPTS.items():
-            engine.add(req_id, prompt, num_tokens)
-        engine.run()
-        groups = engine.model_runner.compactor.groups
-        compactions = {group_id: group.num_compactions for group_id, group in groups.items()}
-        assert engine.stats()["compactions"] == sum(compactions.values())
-        assert watch.num_flushes > 0
-        assert engine.compacted_rows_checked > 0
-        engine.add("again", PROMPTS["r3"], 40)
-        engine.run()
-        # Blocks that were hashed before the first compaction are found again.
-        assert engine.num_cached_tokens("again") >= 32
-        assert engine.outputs["again"].token_ids == engine.outputs["r3"].token_ids[:40]
-        engine.assert_pool_is_empty()
-        specs = [g.kv_cache_spec for g in engine.scheduler.kv_cache_config.kv_cache_groups]
-        assert [isinstance(spec, CompressedAttentionSpec) for spec in specs] == [
-            group_id in groups for group_id in range(num_groups)
-        ]
-        return engine, specs, compactions, watch.blocks_left
-
-
-def assert_equal_explicit_eviction(engine, model, num_tokens, configs, runner) -> torch.Tensor:
-    """Returns the reference's compactions [requests, layers]."""
-    compactions = []
-    for req_id, prompt in PROMPTS.items():
-        reference = generate_layered_reference(
-            model, prompt, num_tokens, configs, runner.unprocessed_steps
-        )
-        output = engine.outputs[req_id]
-        assert output.token_ids == reference.token_ids, req_id
-        gaps = [abs(a - b) for a, b in zip(output.logprobs, reference.logprobs, strict=True)]
-        assert max(gaps) < LOGPROB_TOLERANCE
-        assert_varied(output.token_ids)
-        compactions.append(reference.compactions)
-    return torch.tensor(compactions)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +49,9 @@ def test_full_layers_are_compacted_beside_sliding_ones(
     options = rkv_vllm.engine_args(budget=CONFIG.budget, buffer=CONFIG.buffer)
     engine, _, compactions, _ = serve(model, num_tokens, num_groups, **options)
     configs = [CONFIG if layer_type == FULL else None for layer_type in layer_types]
-    expected = assert_equal_explicit_eviction(engine, model, num_tokens, configs, runner)
+    expected = assert_equal_explicit_eviction(
+        engine, model, num_tokens, configs, runner.unprocessed_steps
+    )
     per_group = expected[:, layer_types.index(FULL)].sum().item()
     assert per_group >= 4
     assert list(compactions.values()) == [per_group] * (num_groups - 1)
@@ -147,7 +70,9 @@ def test_every_class_of_layer_budgets_is_compacted_for_itself(
     options = rkv_vllm.engine_args(method=method, budget=CONFIG.budget, buffer=CONFIG.buffer)
     engine, specs, compactions, _ = serve(model, num_tokens, 3, **options)
     configs = [replace(CONFIG, budget=budget) for budget in ladder]
-    expected = assert_equal_explicit_eviction(engine, model, num_tokens, configs, runner)
+    expected = assert_equal_explicit_eviction(
+        engine, model, num_tokens, configs, runner.unprocessed_steps
+    )
     by_budget = dict(zip(ladder, expected.sum(dim=0).tolist(), strict=True))
     assert len(by_budget) == 3
     assert min(by_budget.values()) >= 2
@@ -170,7 +95,9 @@ def test_a_pyramid_is_compacted_class_by_class_and_each_holds_only_its_own_block
     options = rkv_vllm.engine_args(layer_budgets="pyramid", budget=40, buffer=32)
     engine, specs, compactions, blocks_left = serve(model, num_tokens, 3, **options)
     configs = [replace(config, budget=budget) for budget in ladder]
-    expected = assert_equal_explicit_eviction(engine, model, num_tokens, configs, runner)
+    expected = assert_equal_explicit_eviction(
+        engine, model, num_tokens, configs, runner.unprocessed_steps
+    )
     by_budget = dict(zip(ladder, expected.sum(dim=0).tolist(), strict=True))
     assert min(by_budget.values()) >= len(PROMPTS)
     budgets = [spec.layer_budget or config.budget for spec in specs]
