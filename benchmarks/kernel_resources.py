@@ -63,7 +63,8 @@ def main() -> None:
     """Print the table and, on the last line, the same as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="kernels whose name contains this")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    dtypes = ["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"]
+    parser.add_argument("--dtype", default="bfloat16", choices=dtypes)
     parser.add_argument("--sass", type=Path, help="folder for the machine code")
     args = parser.parse_args()
     found = list(measured(args.only, getattr(torch, args.dtype), args.sass))

@@ -10,14 +10,21 @@ import triton.language as tl
 from torch import Tensor
 
 from rkv_vllm.kernels.observe.naive import check_observe
+from rkv_vllm.kernels.tiles import elements, floats_of_bytes, fp8_of
 
 # Elements per inner step: 32 query heads of 128 take four steps of one program.
 _TILE = 1024
 
 
-def observe_triton(ring: Tensor, layer_idx: int, query: Tensor, token_rows: Tensor) -> None:
+def observe_triton(
+    ring: Tensor,
+    layer_idx: int,
+    query: Tensor,
+    token_rows: Tensor,
+    query_scale: Tensor | None = None,
+) -> None:
     """As `observe_naive`."""
-    check_observe(ring, layer_idx, query, token_rows)
+    check_observe(ring, layer_idx, query, token_rows, query_scale)
     num_tokens, num_heads, head_size = query.shape
     if num_tokens == 0:
         return
@@ -26,10 +33,13 @@ def observe_triton(ring: Tensor, layer_idx: int, query: Tensor, token_rows: Tens
         ring.stride(0),
         ring.stride(2),
         layer_idx * ring.stride(1),
-        query,
+        elements(query, query.dtype),
         query.stride(0),
         query.stride(1),
         token_rows,
+        query_scale,
+        FP8=fp8_of(query.dtype, query.device),
+        HEADS_PER_SCALE=num_heads if query_scale is None else num_heads // query_scale.numel(),
         RING_LEN=ring.shape[2],
         NUM_HEADS=num_heads,
         HEAD_SIZE=head_size,
@@ -47,6 +57,9 @@ def observe_kernel(
     token_stride,
     head_stride,
     p_token_rows,
+    p_query_scale,
+    FP8: tl.constexpr,
+    HEADS_PER_SCALE: tl.constexpr,
     RING_LEN: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -64,6 +77,10 @@ def observe_kernel(
         m_element = o_element < NUM_HEADS * HEAD_SIZE
         o_source = (o_element // HEAD_SIZE) * head_stride + o_element % HEAD_SIZE
         b_query = tl.load(p_source + o_source, mask=m_element)
+        if p_query_scale is not None:
+            i_scale = o_element // (HEAD_SIZE * HEADS_PER_SCALE)
+            b_scale = tl.load(p_query_scale + i_scale, mask=m_element)
+            b_query = floats_of_bytes(b_query, FP8).to(tl.float32) * b_scale
         tl.store(
             p_target + layer_offset + o_element,
             b_query.to(p_ring.dtype.element_ty),

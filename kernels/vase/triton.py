@@ -24,6 +24,7 @@ from rkv_vllm.kernels.tiles import (
     ROW_TILE,
     TILE,
     VARYING,
+    elements,
     grain_of,
     layout_of,
     load_tile,
@@ -79,7 +80,7 @@ def channel_range_triton(values: PagedStates, batch: EvictionBatch) -> Tensor:
     most_before = max(eviction.prefix_len % grain_of(values) for eviction in batch.evictions)
     num_tiles = triton.cdiv(most_before + max_candidates, TILE.value)
     range_kernel[(num_requests * rows_per_request * num_tiles,)](
-        values.cells,
+        elements(values.cells, values.dtype),
         strides_of(values),
         batch.old_block_table,
         batch.old_block_table.stride(0),
@@ -92,6 +93,8 @@ def channel_range_triton(values: PagedStates, batch: EvictionBatch) -> Tensor:
         WINDOW=batch.window,
         **layout_of(values),
     )
+    if values.quantisation is not None:
+        result.mul_(values.quantisation.scale.reshape(1, -1, 1))
     return result
 
 
@@ -147,6 +150,7 @@ def range_kernel(
     BLOCK_SIZE: tl.constexpr,
     KERNEL_BLOCK_SIZE: tl.constexpr,
     GRAIN: tl.constexpr,
+    FP8: tl.constexpr,
     IN_FLOAT32: tl.constexpr,
 ):
     """Largest minus smallest element of each value of a tile of tokens; 0 behind the candidates."""
@@ -174,6 +178,7 @@ def range_kernel(
         BLOCK_SIZE,
         KERNEL_BLOCK_SIZE,
         GRAIN,
+        FP8,
     ).to(tl.float32)
     m_dim = (tl.arange(0, BLOCK_D) < HEAD_SIZE)[None, :]
     b_largest = tl.max(tl.where(m_dim, b_values, float("-inf")), axis=1)

@@ -241,14 +241,6 @@ def _cache_dtype(vllm_config: "VllmConfig") -> str | None:
     return None if got in known else f"{got} with a {model_dtype} model"
 
 
-def _fp8_cache_on_gpu(vllm_config: "VllmConfig") -> str | None:
-    from vllm.platforms import current_platform
-
-    got = vllm_config.cache_config.cache_dtype
-    on_cpu = current_platform.device_type == "cpu"
-    return f"--kv-cache-dtype {got}" if got in FP8_CACHES and not on_cpu else None
-
-
 def _skipped_layers(vllm_config: "VllmConfig") -> str | None:
     cache = vllm_config.cache_config
     skipped = cache.kv_cache_dtype_skip_layers if cache.cache_dtype in FP8_CACHES else ()
@@ -406,14 +398,6 @@ REFUSALS: tuple[Refusal, ...] = (
         f"auto, {', '.join(FP8_CACHES)}",
         "pass one of these as --kv-cache-dtype (a checkpoint may ask for another one by itself: "
         "then pass the model's dtype)",
-    ),
-    # The Triton kernels do not read it yet.
-    Refusal(
-        "an fp8 KV cache on a GPU",
-        _fp8_cache_on_gpu,
-        "auto",
-        "pass --kv-cache-dtype auto (a checkpoint may ask for fp8 by itself: then pass the model's "
-        "dtype)",
     ),
     # Blocks of several sizes are padded to the largest.
     Refusal(

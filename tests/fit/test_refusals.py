@@ -193,7 +193,6 @@ def test_unsupported_property_is_refused_by_name(
 
 def test_every_rule_has_a_test():
     tested = "\n".join(sentence for sentence, *_ in (*REFUSED, *PATCHED))
-    tested += "an fp8 KV cache on a GPU"
     assert [rule.feature for rule in REFUSALS if rule.feature not in tested] == []
 
 
@@ -203,14 +202,6 @@ def test_what_a_gpu_has_passes(arguments, monkeypatch):
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
     vllm_config.attention_config.backend = AttentionBackendEnum.TRITON_ATTN
     check(vllm_config)
-
-
-def test_an_fp8_cache_on_a_gpu_is_refused(arguments, monkeypatch):
-    vllm_config = arguments(kv_cache_dtype="fp8").create_engine_config()
-    monkeypatch.setattr(type(current_platform), "device_type", "cuda")
-    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
-    with pytest.raises(ValueError, match="an fp8 KV cache on a GPU: got --kv-cache-dtype fp8"):
-        check(vllm_config)
 
 
 def test_all_refusals_are_named_at_once(arguments):

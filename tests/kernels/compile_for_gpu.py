@@ -16,10 +16,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from rkv_vllm.kernels import tiles
 from rkv_vllm.kernels.batch import Eviction, EvictionBatch
 from rkv_vllm.kernels.compact.triton import compact_both_triton, compact_triton
 from rkv_vllm.kernels.observe.triton import observe_triton
-from rkv_vllm.kernels.paged import PagedStates
+from rkv_vllm.kernels.paged import FLOATS_OF_A_BYTE, PagedStates, Quantisation
 from rkv_vllm.kernels.rkv.triton import importance_triton, redundancy_triton, rkv_scores_triton
 from rkv_vllm.kernels.select.triton import select_triton
 from rkv_vllm.kernels.slots import StepRows, StepSlots
@@ -27,34 +28,51 @@ from rkv_vllm.kernels.slots.triton import slots_triton
 from rkv_vllm.kernels.vase.triton import attention_triton, channel_range_triton
 from tests.kernels.cases import new_case, random_keep
 
+# A kernel, its positional arguments and the others.
+Launch = tuple[JITFunction, tuple, dict[str, Any]]
+
 H100 = GPUTarget("cuda", 90, 32)
 # Arguments that make another kernel of the same function.
 VARIANTS = ("IMPORTANCE", "REDUNDANCY", "ADD", "DEFENSIVE", "CENTER", "BOTH")
+# Dtypes of a cache, and whether the GPU reads fp8 by itself.
+CACHES = (
+    (torch.bfloat16, True),
+    (torch.float8_e4m3fn, True),
+    (torch.float8_e4m3fn, False),
+    (torch.float8_e5m2, False),
+)
 BACKEND = backends["nvidia"].compiler(H100)
 
 
 def main() -> None:
+    done = set()
+    for dtype, native in CACHES:
+        tiles.has_fp8 = lambda device, native=native: native
+        for first, second in zip(*launches_of_two_flushes(dtype), strict=True):
+            kernel, specialization = first[0], specialize(*first)
+            name = full_name(kernel, first[2])
+            if name in done:
+                continue
+            done.add(name)
+            print("compiled", name, *sorted(compile_for(kernel, specialization).asm), flush=True)
+            if specialization == specialize(*second):
+                print("reused", name, flush=True)
+
+
+def launches_of_two_flushes(dtype: torch.dtype) -> tuple[list[Launch], list[Launch]]:
+    """What a cache of this dtype launches in a flush and a step, and in others."""
     launches = recorded_launches()
-    model = {"head_size": 128, "dtype": torch.bfloat16, "group": 4, "num_heads": 8}
+    model = {"head_size": 128, "dtype": dtype, "group": 4, "num_heads": 8}
     case = new_case([(100, 103, 50)], num_layers=4, **model)
     launch_all(case.states, case.batch, case.queries)
-    launch_step(case.queries, layer_idx=0, num_tokens=1)
+    launch_step(case.queries, layer_idx=0, num_tokens=1, dtype=dtype)
+    num_first = len(launches)
     other = new_case([(90, 90, 40), (132, 132, 96, 20), (17, 17, 16)], num_layers=4, **model)
     first_layer = slice(0, 1)
     part = other.batch.part(slice(1, 3))
     launch_all(other.states.layers(first_layer), part, other.queries[:, first_layer])
-    launch_step(case.queries, layer_idx=3, num_tokens=7)
-    half = len(launches) // 2
-    done = set()
-    for first, second in zip(launches[:half], launches[half:], strict=True):
-        kernel, specialization = first[0], specialize(*first)
-        name = full_name(kernel, first[2])
-        if name in done:
-            continue
-        done.add(name)
-        print("compiled", name, *sorted(compile_for(kernel, specialization).asm), flush=True)
-        if specialization == specialize(*second):
-            print("reused", name, flush=True)
+    launch_step(case.queries, layer_idx=3, num_tokens=7, dtype=dtype)
+    return launches[:num_first], launches[num_first:]
 
 
 def compiled_launches(dtype: torch.dtype, only: str = "") -> Iterator[tuple[str, Any]]:
@@ -65,13 +83,18 @@ def compiled_launches(dtype: torch.dtype, only: str = "") -> Iterator[tuple[str,
         only: kernels whose name contains this.
     """
     launches = recorded_launches()
+    tiles.has_fp8 = lambda device: True
     # What vLLM takes on a GPU: blocks of 16 tokens, all heads of a token side by side.
-    cells = torch.zeros(4, 40, 16, 8, 256, dtype=dtype).transpose(2, 3)
-    states = PagedStates(cells[..., :128], None, 16)
+    is_fp8 = dtype in FLOATS_OF_A_BYTE
+    stored = torch.uint8 if is_fp8 else dtype
+    cells = torch.zeros(4, 40, 16, 8, 256, dtype=stored).transpose(2, 3)
+    quantisation = Quantisation(dtype, torch.ones(4, 8)) if is_fp8 else None
+    states = PagedStates(cells[..., :128], None, 16, quantisation)
     batch = EvictionBatch.of(
         [Eviction([*range(7)], [*range(7)], 100, 103, 50, 0, 0, 100)], 8, "cpu"
     )
-    launch_all(states, batch, torch.zeros(1, 4, 11, 32, 128, dtype=dtype))
+    of_queries = torch.bfloat16 if is_fp8 else dtype
+    launch_all(states, batch, torch.zeros(1, 4, 11, 32, 128, dtype=of_queries))
     done = set()
     for kernel, args, kwargs in launches:
         name = full_name(kernel, kwargs)
@@ -80,9 +103,9 @@ def compiled_launches(dtype: torch.dtype, only: str = "") -> Iterator[tuple[str,
             yield name, compile_for(kernel, specialize(kernel, args, kwargs))
 
 
-def recorded_launches() -> list[tuple[JITFunction, tuple, dict[str, Any]]]:
+def recorded_launches() -> list[Launch]:
     """A list that every launch from now on is added to instead of being run."""
-    launches: list[tuple[JITFunction, tuple, dict[str, Any]]] = []
+    launches: list[Launch] = []
     JITFunction.run = lambda kernel, *args, grid, warmup, **kwargs: launches.append(
         (kernel, args, kwargs)
     )
@@ -90,8 +113,10 @@ def recorded_launches() -> list[tuple[JITFunction, tuple, dict[str, Any]]]:
 
 
 def full_name(kernel: JITFunction, kwargs: dict[str, Any]) -> str:
-    """Of the kernel and its variant."""
-    return "+".join([kernel.__name__, *(key for key in VARIANTS if kwargs.get(key))])
+    """Of the kernel and its variant; E4M3 and E5M2 where it reads bytes."""
+    fp8 = [("E4M3", "E5M2", "NATIVE")[kwargs["FP8"] - 1]] if kwargs.get("FP8") else []
+    variants = (key for key in VARIANTS if kwargs.get(key))
+    return "+".join([kernel.__name__, *fp8, *variants])
 
 
 def launch_all(states: PagedStates, batch: EvictionBatch, queries: torch.Tensor) -> None:
@@ -112,8 +137,8 @@ def launch_all(states: PagedStates, batch: EvictionBatch, queries: torch.Tensor)
     compact_both_triton(states, states, batch, keep)
 
 
-def launch_step(pool: torch.Tensor, layer_idx: int, num_tokens: int) -> None:
-    """What every step launches: slots once, observe per layer."""
+def launch_step(pool: torch.Tensor, layer_idx: int, num_tokens: int, dtype: torch.dtype) -> None:
+    """What every step launches: slots once, observe per layer, of queries of this dtype."""
     int32 = {"dtype": torch.int32}
     table = torch.zeros(16, 8, **int32)
     rows = StepRows(
@@ -125,8 +150,9 @@ def launch_step(pool: torch.Tensor, layer_idx: int, num_tokens: int) -> None:
     )
     out = StepSlots(torch.zeros(64, dtype=torch.int64), torch.zeros(64, **int32), table[:, 0])
     slots_triton(rows, torch.zeros(64, dtype=torch.int64), table, 16, out)
-    query = torch.zeros(num_tokens, 3, *pool.shape[3:], dtype=pool.dtype)[:, 0]
-    observe_triton(pool, layer_idx, query, out.token_rows)
+    query = torch.zeros(num_tokens, 3, *pool.shape[3:], dtype=dtype)[:, 0]
+    query_scale = torch.ones(1) if dtype in FLOATS_OF_A_BYTE else None
+    observe_triton(pool, layer_idx, query, out.token_rows, query_scale)
 
 
 def compile_for(kernel: JITFunction, specialization: tuple[Any, ...]) -> Any:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rkv_vllm.kernels.batch import ALL_FINITE, EvictionBatch
-from rkv_vllm.kernels.ops import ops_for
+from rkv_vllm.kernels.ops import ops_for, triton_ops
 from rkv_vllm.kernels.paged import FLOATS_OF_A_BYTE, PagedStates, Quantisation
 from tests.kernels.cases import (
     CPU,
@@ -17,6 +17,7 @@ from tests.kernels.cases import (
     PACKED,
     PLAIN,
     SCORE_TOLERANCE,
+    SMALL_STATES,
     new_case,
     random_keep,
     rkv_scores,
@@ -25,13 +26,20 @@ from tests.kernels.cases import (
 from tests.kernels.test_against_oracle import assert_oracle_agrees
 
 LENGTHS = [(61, 61, 30), (90, 92, 21, 33)]
-LAYOUTS = PACKED + PLAIN
+TRITON = triton_ops(SMALL_STATES)
 
 pytestmark = pytest.mark.parametrize("dtype", FLOATS_OF_A_BYTE, ids=["e4m3", "e5m2"])
 
 
-@pytest.fixture(params=[NAIVE, CPU], ids=lambda ops: ops.name)
+@pytest.fixture(params=[NAIVE, CPU, TRITON], ids=lambda ops: ops.name)
 def ops(request):
+    return request.param
+
+
+@pytest.fixture(params=PACKED + PLAIN)
+def layout(request, ops):
+    if request.param in PACKED and ops.name == "triton":
+        pytest.skip("a layout of CPUs")
     return request.param
 
 
@@ -53,13 +61,12 @@ def test_every_byte_is_read_as_the_number_it_stands_for(dtype):
     m = 256 - 8
     # Zero is the other element, so the range is the size.
     want = torch.where(numbers.isfinite(), numbers.abs(), math.nan)[:m].nan_to_num(-1.0)
-    for ops in (NAIVE, CPU):
+    for ops in (NAIVE, CPU, TRITON):
         got = ops.channel_range(states, batch)[0, 0]
         got = torch.where(got.isfinite(), got, math.nan).nan_to_num(-1.0)
         assert got.equal(want), ops.name
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 def test_scores_and_choice_are_the_oracles_on_the_numbers_that_attention_sees(ops, dtype, layout):
     sizes = {"layout": layout, "dtype": dtype, "group": 3, "num_heads": 2, "head_size": 32}
     case = new_case(LENGTHS, seed=4, **sizes)
@@ -88,19 +95,20 @@ def test_a_head_without_its_factor_would_be_scored_otherwise(ops, dtype):
     assert not torch.allclose(own[0], other[0], rtol=0.01)
 
 
-@pytest.mark.parametrize("layout", ["vec values", "tokens first"])
-def test_attention_and_widths_are_the_references(dtype, layout):
+@pytest.mark.parametrize(
+    ("ops", "layout"), [(CPU, "vec values"), (CPU, "tokens first"), (TRITON, "small blocks")]
+)
+def test_attention_and_widths_are_the_references(ops, dtype, layout):
     case = new_case(LENGTHS, layout=layout, dtype=dtype, group=2)
     args = (case.states, case.batch, case.queries, case.scale, case.no_cap)
     for i in range(2):
         m = case.batch.num_candidates(i)
-        got, want = (ops.attention(*args, pool=5)[i, :, :m] for ops in (CPU, NAIVE))
+        got, want = (each.attention(*args, pool=5)[i, :, :m] for each in (ops, NAIVE))
         torch.testing.assert_close(got, want, **SCORE_TOLERANCE)
-        got, want = (ops.channel_range(*args[:2])[i, :, :m] for ops in (CPU, NAIVE))
+        got, want = (each.channel_range(*args[:2])[i, :, :m] for each in (ops, NAIVE))
         torch.testing.assert_close(got, want, **SCORE_TOLERANCE)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fresh", ["in place", "all fresh", "first fresh"])
 def test_compaction_moves_bytes(ops, dtype, layout, fresh):
     lengths = [(150, 153, 70), (70, 70, 70), (80, 85, 9, 33)]
@@ -130,7 +138,7 @@ def test_a_byte_that_is_no_number_costs_its_head_the_choice_and_no_other(ops, dt
 
 def test_the_cpp_kernels_take_such_a_cache_and_some_layers_of_it(dtype):
     case = new_case(LENGTHS, dtype=dtype)
-    assert ops_for(case.states) == CPU
+    assert ops_for(case.states).name == "cpu"
     last = case.states.layers(slice(1, 2))
     assert last.numbers(case.batch.old_block_table[0], 61).equal(case.dense[0][1:])
     case.states.fill_with_noise(0)

@@ -34,6 +34,21 @@ KERNELS = [
     "compact_kernel+BOTH",
     "slots_kernel",
     "observe_kernel",
+    *(
+        name.format(fp8)
+        for fp8 in ("NATIVE", "E4M3", "E5M2")
+        for name in (
+            "stats_kernel+{}+IMPORTANCE+REDUNDANCY",
+            "stats_kernel+{}+IMPORTANCE+REDUNDANCY+CENTER",
+            "stats_kernel+{}+IMPORTANCE",
+            "stats_kernel+{}+REDUNDANCY",
+            "range_kernel+{}",
+            "sums_kernel+{}",
+            "search_kernel+{}",
+            "search_kernel+{}+CENTER",
+            "observe_kernel+{}",
+        )
+    ),
 ]
 
 

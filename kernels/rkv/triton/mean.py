@@ -8,7 +8,15 @@ from torch import Tensor
 from rkv_vllm.kernels.batch import EvictionBatch
 from rkv_vllm.kernels.paged import PagedStates
 from rkv_vllm.kernels.rkv.triton.combine import TILES_AT_ONCE, sum_of_tiles
-from rkv_vllm.kernels.tiles import TILE, VARYING, add_up_layout, layout_of, load_tile, strides_of
+from rkv_vllm.kernels.tiles import (
+    TILE,
+    VARYING,
+    add_up_layout,
+    elements,
+    layout_of,
+    load_tile,
+    strides_of,
+)
 
 
 def launch_mean(keys: PagedStates, batch: EvictionBatch, tile_sums: Tensor) -> Tensor:
@@ -24,7 +32,7 @@ def launch_mean(keys: PagedStates, batch: EvictionBatch, tile_sums: Tensor) -> T
     rows_per_request = keys.num_layers * keys.num_heads
     lengths = (batch.settled_lens, batch.prefix_lens)
     sums_kernel[(num_rows * num_tiles,)](
-        keys.cells,
+        elements(keys.cells, keys.dtype),
         strides_of(keys),
         batch.old_block_table,
         batch.old_block_table.stride(0),
@@ -57,6 +65,7 @@ def sums_kernel(
     BLOCK_SIZE: tl.constexpr,
     KERNEL_BLOCK_SIZE: tl.constexpr,
     GRAIN: tl.constexpr,
+    FP8: tl.constexpr,
     IN_FLOAT32: tl.constexpr,
 ):
     """Sum of the keys of a tile of tokens."""
@@ -86,6 +95,7 @@ def sums_kernel(
         BLOCK_SIZE,
         KERNEL_BLOCK_SIZE,
         GRAIN,
+        FP8,
     ).to(tl.float32)
     b_keys = tl.where(m_token[:, None], b_keys, 0.0)
     o_dim = tl.arange(0, BLOCK_D)

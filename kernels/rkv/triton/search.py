@@ -15,7 +15,15 @@ from torch import Tensor
 from rkv_vllm.kernels.batch import EvictionBatch
 from rkv_vllm.kernels.paged import PagedStates
 from rkv_vllm.kernels.rkv.triton.stats import NORM_EPSILON, Norms, centred
-from rkv_vllm.kernels.tiles import TILE, VARYING, layout_of, load_tile, product, strides_of
+from rkv_vllm.kernels.tiles import (
+    TILE,
+    VARYING,
+    elements,
+    layout_of,
+    load_tile,
+    product,
+    strides_of,
+)
 
 # Column sums are below 2**20 tokens in any context length, so a sum stays below 2**61.
 FIXED_POINT = tl.constexpr(float(2**40))
@@ -41,7 +49,7 @@ def launch_search(
     """
     num_rows, num_tiles, _ = norms.tile_sums.shape
     search_kernel[(num_rows * num_tiles,)](
-        keys.cells,
+        elements(keys.cells, keys.dtype),
         strides_of(keys),
         batch.old_block_table,
         batch.old_block_table.stride(0),
@@ -85,6 +93,7 @@ def search_kernel(
     BLOCK_SIZE: tl.constexpr,
     KERNEL_BLOCK_SIZE: tl.constexpr,
     GRAIN: tl.constexpr,
+    FP8: tl.constexpr,
     IN_FLOAT32: tl.constexpr,
 ):
     """Column sum and newest similar key of each token of a tile."""
@@ -118,6 +127,7 @@ def search_kernel(
         BLOCK_SIZE,
         KERNEL_BLOCK_SIZE,
         GRAIN,
+        FP8,
     )
     o_row = i_row.to(tl.int64) * max_len
     p_norms = p_inverse_norms + i_row.to(tl.int64) * num_tiles * TILE
@@ -154,6 +164,7 @@ def search_kernel(
             BLOCK_SIZE,
             KERNEL_BLOCK_SIZE,
             GRAIN,
+            FP8,
         )
         b_column_norms = tl.load(p_norms + first + o_tile)
         if CENTER:

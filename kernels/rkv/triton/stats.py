@@ -15,6 +15,7 @@ from rkv_vllm.kernels.rkv.naive import LEAST_CENTRED, check_queries, check_scale
 from rkv_vllm.kernels.tiles import (
     TILE,
     VARYING,
+    elements,
     layout_of,
     load_tile,
     most_tiles,
@@ -103,7 +104,7 @@ def launch_stats(
     members = window.members if window else range(0)
     at_once = min(max(QUERY_ROWS // block_w, 1), triton.next_power_of_2(max(len(members), 1)))
     stats_kernel[(num_rows * num_tiles,)](
-        keys.cells,
+        elements(keys.cells, keys.dtype),
         strides_of(keys),
         window.queries if window else None,
         RingStrides(*window.queries.stride()[:4]) if window else None,
@@ -113,7 +114,7 @@ def launch_stats(
         batch.prefix_lens,
         batch.seats,
         batch.window_ends,
-        window.scale if window else None,
+        keys.scale_of_heads(window.scale) if window else None,
         window.soft_cap if window else None,
         window.logits if window else None,
         norms.means if norms else None,
@@ -247,6 +248,7 @@ def stats_kernel(
     BLOCK_SIZE: tl.constexpr,
     KERNEL_BLOCK_SIZE: tl.constexpr,
     GRAIN: tl.constexpr,
+    FP8: tl.constexpr,
     IN_FLOAT32: tl.constexpr,
 ):
     """Logits [WINDOW, tokens of a tile] of one head, inverse norms, and the sum of unit keys."""
@@ -276,6 +278,7 @@ def stats_kernel(
         BLOCK_SIZE,
         KERNEL_BLOCK_SIZE,
         GRAIN,
+        FP8,
     )
     o_row = i_row.to(tl.int64)
     if IMPORTANCE:
@@ -286,13 +289,15 @@ def stats_kernel(
             + i_layer.to(tl.int64) * query_strides.layer
             + (i_head * GROUP).to(tl.int64) * query_strides.head
         )
+        # Numbers of fp8 fit either float of two bytes; queries may be beyond float16.
+        b_judged = b_keys if FP8 == 0 else b_keys.to(p_queries.dtype.element_ty)
         b_logits = _largest_logits(
-            b_keys,
+            b_judged,
             p_ring,
             query_strides,
             tl.load(p_window_ends + i_request),
             ring_len,
-            tl.load(p_scale + i_layer),
+            tl.load(p_scale + i_layer * NUM_HEADS + i_head),
             first_member,
             stop_member,
             WINDOW,
