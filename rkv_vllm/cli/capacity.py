@@ -1,4 +1,4 @@
-"""How many requests a GPU holds at once: stock vLLM, its fp8 cache, R-KV.
+"""How many requests a GPU holds at once: stock vLLM, its fp8 cache, R-KV, and R-KV on that cache.
 
 What vLLM does at start, as arithmetic, per GPU and in bytes:
 
@@ -126,17 +126,18 @@ class Pool:
 
 @dataclass(frozen=True)
 class Capacity:
-    """The three ways to serve one model on one machine; `ring_bytes` of R-KV's query ring."""
+    """The four ways to serve one model on one machine; `ring_bytes` of R-KV's query ring."""
 
     stock: Pool
     fp8: Pool
     rkv: Pool
+    rkv_fp8: Pool
     ring_bytes: int
 
     @property
-    def pools(self) -> tuple[Pool, Pool, Pool]:
+    def pools(self) -> tuple[Pool, Pool, Pool, Pool]:
         """In the order of the table."""
-        return self.stock, self.fp8, self.rkv
+        return self.stock, self.fp8, self.rkv, self.rkv_fp8
 
 
 def make_capacity(
@@ -192,6 +193,8 @@ def make_capacity(
         stock=Pool("stock", "stock", elements * element, plain, block_size, stock_life),
         fp8=Pool("stock_fp8", "stock, fp8", elements * FP8_BYTES, plain, block_size, stock_life),
         rkv=Pool("rkv", "R-KV", owned * element, reduced, block_size, rkv, longest),
+        # Queries are recorded in the model's dtype, whatever the cache's.
+        rkv_fp8=Pool("rkv_fp8", "R-KV, fp8", owned * FP8_BYTES, reduced, block_size, rkv, longest),
         ring_bytes=ring,
     )
     if capacity.rkv.usable_blocks == 0:

@@ -91,7 +91,7 @@ def show_plan(
     as_json: AsJson = False,
     plot: PlotFile = None,
 ) -> None:
-    """Print how many requests a GPU holds at once: stock, with an fp8 cache, and with R-KV.
+    """Print how many requests a GPU holds at once: stock, with an fp8 cache, with R-KV, with both.
 
     Needs config.json only: no weights, no GPU, no network; without files of weights beside it
     their size is estimated. Give the memory with --gpu-memory, or that of the cache alone with
@@ -252,6 +252,7 @@ def _notes(document: dict[str, Any], max_positions: int | None, is_guess: bool) 
             "vLLM's log gives them at a start, --weights takes them."
         )
     stock, rkv = document["sides"]["stock"], document["sides"]["rkv"]
+    at_least = document["sides"]["rkv_fp8"]["at_once_peak"]
     if rkv["request_mean_tokens"] == stock["request_mean_tokens"]:
         notes.append("No request grows long enough to be compacted: lower --budget.")
     longest = document["prompt_len"] + document["output_len"]
@@ -262,13 +263,12 @@ def _notes(document: dict[str, Any], max_positions: int | None, is_guess: bool) 
         )
     # A request is watched for `window + in_flight` of every `buffer` steps.
     seats, steps = document["observation_slots"], document["window"] + IN_FLIGHT
-    if rkv["at_once_peak"] > (served := seats * document["buffer"] // steps):
+    if at_least > (served := seats * document["buffer"] // steps):
         notes.append(
             f"{seats} seats serve about {served} requests without a wait: raise --seats, or "
             "requests hold a little more than shown."
         )
-    if rkv["at_once_peak"] > SMALLEST_MAX_NUM_SEQS:
-        at_least = rkv["at_once_peak"]
+    if at_least > SMALLEST_MAX_NUM_SEQS:
         notes.append(f"vLLM runs that many only with --max-num-seqs {at_least} or more.")
     return notes
 
@@ -284,11 +284,11 @@ def _print(document: dict[str, Any], labels: list[str]) -> None:
     for label in labels:
         table.add_column(label, justify="right")
     size = document["weight_bytes"]
-    table.add_row("weights", *[format_size(size) if size else "not counted"] * 3)
-    table.add_row("query ring", "-", "-", format_size(document["observation_bytes"]))
+    table.add_row("weights", *[format_size(size) if size else "not counted"] * len(labels))
+    table.add_row("query ring", "-", "-", *[format_size(document["observation_bytes"])] * 2)
     if shared := document["shared_layers"]:
         layers = document["num_layers"]
-        table.add_row("layers with a cache", str(layers), str(layers), str(layers - shared))
+        table.add_row("layers with a cache", *[str(layers)] * 2, *[str(layers - shared)] * 2)
     for label, key, form in (
         ("KV cache", "cache_bytes", format_size),
         ("KV bytes per token", "bytes_per_token", "{:,}".format),

@@ -4,16 +4,17 @@ from pathlib import Path
 
 from rkv_vllm.cli.capacity import Capacity
 from rkv_vllm.cli.errors import REFUSED, CommandError
+from rkv_vllm.cli.footprint import stock_life
 
 # Distinguishable without colour vision, on paper, and by their dashes.
-_COLOURS = {"stock": "#d55e00", "stock_fp8": "#0072b2", "rkv": "#009e73"}
+_COLOURS = {"stock": "#d55e00", "stock_fp8": "#0072b2", "rkv": "#009e73", "rkv_fp8": "#cc79a7"}
 _NUM_POINTS = 150
 
 
 def draw(
     path: Path, title: str, capacity: Capacity, prompt_len: int, output_len: int, longest: int
 ) -> None:
-    """Draw the three pools up to the output length `longest`; `output_len` is marked.
+    """Draw the pools up to the output length `longest`; `output_len` is marked.
 
     Raises:
         CommandError: the file cannot be written.
@@ -29,7 +30,7 @@ def draw(
         colour = _COLOURS[pool.name]
         peak = [pool.at_once_by_peak(prompt_len, length) for length in lengths]
         axes.plot(lengths, peak, color=colour, lw=2, label=f"{pool.label}, peak")
-        if pool is not capacity.rkv:
+        if pool.life is stock_life:
             mean = [pool.at_once_by_mean(prompt_len, length) for length in lengths]
             axes.plot(lengths, mean, color=colour, lw=1, ls="--", label=f"{pool.label}, mean")
     axes.axvline(output_len, color="grey", lw=1, ls=":", label="--output-len")

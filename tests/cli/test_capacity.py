@@ -41,10 +41,11 @@ def test_pool_is_the_one_that_vllm_logs():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "side"), [("bfloat16", "stock"), ("float32", "stock"), ("bfloat16", "fp8")]
+    ("dtype", "side"),
+    [("bfloat16", "stock"), ("float32", "stock"), ("bfloat16", "fp8"), ("bfloat16", "rkv_fp8")],
 )
 def test_a_block_has_the_size_that_vllm_gives_it(dtype, side):
-    cache_dtype = torch.float8_e4m3fn if side == "fp8" else getattr(torch, dtype)
+    cache_dtype = torch.float8_e4m3fn if "fp8" in side else getattr(torch, dtype)
     spec = FullAttentionSpec(block_size=16, num_kv_heads=3, head_size=64, dtype=cache_dtype)
     block = 16 * getattr(capacity(SMOLLM2, dtype=dtype), side).bytes_per_token
     assert block == 30 * spec.page_size_bytes

@@ -34,11 +34,17 @@ def document(*arguments):
 
 def test_json_adds_up(model):
     found = document(model, *ROOM, *SMALL, "--prompt-len", "100", "--weights", "2MiB")
-    stock, fp8, rkv = (found["sides"][name] for name in ("stock", "stock_fp8", "rkv"))
+    stock, fp8, rkv, both = found["sides"].values()
+    assert [*found["sides"]] == ["stock", "stock_fp8", "rkv", "rkv_fp8"]
     assert stock["cache_bytes"] == int(64 * 2**20 * 0.92) - 3 * 2**20
     assert found["observation_bytes"] == stock["cache_bytes"] - rkv["cache_bytes"] > 0
     assert stock["bytes_per_token"] == 2 * fp8["bytes_per_token"] == 2 * 2 * 32 * 2
-    for side in (stock, fp8, rkv):
+    # The ring holds queries of the model's dtype beside either cache.
+    assert both["cache_bytes"] == rkv["cache_bytes"]
+    assert both["bytes_per_token"] == fp8["bytes_per_token"]
+    assert both["request_peak_tokens"] == rkv["request_peak_tokens"]
+    assert both["pool_blocks"] in (2 * rkv["pool_blocks"], 2 * rkv["pool_blocks"] + 1)
+    for side in (stock, fp8, rkv, both):
         assert side["pool_tokens"] == 16 * side["pool_blocks"]
         assert side["pool_blocks"] == side["cache_bytes"] // (16 * side["bytes_per_token"])
     assert stock["request_peak_tokens"] == 100 + 1000 - 1
@@ -46,6 +52,8 @@ def test_json_adds_up(model):
     assert stock["at_once_peak"] == (stock["pool_blocks"] - 1) // 69
     for basis in ("peak", "mean"):
         assert rkv["at_once_peak"] > fp8[f"at_once_{basis}"] > stock[f"at_once_{basis}"]
+    # Twice the blocks and one that is empty: twice the requests, or one more.
+    assert both["at_once_peak"] in range(2 * rkv["at_once_peak"], 2 * rkv["at_once_peak"] + 3)
 
 
 def test_a_protected_prompt_is_held_by_every_request(model):
@@ -73,7 +81,7 @@ def test_layers_that_share_a_cache_leave_room_for_more_tokens(model, tmp_path):
     assert sides[1]["pool_blocks"] >= 2 * sides[0]["pool_blocks"]
     assert shared["sides"]["stock"] == alone["sides"]["stock"]
     printed = run(model, *ROOM, "--share-layers", path).stdout
-    assert re.search(r"layers with a cache\D+2\D+2\D+1 ", printed)
+    assert re.search(r"layers with a cache\D+2\D+2\D+1 \D+1 ", printed)
 
 
 def test_table_says_what_json_says(model):
