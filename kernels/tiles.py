@@ -218,6 +218,7 @@ def load_tile(
     KERNEL_BLOCK_SIZE: tl.constexpr,
     GRAIN: tl.constexpr,
     FP8: tl.constexpr,
+    begin=None,
 ):
     """Keys or values [TOKENS, BLOCK_D] of one head at positions [first, first + TOKENS).
 
@@ -225,7 +226,8 @@ def load_tile(
 
     Goes by grains, so that a thread looks up one block and one offset for many tokens, and without
     masks: what stands before or behind the tokens in their first and last grain is read as it is,
-    and rows behind the last grain repeat it. Whoever adds rows up masks them.
+    and rows behind the last grain repeat it. With `begin`, positions outside of [begin, stop) are
+    zero: that is for whoever adds rows up.
 
     `first` is a multiple of GRAIN, `stop` > 0 the number of positions that hold tokens.
     """
@@ -236,10 +238,15 @@ def load_tile(
     o_dim = tl.arange(0, BLOCK_D)
     p_cells = p_head + places[:, None, None] + o_token[None, :, None]
     p_cells += (o_dim * strides.dim)[None, None, :]
-    if HEAD_SIZE == BLOCK_D:
+    m_dim = (o_dim < HEAD_SIZE)[None, None, :]
+    if begin is not None:
+        position = (first + tl.arange(0, TOKENS // GRAIN) * GRAIN)[:, None] + tl.arange(0, GRAIN)
+        m_token = (position >= begin) & (position < stop)
+        b_states = tl.load(p_cells, mask=m_token[:, :, None] & m_dim, other=0)
+    elif HEAD_SIZE == BLOCK_D:
         b_states = tl.load(p_cells)
     else:
-        b_states = tl.load(p_cells, mask=(o_dim < HEAD_SIZE)[None, None, :], other=0)
+        b_states = tl.load(p_cells, mask=m_dim, other=0)
     b_states = tl.reshape(b_states, (TOKENS, BLOCK_D))
     return b_states if FP8 == 0 else floats_of_bytes(b_states, FP8)
 

@@ -279,6 +279,7 @@ def stats_kernel(
         KERNEL_BLOCK_SIZE,
         GRAIN,
         FP8,
+        begin=prefix_len if REDUNDANCY else None,
     )
     o_row = i_row.to(tl.int64)
     if IMPORTANCE:
@@ -323,7 +324,7 @@ def stats_kernel(
             b_mean = tl.load(p_means + o_row * HEAD_SIZE + o_dim, mask=m_dim, other=0.0)
             b_wide = centred(b_keys, b_mean, m_token)
         else:
-            b_wide = tl.where(m_token[:, None], b_keys.to(tl.float32), 0.0)
+            b_wide = b_keys.to(tl.float32)
         b_square = tl.sum(b_wide * b_wide, axis=1)
         b_inverse = 1.0 / (tl.sqrt(b_square) + NORM_EPSILON)
         if CENTER:
