@@ -265,12 +265,16 @@ class ServerOptions:
         """
         return max(1, max_step_tokens // self.prompt_chunk) if self.compress_prompt else 0
 
-    def slack(self, block_size: int) -> int:
+    def slack(self, block_size: int, max_advance: int = 1) -> int:
         """Tokens above prefix and budget at which a request can be compacted under pressure.
 
         A whole block has to pile up, and a window to be recorded, with a step before and after.
+
+        Args:
+            block_size: tokens of a block.
+            max_advance: most tokens by which one step takes a decoding request on.
         """
-        return block_size + self.window + 2 if self.when == "pressure" else 0
+        return block_size + self.window + 2 * max_advance if self.when == "pressure" else 0
 
     def check_room(self, max_model_len: int) -> None:
         """Checks that protected tokens leave room for compactions.

@@ -114,17 +114,17 @@ def longest_cache(terms: Terms, final_len: int, in_flight: int, slack: int = 0) 
     return max(bound, min(final_len, terms.prefix_len + terms.budget + slack + in_flight))
 
 
-def floor_len(terms: Terms, num_steps: int, block_size: int) -> int:
+def floor_len(terms: Terms, growth: int, block_size: int) -> int:
     """Tokens below which a request of these terms cannot be kept.
 
     A compaction frees something only when a whole block has piled up.
 
     Args:
         terms: of the request.
-        num_steps: that it decodes until its next compaction can be carried out.
+        growth: tokens that it grows by until its next compaction can be carried out.
         block_size: tokens of a block.
     """
-    return terms.prefix_len + terms.budget + block_size + num_steps
+    return terms.prefix_len + terms.budget + block_size + growth
 
 
 def floor_blocks(terms: Terms, window: int, in_flight: int, block_size: int) -> int:

@@ -10,6 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# vLLM looks n-grams up by a function that takes Numba longer to compile than these texts to search.
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Triton's interpreter and the stub in tests/triton_stub let this process run the V2 model runner.
 # Engines get it on demand only (fixture `runner`). Children do not: they find no stub.

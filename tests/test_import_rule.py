@@ -21,7 +21,7 @@ FOLDERS = {"rkv_vllm": PACKAGE, "rkv_vllm.kernels": PACKAGE.parent / "kernels"}
 # From the ground up. A room is a file or folder of the package; "" is the package itself.
 FLOORS = (
     {"kernels", "option_field", "model_name"},
-    {"methods", "model_file", "log", "policy"},
+    {"methods", "model_file", "limits", "log", "policy"},
     {"cache_owners", "layer_budgets"},
     {"options"},
     {"flags", "request_options", "fit"},

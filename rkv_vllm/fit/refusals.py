@@ -13,6 +13,7 @@ from rkv_vllm.cache_owners import NONE, owners_of_readers
 from rkv_vllm.fit.overrides import check_overrides
 from rkv_vllm.fit.versions import SCHEDULER_CLS, check_vllm_version, platform_worker_cls
 from rkv_vllm.layer_budgets import METHOD, budgets_of_layers
+from rkv_vllm.limits import Limits
 from rkv_vllm.log import init_logger
 from rkv_vllm.options import CONFIG_KEY, ServerOptions, find_method, prefix_len
 from rkv_vllm.policy import Terms, longest_cache
@@ -28,6 +29,9 @@ ATTENTION_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
 
 # Values of --kv-cache-dtype: bytes that are floats, times a factor of a layer or of a head.
 FP8_CACHES = ("fp8", "fp8_e4m3", "fp8_e5m2")
+
+# Methods of speculative decoding whose drafts come without a cache of their own.
+DRAFTERS = ("ngram", "ngram_gpu", "suffix", "medusa", "custom_class")
 
 _FULL_ATTENTION_LAYERS = {"full_attention", "attention"}
 
@@ -108,8 +112,9 @@ def _check_swap_space(parallel: "ParallelConfig", options: ServerOptions) -> Non
 def _check_prompts(vllm_config: "VllmConfig", options: ServerOptions) -> None:
     """Raises ValueError where prompts could never be compacted, or one request never held."""
     scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+    limits = Limits.of(vllm_config)
     # Before a boundary a whole window is computed in one step, beside all that decode.
-    room = scheduler.max_num_batched_tokens - scheduler.max_num_seqs + 1
+    room = limits.max_step_tokens - (scheduler.max_num_seqs - 1) * limits.max_advance
     threshold = scheduler.long_prefill_token_threshold
     if min(room, threshold or room) < options.window:
         raise ValueError(
@@ -121,15 +126,15 @@ def _check_prompts(vllm_config: "VllmConfig", options: ServerOptions) -> None:
         )
     if cache.num_gpu_blocks_override is None or not cache.user_specified_block_size:
         return
-    max_model_len = vllm_config.model_config.max_model_len
+    max_model_len = limits.max_model_len
     terms = Terms(
         options.budget,
         options.buffer,
         prefix_len(options.protect, max_model_len),
         options.prompt_chunk,
     )
-    slack = options.slack(cache.block_size)
-    longest = longest_cache(terms, max_model_len, vllm_config.max_concurrent_batches, slack)
+    slack = options.slack(cache.block_size, limits.max_advance)
+    longest = longest_cache(terms, max_model_len, limits.in_flight, slack)
     needed, total = -(-longest // cache.block_size), cache.num_gpu_blocks_override - 1
     if options.layer_budgets == METHOD and needed > total:
         raise ValueError(
@@ -332,6 +337,25 @@ def _other_layers(vllm_config: "VllmConfig") -> str | None:
     return f"{', '.join(model.architectures)} ({model.model})"
 
 
+def _speculation(vllm_config: "VllmConfig") -> str | None:
+    speculation = vllm_config.speculative_config
+    if speculation is None or speculation.method in DRAFTERS:
+        return None
+    return f"method {speculation.method!r}"
+
+
+def _options_beside_drafts(vllm_config: "VllmConfig") -> str | None:
+    if vllm_config.speculative_config is None:
+        return None
+    options = ServerOptions.from_dict(vllm_config.additional_config[CONFIG_KEY])
+    used = {
+        "--kv-when pressure": options.when == "pressure",
+        "--kv-compress-prompt": options.compress_prompt,
+        "a model with a recurrent state": vllm_config.model_config.is_hybrid,
+    }
+    return ", ".join(flag for flag, is_used in used.items() if is_used) or None
+
+
 def _runner(vllm_config: "VllmConfig") -> str | None:
     runner = vllm_config.model_config.runner_type
     return None if runner == "generate" else f"runner {runner!r}"
@@ -353,12 +377,19 @@ def _model(
 
 
 REFUSALS: tuple[Refusal, ...] = (
-    # Drafts are written to the cache before they are accepted.
+    # A draft model has a cache of its own, or reads the target's.
     Refusal(
-        "speculative decoding",
-        lambda c: c.speculative_config and f"method {c.speculative_config.method!r}",
-        "none",
-        "remove --speculative-config and --spec-...",
+        "this method of speculative decoding",
+        _speculation,
+        f"one of {', '.join(DRAFTERS)}",
+        "choose one of these, or remove --speculative-config and --spec-...",
+    ),
+    # How far a request has come is not known when it leaves, or a boundary is near.
+    Refusal(
+        "speculative decoding together with other options",
+        _options_beside_drafts,
+        "none of these",
+        "remove them, or --speculative-config and --spec-...",
     ),
     # A connector takes the content of a block for the tokens it was hashed for.
     Refusal(

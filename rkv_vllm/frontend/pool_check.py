@@ -7,6 +7,7 @@ itself, or it would wait for ever. Knows lengths only. Next: policy.py for the b
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from rkv_vllm.limits import Limits
 from rkv_vllm.options import ServerOptions, prefix_len
 from rkv_vllm.policy import Terms, longest_cache
 from rkv_vllm.request_options import (
@@ -26,32 +27,26 @@ class Engine(NamedTuple):
     """What a front end knows of an engine that has started.
 
     Attributes:
-        max_model_len: tokens of a request at most.
-        in_flight: tokens of a request that are computed but not settled.
+        limits: of the engine.
         block_size: tokens of a block.
         num_blocks: that one request can hold in the compressed layers; None before the start.
     """
 
-    max_model_len: int
-    in_flight: int
+    limits: Limits
     block_size: int
     num_blocks: int | None
 
     @classmethod
     def of(cls, vllm_config: "VllmConfig", server: ServerOptions) -> "Engine":
         """Reads the configuration, which vLLM completes when the engine has started."""
-        max_model_len = vllm_config.model_config.max_model_len
-        engine = cls(
-            max_model_len,
-            vllm_config.max_concurrent_batches,
-            vllm_config.cache_config.block_size,
-            None,
-        )
+        limits = Limits.of(vllm_config)
+        engine = cls(limits, vllm_config.cache_config.block_size, None)
         at_once = vllm_config.cache_config.kv_cache_max_concurrency
         if at_once is None:
             return engine
         # Of requests as the spec reports them, in one engine of several; one block stays empty.
         options = RequestOptions(server.budget, server.buffer, server.protect, compress_prompt=True)
+        max_model_len = limits.max_model_len
         default = engine.blocks_of(options, server, max_model_len, max_model_len)
         in_pool = round(at_once * default) - 1
         return engine._replace(num_blocks=max(default, in_pool))
@@ -71,7 +66,7 @@ class Engine(NamedTuple):
             prompt_len: tokens of its prompt.
             final_len: tokens that it cannot exceed.
         """
-        longest = final_len
+        longest = self.limits.final_slots(final_len)
         if options is not None:
             terms = Terms(
                 options.budget,
@@ -79,8 +74,8 @@ class Engine(NamedTuple):
                 prefix_len(options.protect, prompt_len),
                 server.prompt_chunk if options.compress_prompt else 0,
             )
-            slack = server.slack(self.block_size)
-            longest = longest_cache(terms, final_len, self.in_flight, slack)
+            slack = server.slack(self.block_size, self.limits.max_advance)
+            longest = longest_cache(terms, longest, self.limits.in_flight, slack)
         return -(-longest // self.block_size)
 
 
@@ -110,10 +105,11 @@ def check_pool(
     if options is not None and keeps_prompt(params):
         options = options._replace(compress_prompt=False)
     # Without a limit of its own it may use what is left.
-    max_tokens = engine.max_model_len if params.max_tokens is None else params.max_tokens
-    final_len = min(num_prompt_tokens + max_tokens, engine.max_model_len)
+    max_model_len = engine.limits.max_model_len
+    max_tokens = max_model_len if params.max_tokens is None else params.max_tokens
+    final_len = min(num_prompt_tokens + max_tokens, max_model_len)
     if resumable:
-        options, final_len = None, engine.max_model_len
+        options, final_len = None, max_model_len
     needed = engine.blocks_of(options, server, num_prompt_tokens, final_len)
     if needed <= engine.num_blocks:
         return

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from vllm.v1.request import Request, RequestStatus
 
+from rkv_vllm.limits import Limits
 from rkv_vllm.policy import Policy, Terms, longest_prefill
 from rkv_vllm.scheduling.books import GroupBooks
-from rkv_vllm.scheduling.demand import final_len
 from rkv_vllm.scheduling.directive import EvictionDirective
 from rkv_vllm.scheduling.kept_group import KeptGroup
 from rkv_vllm.scheduling.planner import GroupPlanner
@@ -40,20 +40,6 @@ class Track(NamedTuple):
 
     books: GroupBooks
     planner: GroupPlanner | PressedGroup
-
-
-class Limits(NamedTuple):
-    """What bounds a step and a request of this engine, in tokens.
-
-    Attributes:
-        max_model_len: of a request.
-        max_step_tokens: that one step computes at most.
-        in_flight: computed while a compaction waits for the step's output.
-    """
-
-    max_model_len: int
-    max_step_tokens: int
-    in_flight: int
 
 
 class _Refusal(NamedTuple):
@@ -156,7 +142,7 @@ class Admission:
     def _life(self, newcomer: Request) -> int:
         """Most steps that the newcomer will take."""
         prefill_steps = -(-newcomer.num_tokens // self._limits.max_step_tokens)
-        return prefill_steps + self._final_len(newcomer) - newcomer.num_tokens
+        return prefill_steps + self._limits.final_len(newcomer) - newcomer.num_tokens
 
     def _expected_growth(self, request: Request, horizon: int) -> float:
         """Blocks that a running request is expected to grow by within `horizon` steps.
@@ -176,12 +162,13 @@ class Admission:
     def _growth(self, request: Request, terms: Terms, track: Track, horizon: int) -> float:
         books, req_id = track.books, request.request_id
         num_evicted = books.num_evicted.get(req_id)
-        peak = self._due_at(request, terms, track) + self._limits.in_flight
-        final_len = self._final_len(request)
-        if num_evicted is None and peak >= final_len:
+        if num_evicted is None and not self._is_due_before_its_end(request, terms, track):
             return 0.0
+        limits = self._limits
+        peak = self._due_at(request, terms, track) + limits.in_flight
+        final_len = limits.final_slots(limits.final_len(request))
         prefilled = max(request.num_computed_tokens, request.num_tokens)
-        longest = min(peak, final_len, prefilled + horizon) - (num_evicted or 0)
+        longest = min(peak, final_len, prefilled + horizon + limits.drafted) - (num_evicted or 0)
         growth = max(-(-longest // books.block_size) - len(books.req_to_blocks[req_id]), 0)
         if num_evicted is not None:
             return growth
@@ -196,8 +183,10 @@ class Admission:
             return 0.0
         req_id = request.request_id
         prefilled = max(request.num_computed_tokens, request.num_tokens)
-        longest = min(self._final_len(request), prefilled + horizon)
-        in_flight = request.num_in_flight_tokens + self._limits.in_flight
+        limits = self._limits
+        final_len = limits.final_slots(limits.final_len(request))
+        longest = min(final_len, prefilled + horizon + limits.drafted)
+        in_flight = request.num_in_flight_tokens + limits.in_flight
         in_flight += prefilled - request.num_computed_tokens
         growth = sum(group.growth(req_id, longest, in_flight) for group in self._kept)
         was_compacted = any(req_id in track.books.num_evicted for track in self._tracks)
@@ -219,14 +208,16 @@ class Admission:
             capped = own._replace(
                 budget=min(own.budget, server.budget), buffer=min(own.buffer, server.buffer)
             )
+            final_len = self._limits.final_slots(self._limits.final_len(newcomer))
             longest = self._policy.bound(
-                capped, newcomer.num_tokens, self._final_len(newcomer), self._limits.in_flight
+                capped, newcomer.num_tokens, final_len, self._limits.in_flight
             )
             block_size = track.books.block_size
             prefill = longest_prefill(own, newcomer.num_tokens)
             growth += max(-(-longest // block_size) - -(-prefill // block_size), 0)
         if self._kept and self._is_bounded(newcomer):
-            tokens, longest = newcomer.num_tokens, self._final_len(newcomer)
+            tokens = newcomer.num_tokens
+            longest = self._limits.final_slots(self._limits.final_len(newcomer))
             in_flight = self._limits.in_flight
             growth += sum(
                 max(g.most(longest, in_flight) - g.most(tokens, tokens), 0) for g in self._kept
@@ -245,9 +236,8 @@ class Admission:
         )
 
     def _is_due_before_its_end(self, request: Request, terms: Terms, track: Track) -> bool:
-        return self._due_at(request, terms, track) + self._limits.in_flight < self._final_len(
-            request
-        )
+        due_at = self._due_at(request, terms, track)
+        return due_at + self._limits.steps_in_flight < self._limits.final_len(request)
 
     def _due_at(self, request: Request, terms: Terms, track: Track) -> int:
         due_at = track.planner.due_at(request.request_id)
@@ -256,6 +246,3 @@ class Admission:
         num_evicted = track.books.num_evicted.get(request.request_id, 0)
         prefill = longest_prefill(terms, request.num_tokens)
         return num_evicted + self._policy.first_due_at(terms, prefill)
-
-    def _final_len(self, request: Request) -> int:
-        return final_len(request, self._limits.max_model_len)

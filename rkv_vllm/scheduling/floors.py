@@ -14,10 +14,11 @@ from typing import NamedTuple
 from vllm.utils.math_utils import cdiv
 from vllm.v1.request import Request
 
+from rkv_vllm.limits import Limits
 from rkv_vllm.policy import Terms, floor_len
-from rkv_vllm.scheduling.admission import ENDED_BY_ITSELF, SHARE_STEP, Limits
+from rkv_vllm.scheduling.admission import ENDED_BY_ITSELF, SHARE_STEP
 from rkv_vllm.scheduling.books import GroupBooks
-from rkv_vllm.scheduling.demand import Demand, final_len
+from rkv_vllm.scheduling.demand import Demand
 from rkv_vllm.scheduling.directive import EvictionDirective
 from rkv_vllm.scheduling.kept_group import KeptGroup
 
@@ -74,8 +75,9 @@ class FloorAdmission:
         terms = self._terms_of(request)
         if terms is None or request.status not in ENDED_BY_ITSELF:
             return
-        floor = min(floor_len(own, self._horizon(1), b.block_size) for own, b in self._each(terms))
-        if floor <= final_len(request, self._limits.max_model_len):
+        growth = self._limits.growth(self._horizon(1))
+        floor = min(floor_len(own, growth, books.block_size) for own, books in self._each(terms))
+        if floor <= self._limits.final_len(request):
             was_long = request.num_tokens >= floor
             self._share_long += SHARE_STEP * (was_long - self._share_long)
 
@@ -136,11 +138,12 @@ class FloorAdmission:
         Of groups that give blocks back by themselves, vLLM counts what a newcomer keeps, not what
         its prefill takes.
         """
-        longest = newcomer.num_tokens + num_steps
+        later = self._limits.growth(num_steps)
+        longest = newcomer.num_tokens + later
         growth = sum(min(cdiv(longest, g.block_size), g.most_ever) for g in self._kept)
         for books in self._groups:
             tokens = books.held_len(newcomer.request_id, newcomer.num_tokens)
-            growth += cdiv(tokens + num_steps, books.block_size) - cdiv(tokens, books.block_size)
+            growth += cdiv(tokens + later, books.block_size) - cdiv(tokens, books.block_size)
         return growth
 
     def _copies(self, request: Request, num_blocks: int | None = None) -> int:
@@ -172,10 +175,10 @@ class FloorAdmission:
         terms = self._terms_of(request)
         if terms is None:
             return 0.0
-        longest = final_len(request, self._limits.max_model_len)
+        longest, growth = self._limits.final_len(request), self._limits.growth(num_steps)
         spare = 0.0
         for own, books in self._each(terms):
-            floor = floor_len(own, num_steps, books.block_size)
+            floor = floor_len(own, growth, books.block_size)
             above = books.fair_share(request.request_id) - cdiv(floor, books.block_size)
             if above < 0:
                 above *= self._share_long * (floor <= longest)
@@ -194,8 +197,8 @@ class FloorAdmission:
         growth = 0
         for own, server, books in zip(terms, self._server_terms, self._groups, strict=True):
             capped = own._replace(budget=min(own.budget, server.budget))
-            floor = floor_len(capped, num_steps, books.block_size)
-            if floor <= final_len(newcomer, self._limits.max_model_len):
+            floor = floor_len(capped, self._limits.growth(num_steps), books.block_size)
+            if floor <= self._limits.final_len(newcomer):
                 held = books.held_len(newcomer.request_id, newcomer.num_tokens)
                 growth += max(cdiv(floor, books.block_size) - cdiv(held, books.block_size), 0)
         return self._share_long * growth

@@ -6,10 +6,11 @@ asks.
 
 from collections.abc import Sequence
 
+from rkv_vllm.limits import Limits
 from rkv_vllm.log import init_logger
 from rkv_vllm.options import OPTIONS, ServerOptions
 from rkv_vllm.policy import Terms, floor_blocks, longest_cache
-from rkv_vllm.scheduling.admission import Limits, Track
+from rkv_vllm.scheduling.admission import Track
 from rkv_vllm.scheduling.kept_group import KeptGroup
 
 logger = init_logger(__name__)
@@ -103,13 +104,15 @@ class PoolSize:
             terms: in each compressed group; None if the cache is kept whole.
             final_len: tokens that it cannot exceed.
         """
+        limits = self._limits
+        final_len = limits.final_slots(final_len)
         own = [None] * len(self._tracks) if terms is None else terms
         num_blocks = sum(group.most_ever for group in self._kept)
         for each, track in zip(own, self._tracks, strict=True):
             block_size = track.books.block_size
             longest = final_len
             if each is not None:
-                slack = self._server.slack(block_size)
-                longest = longest_cache(each, final_len, self._limits.in_flight, slack)
+                slack = self._server.slack(block_size, limits.max_advance)
+                longest = longest_cache(each, final_len, limits.in_flight, slack)
             num_blocks += -(-longest // block_size)
         return num_blocks

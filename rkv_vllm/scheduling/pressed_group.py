@@ -89,12 +89,12 @@ class PressedGroup:
         without = max(cdiv(later, self.block_size), num_held)
         return without - max(cdiv(later - num_evict, self.block_size), num_kept) - num_shared
 
-    def is_above_floor(self, request: ScheduledRequest, num_steps: int) -> bool:
-        """Whether the request holds more than it needs to decode so many steps uncompacted."""
+    def is_above_floor(self, request: ScheduledRequest, growth: int) -> bool:
+        """Whether the request holds more than it needs to grow by so many tokens uncompacted."""
         terms = self._terms[request.req_id]
         untouched, _, num_held, _ = self._row(request)
         num_shared = self._books.num_leading_shared_blocks(request.req_id, untouched)
-        floor = floor_len(terms, num_steps, self.block_size)
+        floor = floor_len(terms, growth, self.block_size)
         return num_held - num_shared > cdiv(floor, self.block_size)
 
     def num_copies(self, request: ScheduledRequest) -> int:

@@ -60,7 +60,6 @@ class UnderPressure:
         demand: of the running requests.
         num_free: free blocks of the pool.
         seats: of the query ring.
-        in_flight: steps computed while a compaction waits for the step's output.
         rank: of a request; of those above their floors, and then of the others, the highest are
             compacted first, whatever they give.
         most_copies: blocks that survivors of one request fill.
@@ -76,7 +75,6 @@ class UnderPressure:
         demand: Demand,
         num_free: Callable[[], int],
         seats: Seats,
-        in_flight: int,
         rank: Callable[[Request], int],
         most_copies: int,
     ) -> None:
@@ -85,7 +83,6 @@ class UnderPressure:
         self.demand = demand
         self._num_free = num_free
         self._seats = seats
-        self._in_flight = in_flight
         self._rank = rank
         self._most_copies = most_copies
 
@@ -96,7 +93,9 @@ class UnderPressure:
         """
         turns = cdiv(num_running, self._seats.count) if self._seats.count else 1
         window = self._seats.window if self._seats.count else 0
-        return (window + 2 + self._in_flight) * max(turns, 1)
+        # A window may begin behind drafts under way that are then rejected.
+        limits = self.demand.limits
+        return (window + 2 + limits.steps_in_flight * limits.max_advance) * max(turns, 1)
 
     def plan_step(
         self,
@@ -144,7 +143,8 @@ class UnderPressure:
                 continue
             is_warm = self._armed.is_warm(scheduled)
             # As it will be when it is warm: what is computed now has settled, and a little follows.
-            ahead = min(scheduled.num_in_flight, self._in_flight * self.demand.max_advance)
+            limits = self.demand.limits
+            ahead = min(scheduled.num_in_flight, limits.steps_in_flight * limits.max_advance)
             then = scheduled
             if not is_warm:
                 num_computed = scheduled.num_computed + ahead
@@ -152,7 +152,8 @@ class UnderPressure:
             longest = self.demand.longest(request, num_steps)
             gain = sum(max(group.gain(then, longest), 0) for group in self._groups)
             if gain:
-                above = any(group.is_above_floor(then, num_steps) for group in self._groups)
+                growth = limits.growth(num_steps)
+                above = any(group.is_above_floor(then, growth) for group in self._groups)
                 copies = sum(group.num_copies(then) for group in self._groups)
                 rank = self._rank(request)
                 victims.append(_Victim(above, rank, gain, copies, is_warm, longest, scheduled))

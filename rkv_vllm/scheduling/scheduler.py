@@ -20,6 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from rkv_vllm.fit import refusals
 from rkv_vllm.fit.overrides import calls, overrides
+from rkv_vllm.limits import Limits
 from rkv_vllm.log import init_logger
 from rkv_vllm.options import CONFIG_KEY, ServerOptions, find_method
 from rkv_vllm.policy import EveryBuffer, Terms
@@ -29,7 +30,7 @@ from rkv_vllm.request_options import (
     keeps_prompt,
     read_request_options,
 )
-from rkv_vllm.scheduling.admission import Admission, Limits, Track
+from rkv_vllm.scheduling.admission import Admission, Track
 from rkv_vllm.scheduling.armed import ArmedRequests
 from rkv_vllm.scheduling.booking import ScheduledRequest
 from rkv_vllm.scheduling.books import GroupBooks
@@ -84,11 +85,7 @@ class CompressionSchedulerMixin:
             for manager in self._managers
             if not isinstance(manager, GroupBooks)
         ]
-        self._limits = Limits(
-            self.max_model_len,
-            self.max_num_scheduled_tokens,
-            self.vllm_config.max_concurrent_batches,
-        )
+        self._limits = Limits.of(self.vllm_config)
         self._pressure: UnderPressure | None = None
         seats = self._seats()
         self._tracks = self._make_tracks(seats)
@@ -130,28 +127,27 @@ class CompressionSchedulerMixin:
                 "KV cache compression needs a KV-cache group of full attention, got "
                 f"{names}; serve this model without --kv-compression"
             )
-        max_advance = 1 + self.num_spec_tokens
-        in_flight = self._limits.in_flight
         if self._server.when == "pressure":
             armed = ArmedRequests(seats)
             groups = [PressedGroup(b.kv_cache_group_id, b, armed) for b in books]
-            demand = Demand(books, self._kept, self.max_model_len, max_advance)
-            most_copies = sum(
-                cdiv(self._server.budget + in_flight, b.block_size) + 1 for b in books
-            )
+            demand = Demand(books, self._kept, self._limits)
+            survivors = self._server.budget + self._limits.in_flight
+            most_copies = sum(cdiv(survivors, b.block_size) + 1 for b in books)
             self._pressure = UnderPressure(
                 groups,
                 armed,
                 demand,
                 self._num_free_blocks,
                 seats,
-                in_flight,
                 self._rank,
                 most_copies,
             )
             return [Track(b, group) for b, group in zip(books, groups, strict=True)]
         return [
-            Track(b, GroupPlanner(b.kv_cache_group_id, b, self._policy, seats, max_advance))
+            Track(
+                b,
+                GroupPlanner(b.kv_cache_group_id, b, self._policy, seats, self._limits.max_advance),
+            )
             for b in books
         ]
 
@@ -231,8 +227,7 @@ class CompressionSchedulerMixin:
             terms = self._terms(options, request.num_prompt_tokens)
         if self._prompts is None or request.sampling_params is None or request.resumable:
             return _Known(options, terms)
-        final_len = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
-        if not self._pool_size.holds(terms, final_len):
+        if not self._pool_size.holds(terms, self._limits.final_len(request)):
             logger.warning(
                 "request %s is run with the server's lengths: the pool could never hold it with "
                 "its own",

@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_a
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
 from rkv_vllm.fit.overrides import overrides
+from rkv_vllm.limits import Limits
 from rkv_vllm.options import CONFIG_KEY, ServerOptions, prefix_len
 from rkv_vllm.policy import Terms, longest_cache
 from rkv_vllm.scheduling.books import GroupBooks
@@ -71,6 +72,7 @@ class CompressedAttentionSpec(FullAttentionSpec):
             prefix_len(server.protect, max_model_len),
             server.prompt_chunk,
         )
-        in_flight, slack = vllm_config.max_concurrent_batches, server.slack(self.block_size)
-        longest = longest_cache(terms, max_model_len, in_flight, slack)
+        limits = Limits.of(vllm_config)
+        slack = server.slack(self.block_size, limits.max_advance)
+        longest = longest_cache(terms, max_model_len, limits.in_flight, slack)
         return cdiv(longest, self.block_size) * self.page_size_bytes

@@ -19,6 +19,9 @@ def arguments(tmp_path):
 
     def make(checkpoint=LLAMA, **changes):
         model = write_config(tmp_path / "model", checkpoint)
+        drafts = changes.get("speculative_config")
+        if drafts and "model" in drafts:
+            changes["speculative_config"] = {**drafts, "model": model}
         compression = rkv_vllm.engine_args(budget=96, buffer=32)
         return EngineArgs(**{"model": model, "skip_tokenizer_init": True, **compression, **changes})
 

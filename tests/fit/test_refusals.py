@@ -37,6 +37,9 @@ def warnings():
 
 READS = '{"model": "model", "num_layers": 2, "reads": {"1": 0}}'
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+# Stands for the model itself, whose folder a test makes.
+SAME = "the model itself"
 SUPPORTED = [
     {},
     {"checkpoint": checkpoint_configs.UNUSED_WINDOW},
@@ -54,6 +57,7 @@ SUPPORTED = [
     {"enable_chunked_prefill": True, "max_num_batched_tokens": 64, "max_num_seqs": 4},
     {"scheduling_policy": "priority"},
     rkv_vllm.engine_args(share_layers=READS),
+    {"speculative_config": NGRAM},
 ]
 
 
@@ -63,10 +67,26 @@ def test_supported_engine_passes_every_rule(arguments, changes):
     assert [rule.find(vllm_config) for rule in REFUSALS] == [None] * len(REFUSALS)
 
 
-NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 # Pairs of what the sentence says and what the engine arguments say.
 REFUSED = [
-    ("speculative decoding: got method 'ngram'", {"speculative_config": NGRAM}),
+    (
+        "this method of speculative decoding: got method 'draft_model'",
+        {
+            "speculative_config": {
+                "method": "draft_model",
+                "num_speculative_tokens": 2,
+                "model": SAME,
+            }
+        },
+    ),
+    (
+        "speculative decoding together with other options: got --kv-when pressure, "
+        "--kv-compress-prompt",
+        {
+            "speculative_config": NGRAM,
+            **rkv_vllm.engine_args(when="pressure", compress_prompt=True),
+        },
+    ),
     (
         "KV connectors and KV cache offloading: got connector 'ExampleConnector'",
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
@@ -214,7 +234,7 @@ def run_without_plugin(tmp_path, statement):
     """Runs a statement about an engine with drafts in a process that loads other plugins only."""
     script = (
         "import sys, rkv_vllm, vllm\n"
-        "drafts = {'method': 'ngram', 'num_speculative_tokens': 2, 'prompt_lookup_max': 3}\n"
+        "drafts = {'method': 'draft_model', 'num_speculative_tokens': 2, 'model': sys.argv[1]}\n"
         "engine = dict(model=sys.argv[1], speculative_config=drafts, skip_tokenizer_init=True,\n"
         "    load_format='dummy', max_model_len=256, enforce_eager=True,\n"
         "    kv_cache_memory_bytes=2**23)\n"
@@ -229,7 +249,7 @@ def run_without_plugin(tmp_path, statement):
     )
 
 
-REFUSED_DRAFTS = "does not support speculative decoding: got method 'ngram'"
+REFUSED_DRAFTS = "does not support this method of speculative decoding: got method 'draft_model'"
 
 
 def test_engine_args_bring_the_refusals_where_the_plugin_is_not_loaded(tmp_path):

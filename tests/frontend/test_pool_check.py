@@ -4,11 +4,13 @@ import pytest
 from vllm import SamplingParams
 
 from rkv_vllm.frontend.pool_check import Engine, check_pool
+from rkv_vllm.limits import Limits
 from rkv_vllm.options import ServerOptions
 from rkv_vllm.request_options import RequestOptionError, RequestOptions
 
 SERVER = ServerOptions(budget=64, buffer=32, compress_prompt=True, prompt_chunk=96)
-ENGINE = Engine(max_model_len=4096, in_flight=1, block_size=32, num_blocks=8)
+LIMITS = Limits(max_model_len=4096, max_step_tokens=64, steps_in_flight=1)
+ENGINE = Engine(LIMITS, block_size=32, num_blocks=8)
 PARAMS = SamplingParams(max_tokens=100)
 OWN = RequestOptions(64, 32, "none", compress_prompt=True)
 

@@ -16,6 +16,7 @@ from random import Random
 
 import torch
 from vllm import SamplingParams
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -104,6 +105,8 @@ class Setting:
     prefix_caching: bool = True
     steps_ahead: int = 0
     drafts: int = 0
+    # Slots behind those of a step that a draft model writes.
+    lookahead: int = 0
     protect: str | int = "none"
     groups: tuple[Group, ...] = (Group(),)
     policy: str = "fcfs"
@@ -152,6 +155,22 @@ def _stock_spec(group: Group) -> KVCacheSpec:
     )
 
 
+def _speculation(drafts: int) -> dict[str, int | str] | None:
+    if not drafts:
+        return None
+    return {"method": "ngram", "prompt_lookup_max": 3, "num_speculative_tokens": drafts}
+
+
+@cache
+def _simulated_config(steps_ahead: int, lookahead: int) -> type[VllmConfig]:
+    """VllmConfig with numbers that this platform, or a drafter without a cache, does not have."""
+    own = {
+        "max_concurrent_batches": property(lambda _: steps_ahead + 1),
+        "num_lookahead_tokens": property(lambda _: lookahead),
+    }
+    return type("SimulatedConfig", (VllmConfig,), own)
+
+
 @cache
 def _engine_config(model: Path, setting: Setting):
     """VllmConfig for a setting, once; nothing in it changes while an engine runs."""
@@ -165,11 +184,13 @@ def _engine_config(model: Path, setting: Setting):
         enforce_eager=True,
         dtype="float32",
         scheduling_policy=setting.policy,
+        speculative_config=_speculation(setting.drafts),
     ).create_engine_config()
     if not setting.stock:
         config.additional_config["kv_compression"] = setting.config.to_dict()
     # The CPU platform switches it off; the scheduler classes do not mind.
     config.scheduler_config.async_scheduling = setting.steps_ahead > 0
+    config.__class__ = _simulated_config(setting.steps_ahead, setting.lookahead)
     config.cache_config.num_gpu_blocks = setting.num_blocks
     return config
 
@@ -510,20 +531,8 @@ class SimulatedEngine:
             log_stats=True,
         )
         assert isinstance(self.scheduler, AsyncScheduler) == (setting.steps_ahead > 0)
-        # The option itself is refused; the counters it moves are the scheduler's own.
-        self.scheduler.num_spec_tokens = setting.drafts
-        if not setting.stock and self.scheduler._swap is not None:
-            self.scheduler._swap._has_drafts = setting.drafts > 0
         tracks = getattr(self.scheduler, "_tracks", ())
         self.tracks = {t.books.kv_cache_group_id: t for t in tracks}
-        for track in self.tracks.values():
-            track.planner._max_advance = 1 + setting.drafts
-        if setting.when == "pressure" and not setting.stock:
-            self.scheduler._pressure.demand.max_advance = 1 + setting.drafts
-            # vLLM's own number for this platform knows of one step ahead at most.
-            self.scheduler._pressure._in_flight = setting.steps_ahead + 1
-            admission = self.scheduler._admission
-            admission._limits = admission._limits._replace(in_flight=setting.steps_ahead + 1)
         self.managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.worker = SimulatedWorker(setting)
