@@ -82,8 +82,8 @@ def check(vllm_config: "VllmConfig") -> None:
     """Raises ValueError naming every unsupported feature of a finished engine config.
 
     Cheap enough to be called again wherever a process cannot know that another one has. Logs a
-    warning, once per process, when no request can grow long enough to be compacted, for priorities
-    beside prefix caching, and on a GPU.
+    warning, once per process, when no request can grow long enough to be compacted, or for
+    priorities beside prefix caching.
 
     Args:
         vllm_config: the engine config that vLLM has made, with our options in it.
@@ -99,7 +99,6 @@ def check(vllm_config: "VllmConfig") -> None:
     check_model(_model_shape(vllm_config.model_config), options)
     _warn_if_never_due(vllm_config, options)
     _warn_of_priorities(vllm_config)
-    _warn_if_unproven()
 
 
 def _check_swap_space(parallel: "ParallelConfig", options: ServerOptions) -> None:
@@ -200,19 +199,6 @@ def _warn_of_priorities(vllm_config: "VllmConfig") -> None:
             "out of which it may then preempt the request, and whoever shares that prefix reads "
             "what was never computed, with and without KV cache compression; add "
             "--no-enable-prefix-caching",
-            scope="process",
-        )
-
-
-def _warn_if_unproven() -> None:
-    """To go with the first run of benchmarks/gpu/verify.py that passes."""
-    from vllm.platforms import current_platform
-
-    if current_platform.device_name == "cuda":
-        init_logger(__name__).warning_once(
-            "This release of KV cache compression was tested under Triton's interpreter and "
-            "compiled for GPUs, but has not run on one: compare its output with your own "
-            "uncompressed run first (benchmarks/gpu/verify.py does)",
             scope="process",
         )
 

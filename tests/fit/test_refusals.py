@@ -272,16 +272,6 @@ def test_the_scheduler_refuses_where_the_plugin_is_not_loaded(tmp_path):
     assert REFUSED_DRAFTS in run.stderr
 
 
-def test_a_gpu_is_warned_of_once(arguments, monkeypatch, warnings):
-    vllm_config = arguments().create_engine_config()
-    assert warnings == []
-    monkeypatch.setattr(type(current_platform), "device_name", "cuda")
-    check(vllm_config)
-    check(vllm_config)
-    (warning,) = warnings
-    assert "has not run on one" in warning
-
-
 @pytest.mark.parametrize(("caches_prefixes", "num_warnings"), [(True, 1), (False, 0)])
 def test_priorities_beside_prefix_caching_are_warned_about_once(
     arguments, warnings, caches_prefixes, num_warnings
