@@ -21,6 +21,7 @@ from tests.checkpoint_configs import LLAMA, write_config
 
 ROOT = Path(rkv_vllm.__file__).parents[1]
 DASHBOARD = ROOT / "examples" / "grafana.json"
+ADVICE = ROOT / "docs" / "operations.md"
 OURS = "vllm:kv_compression_"
 FAMILIES = {
     "compactions": "counter",
@@ -180,6 +181,19 @@ def test_dashboard_asks_for_metrics_that_exist_and_for_all_of_ours(model):
     histogram = {name for name in ours if "per_compaction" in name}
     assert ours - histogram <= asked
     assert asked & histogram
+
+
+def test_alerts_that_the_docs_advise_are_about_metrics_that_exist(model):
+    manager_of(engine_config(model), [0])
+    families = page()
+    alerts = [line.split("|")[1] for line in ADVICE.read_text().splitlines() if "vllm:" in line]
+    assert len(alerts) >= 4
+    for alert in alerts:
+        for name, label in re.findall(r"(vllm:\w+)(?:{(\w+)=)?", alert):
+            (samples,) = [f.samples for f in families.values() if name.startswith(f.name)][:1]
+            labels = [s.labels.keys() for s in samples if s.name == name]
+            assert labels, alert
+            assert not label or label in labels[0], alert
 
 
 def test_dashboard_panels_do_not_overlap_and_have_titles_and_units():
