@@ -91,6 +91,26 @@ class FlushWatch:
         return done
 
 
+class CompactionWatch:
+    """Where decoding requests were compacted: settled logical lengths; it counts the others."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.decoding: dict[str, list[int]] = {}
+        self.num_of_prompts = 0
+        compactor = engine.model_runner.compactor
+        self._flush, compactor.flush = compactor.flush, self._watched_flush
+
+    def _watched_flush(self, *args):
+        done = self._flush(*args)
+        for directive in done:
+            if directive.reason == "prompt":
+                self.num_of_prompts += 1
+            else:
+                req_id = directive.req_id.rsplit("-", 1)[0]
+                self.decoding.setdefault(req_id, []).append(directive.settled_logical_len)
+        return done
+
+
 def serve(model: Path, num_tokens: int = NUM_TOKENS, cache_dtype: str = "auto", **options):
     """All prompts, watched where there is compression; returns the engine and its compactions."""
     # vLLM sizes the pool of a checkpoint that asks for fp8 by bytes as well.
@@ -162,3 +182,91 @@ def test_a_calibrated_checkpoint_is_served_as_explicit_eviction_beside_stock(
         num_equal = LENGTHS["budget"] + LENGTHS["buffer"] - len(prompt) + 1
         assert ours[:num_equal] == theirs[:num_equal]
         assert ours != theirs
+
+
+@pytest.mark.parametrize(
+    ("runner", "cache_dtype", "strategy"),
+    [
+        pytest.param("v1", "fp8_e5m2", None, marks=pytest.mark.nightly),
+        # CPU_ATTN takes the largest of the heads' factors for all of them.
+        pytest.param("v1", "auto", "attn_head", marks=pytest.mark.nightly),
+        pytest.param("v2", "fp8_e4m3", None, marks=pytest.mark.nightly),
+        pytest.param("v2-async", "fp8_e5m2", None, marks=pytest.mark.nightly),
+    ],
+    indirect=["runner"],
+)
+def test_every_float_runner_and_strategy_is_explicit_eviction(
+    random_model_dir, tmp_path, runner, cache_dtype, strategy
+):
+    model = served = random_model_dir("llama", 3, layers=2)
+    scales = ()
+    if strategy is not None:
+        by_head = [([keys, 0.7 * keys], [0.8 * values, values]) for keys, values in SCALES]
+        served, scales = calibrated_model(tmp_path, model, by_head, strategy), SCALES
+    store = Fp8Store("fp8_e4m3" if cache_dtype == "auto" else cache_dtype, scales)
+    engine, compactions = serve(served, cache_dtype=cache_dtype, **rkv_vllm.engine_args(**LENGTHS))
+    how = {"unprocessed_steps": runner.unprocessed_steps}
+    config = ServerOptions(**LENGTHS)
+    assert compactions == assert_explicit_eviction(engine, model, store, config, **how) >= 12
+
+
+def test_swap_prompts_prefixes_and_pressure_take_bytes_for_what_they_are(random_model_dir):
+    """One short pool for all of them; a request's text is that of its own compactions."""
+    model = random_model_dir("qwen3", 3, layers=2)
+    lengths = {**LENGTHS, "compress_prompt": True, "prompt_chunk": 64}
+    options = rkv_vllm.engine_args(when="pressure", swap_space=0.01, **lengths)
+    prefix = random_prompt(300, seed=9)
+    prompts = {
+        "first": [*prefix, *random_prompt(20, seed=1)],
+        # Starts from what the first has left of their prefix.
+        "later": [*prefix, *random_prompt(30, seed=2)],
+        **{f"r{i}": random_prompt(20 + 7 * i, seed=i) for i in range(4)},
+    }
+    num_tokens, num_blocks = 110, 12
+    memory = num_blocks * BLOCK_SIZE * 2 * 2 * 32 * 2
+    with running_engine(
+        model,
+        num_blocks,
+        kv_cache_memory_bytes=memory,
+        kv_cache_dtype="fp8_e4m3",
+        max_num_batched_tokens=96,
+        **options,
+    ) as engine:
+        watch = CompactionWatch(engine)
+        engine.add("first", prompts["first"], num_tokens)
+        while not engine.outputs["first"].token_ids:
+            engine.step()
+        for req_id in list(prompts)[1:]:
+            engine.add(req_id, prompts[req_id], num_tokens)
+        preempted = set()
+        while engine.llm.llm_engine.has_unfinished_requests():
+            engine.step()
+            running = {r.request_id.rsplit("-", 1)[0] for r in engine.scheduler.running}
+            compacted = {
+                req_id.rsplit("-", 1)[0] for req_id in engine.scheduler._tracks[0].books.num_evicted
+            }
+            for req_id in sorted(running & compacted - preempted):
+                # Not while it is prefilled.
+                if len(engine.outputs[req_id].token_ids) > 5:
+                    engine.preempt(req_id)
+                    preempted.add(req_id)
+        stats = engine.stats()
+        engine.assert_pool_is_empty()
+    assert stats["swapped_in"] == stats["swapped_out"] >= 2
+    assert stats["recomputed"] == 0
+    assert engine.num_cached_tokens("later") == 256
+    store, config = Fp8Store("fp8_e4m3"), ServerOptions(**lengths)
+    num_same = of_prompts = 0
+    for req_id, prompt in prompts.items():
+        at = watch.decoding.get(req_id, ())
+        found, number = gaps(engine, req_id, model, prompt, store, config, compacted_at=at)
+        assert median(found) < NEIGHBOUR_GAP, req_id
+        num_same += max(found) < LOGPROB_TOLERANCE
+        of_prompts += number - len(at)
+        assert_varied(engine.outputs[req_id].token_ids)
+    assert 2 * num_same >= len(prompts)
+    of_decoding = sum(map(len, watch.decoding.values()))
+    # What the later one has not computed it has not compacted.
+    assert stats["compactions"] == watch.num_of_prompts + of_decoding
+    assert watch.num_of_prompts < of_prompts
+    assert min(of_decoding, watch.num_of_prompts) >= 4

@@ -8,9 +8,11 @@ import argparse
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NoReturn
 
 from rkv_vllm.bench.workload import Workload
+from rkv_vllm.fit.refusals import FP8_CACHES
 from rkv_vllm.flags import FLAGS_KEY, OPTION_FLAG, add_flags
 from rkv_vllm.options import CONFIG_KEY, METHOD_KEY, OPTIONS, ServerOptions
 
@@ -18,8 +20,9 @@ from rkv_vllm.options import CONFIG_KEY, METHOD_KEY, OPTIONS, ServerOptions
 STOCK = "stock"
 FP8 = "fp8"
 _CACHE_FLAG = "--kv-cache-dtype"
+AUTO = "auto"
 # Bytes of one element of caches that hold nothing but elements.
-_CACHE_BYTES = {"float16": 2, "bfloat16": 2, **dict.fromkeys((FP8, "fp8_e4m3", "fp8_e5m2"), 1)}
+_CACHE_BYTES = {"float16": 2, "bfloat16": 2, **dict.fromkeys(FP8_CACHES, 1)}
 _OWN_SERVER = "leave it out: bench starts its own server on a free port"
 # Flags of vLLM that would contradict what bench decides for all sides, with the way out.
 _TAKEN = {
@@ -148,25 +151,46 @@ def _with_dashes(flag: str) -> str:
 
 
 def make_compressed_sides(
-    budgets: Sequence[int], whens: Sequence[str], compression: Mapping[str, Any]
+    workload: Workload,
+    budgets: Sequence[int],
+    whens: Sequence[str],
+    compression: Mapping[str, Any],
+    caches: Sequence[str] = (AUTO,),
 ) -> list[Side]:
-    """Returns one side for each budget and policy, in the order of the tables.
+    """Returns one side for each budget, policy and cache, in the order of the tables.
 
     Args:
+        workload: what is asked.
         budgets: `--kv-budget` of each.
         whens: `--kv-when` of each; none for the server's default alone.
         compression: options that they share, as in JSON.
+        caches: `--kv-cache-dtype` of each; those of fp8 have as many blocks as the same bytes hold.
     """
     sides = []
-    for budget in budgets:
-        for when in whens or (ServerOptions.when,):
-            own = {"method": ServerOptions.method, "budget": budget, **compression}
-            own |= {"when": when} if whens else {}
-            pairs = own.pop(METHOD_KEY, {})
-            flags = [_flag(name, value) for name, value in own.items() if value is not False]
-            if pairs:
-                flags += [OPTION_FLAG, *(f"{name}={pairs[name]}" for name in pairs)]
-            sides.append(Side(budget, tuple(flags), label=when if whens else "", when=when))
+    for budget, when, cache in product(budgets, whens or (ServerOptions.when,), caches):
+        own = {"method": ServerOptions.method, "budget": budget, **compression}
+        own |= {"when": when} if whens else {}
+        pairs = own.pop(METHOD_KEY, {})
+        flags = [_flag(name, value) for name, value in own.items() if value is not False]
+        if pairs:
+            flags += [OPTION_FLAG, *(f"{name}={pairs[name]}" for name in pairs)]
+        labels = [when] if whens else []
+        tokens = None
+        if cache != AUTO:
+            flags.append(f"{_CACHE_FLAG}={cache}")
+            labels.append(cache)
+            tokens = _tokens_of_cache(workload, cache)
+        sides.append(
+            Side(
+                budget,
+                tuple(flags),
+                label=", ".join(labels),
+                when=when,
+                pool_tokens=tokens,
+                is_exact=cache == AUTO,
+                may_refuse=cache != AUTO,
+            )
+        )
     return sides
 
 
@@ -199,10 +223,8 @@ def make_stock_sides(workload: Workload, baselines: Sequence[str]) -> list[Side]
     for text in baselines:
         flags = _baseline_flags(text)
         cache = _cache_dtype(flags)
-        tokens = pool if cache == "auto" else _tokens_of_cache(workload, cache)
-        sides.append(
-            Side(None, flags, text, None, tokens, is_exact=cache == "auto", may_refuse=True)
-        )
+        tokens = pool if cache == AUTO else _tokens_of_cache(workload, cache)
+        sides.append(Side(None, flags, text, None, tokens, is_exact=cache == AUTO, may_refuse=True))
     return [Side(None, (), pool_tokens=pool), *sides]
 
 
@@ -224,7 +246,7 @@ def _baseline_flags(text: str) -> tuple[str, ...]:
 
 def _cache_dtype(flags: Sequence[str]) -> str:
     parser = _Parser("--baseline", add_help=False)
-    parser.add_argument(_CACHE_FLAG, default="auto")
+    parser.add_argument(_CACHE_FLAG, default=AUTO)
     return parser.parse_known_args(flags)[0].kv_cache_dtype
 
 

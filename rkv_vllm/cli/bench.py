@@ -30,6 +30,7 @@ from rkv_vllm.cli.bench_input import (
     make_workload,
     override,
     read_budgets,
+    read_caches,
     read_numbers,
     read_whens,
     usage_errors,
@@ -90,6 +91,13 @@ _WHEN = (
     "short). A side for each: repeat it, or put commas between. Default: that of vllm serve."
 )
 Whens = Annotated[list[str] | None, option(RKV, "always|pressure", _WHEN, "--when", "--kv-when")]
+_CACHE = (
+    "KV cache of the compressed sides: auto, fp8, fp8_e4m3, fp8_e5m2; with as many blocks as the "
+    "same bytes hold. A side for each: repeat it, or put commas between; beside --baseline fp8 it "
+    "shows fp8, compression, and both. One that does not start is reported. Default: auto."
+)
+_CACHE_FLAGS = ("--cache-dtype", "--kv-cache-dtype")
+CacheDtypes = Annotated[list[str] | None, option(RKV, "auto|fp8|...", _CACHE, *_CACHE_FLAGS)]
 _BETWEEN = "Between two compactions."
 Buffer = Annotated[
     int | None, _preset(RKV, "buffer", "TOKENS", _BETWEEN, "--buffer", "--kv-buffer")
@@ -147,6 +155,7 @@ def run_benchmark(
     repeats: Repeats = 1,
     budget: Budgets = None,
     when: Whens = None,
+    cache_dtype: CacheDtypes = None,
     buffer: Buffer = None,
     baseline: Baselines = None,
     num_prompts: NumPrompts = None,
@@ -181,6 +190,7 @@ def run_benchmark(
     rkv-vllm bench $M --scenario ample --mode both --plot bench.png
     rkv-vllm bench $M --budget 128,256 --repeats 3 --json
     rkv-vllm bench $M --scenario burst --when always,pressure --baseline fp8
+    rkv-vllm bench $M --baseline fp8 --cache-dtype auto,fp8
     ```
 
     Exit codes: 0 fine; 1 a check or a process failed; 2 the command line is wrong; 130 Ctrl-C.
@@ -209,7 +219,7 @@ def run_benchmark(
                         dtype=dtype,
                         compression={**preset.compression, **compression},
                     )
-                    whens = read_whens(when or ())
+                    whens, caches = read_whens(when or ()), read_caches(cache_dtype or ())
                     modes = ("offline", "served") if mode is ModeName.both else (mode.value,)
                     check_own_prompts(dataset_path, prompt_len)
                     check_options(load, whens, modes, request_rate)
@@ -220,7 +230,11 @@ def run_benchmark(
                     sides = [
                         *make_stock_sides(workload, baseline or ()),
                         *make_compressed_sides(
-                            load.budgets, whens, {"buffer": load.buffer, **load.compression}
+                            workload,
+                            load.budgets,
+                            whens,
+                            {"buffer": load.buffer, **load.compression},
+                            caches,
                         ),
                     ]
                 card = make_card(model)

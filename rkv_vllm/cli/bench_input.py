@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from rkv_vllm.bench.prompts import PROBES, filled, make_renderer, own_prompts, read_prompts
+from rkv_vllm.bench.sides import AUTO
 from rkv_vllm.bench.workload import Scenario, Workload
 from rkv_vllm.cli.checkpoint import Decoder, check_dtype, find_config, read_config, read_decoder
 from rkv_vllm.cli.errors import CommandError, check_plot, require_package
+from rkv_vllm.fit.refusals import FP8_CACHES
 from rkv_vllm.options import ServerOptions
 
 
@@ -67,6 +69,20 @@ def read_whens(texts: Sequence[str]) -> tuple[str, ...]:
     whens = tuple(part.strip() for text in texts for part in text.split(","))
     _refuse_twice("--when", whens)
     return whens
+
+
+def read_caches(texts: Sequence[str]) -> tuple[str, ...]:
+    """The dtypes of all `--cache-dtype` options; "auto" when there is none."""
+    caches = tuple(part.strip() for text in texts for part in text.split(","))
+    _refuse_twice("--cache-dtype", caches)
+    known = (AUTO, *FP8_CACHES)
+    for cache in caches:
+        if cache not in known:
+            raise CommandError(
+                f"--cache-dtype: got {cache!r}, wanted one of {', '.join(known)}; compression "
+                "reads no others"
+            )
+    return caches or (AUTO,)
 
 
 def _refuse_twice(flag: str, values: Sequence[int | str]) -> None:

@@ -16,7 +16,9 @@ from tests.bench.results import new_workload
 
 def test_the_stock_side_has_no_flag_of_its_own():
     (stock,) = make_stock_sides(new_workload(), ())
-    first, second = make_compressed_sides((64, 128), (), {"buffer": 32, "window": 16})
+    first, second = make_compressed_sides(
+        new_workload(), (64, 128), (), {"buffer": 32, "window": 16}
+    )
     assert (stock.name, stock.flags) == ("stock", ())
     assert first.name == "budget 64"
     assert first.flags == (
@@ -27,16 +29,32 @@ def test_the_stock_side_has_no_flag_of_its_own():
 
 
 def test_policies_are_sides_of_their_own():
-    sides = make_compressed_sides((64, 128), ("always", "pressure"), {"buffer": 32})
+    sides = make_compressed_sides(new_workload(), (64, 128), ("always", "pressure"), {"buffer": 32})
     assert [side.name for side in sides] == [
         *("budget 64, always", "budget 64, pressure"),
         *("budget 128, always", "budget 128, pressure"),
     ]
     assert sides[1].when == "pressure"
     assert "--kv-when=pressure" in sides[1].flags
-    (default,) = make_compressed_sides((64,), (), {})
+    (default,) = make_compressed_sides(new_workload(), (64,), (), {})
     assert (default.name, default.when) == ("budget 64", ServerOptions().when)
     assert not any(flag.startswith("--kv-when") for flag in default.flags)
+
+
+def test_caches_are_sides_of_their_own_with_as_many_blocks_as_the_same_bytes_hold():
+    load = new_workload(element_bytes=2)
+    sides = make_compressed_sides(load, (64,), ("always", "pressure"), {}, ("auto", "fp8"))
+    assert [side.name for side in sides] == [
+        *("budget 64, always", "budget 64, always, fp8"),
+        *("budget 64, pressure", "budget 64, pressure, fp8"),
+    ]
+    assert [(side.pool_tokens, side.is_exact, side.may_refuse) for side in sides] == [
+        *((None, True, False), (1024, False, True)) * 2
+    ]
+    assert "--kv-cache-dtype=fp8" in sides[1].flags
+    assert {"--kv-when=pressure", "--kv-cache-dtype=fp8"} <= set(sides[3].flags)
+    (both,) = make_compressed_sides(new_workload(pool_tokens=0), (64,), (), {}, ("fp8_e5m2",))
+    assert (both.name, both.pool_tokens) == ("budget 64, fp8_e5m2", None)
 
 
 def test_a_baseline_is_stock_with_flags_of_its_own():
@@ -83,9 +101,11 @@ def test_beyond_the_pool_stock_gets_the_smallest_that_it_starts_in():
 
 def test_what_is_on_has_a_flag_without_a_value():
     prompts = {"compress_prompt": True, "prompt_chunk": 256}
-    (side,) = make_compressed_sides((64,), (), prompts)
+    (side,) = make_compressed_sides(new_workload(), (64,), (), prompts)
     assert {"--kv-compress-prompt", "--kv-prompt-chunk=256"} <= set(side.flags)
-    (side,) = make_compressed_sides((64,), (), {**prompts, "compress_prompt": False})
+    (side,) = make_compressed_sides(
+        new_workload(), (64,), (), {**prompts, "compress_prompt": False}
+    )
     assert not any("compress-prompt" in flag for flag in side.flags)
     flags = ["--kv-compress-prompt", "--kv-prompt-chunk", "256", "--enforce-eager"]
     assert split_engine_flags(flags) == (["--enforce-eager"], prompts)
@@ -116,7 +136,10 @@ def test_a_baseline_is_named_once():
 
 
 def test_sides_take_turns_and_their_order_turns_round():
-    sides = [*make_stock_sides(new_workload(), ()), *make_compressed_sides((64, 128), (), {})]
+    sides = [
+        *make_stock_sides(new_workload(), ()),
+        *make_compressed_sides(new_workload(), (64, 128), (), {}),
+    ]
     runs = make_schedule(("offline", "served"), sides, 2)
     names = [(run.mode, run.repeat, run.side.budget) for run in runs]
     assert names[:6] == [
@@ -131,7 +154,7 @@ def test_flags_of_compression_go_to_the_compressed_sides():
     common, compression = split_engine_flags(flags)
     assert common == ["--enforce-eager", "-tp", "2", "--swap=1"]
     assert compression == {"window": 4, "options": {"lam": 0.3}}
-    (compressed,) = make_compressed_sides((64,), (), {"buffer": 32, **compression})
+    (compressed,) = make_compressed_sides(new_workload(), (64,), (), {"buffer": 32, **compression})
     assert {"--kv-window=4", "lam=0.3"} <= set(compressed.flags)
     # The compressed sides' flags say the same when vLLM reads them.
     _, again = split_engine_flags([f for f in compressed.flags if not re.match("--kv-bu", f)])
@@ -142,7 +165,10 @@ def test_an_abbreviated_method_is_that_of_the_compressed_sides():
     method = "rkv_vllm.methods.rkv.RKV"
     common, compression = split_engine_flags([f"--kv-compressi={method}"])
     assert (common, compression) == ([], {"method": method})
-    assert f"--kv-compression={method}" in make_compressed_sides((64,), (), compression)[0].flags
+    assert (
+        f"--kv-compression={method}"
+        in make_compressed_sides(new_workload(), (64,), (), compression)[0].flags
+    )
 
 
 @pytest.mark.parametrize(

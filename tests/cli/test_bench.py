@@ -133,6 +133,26 @@ def test_baselines_and_policies_are_sides(model, runs):
     assert problem.endswith("compactions, wanted none")
 
 
+def test_fp8_compression_and_both_are_sides_in_one_table(model, runs):
+    result = run(model, *SMALL, "--baseline", "fp8", "--cache-dtype", "auto,fp8")
+    assert result.exit_code == 0, result.output
+    (offline,) = json.loads(result.stdout.splitlines()[-1])["results"]
+    names = ["stock", "stock, fp8", "budget 64", "budget 64, fp8"]
+    assert [side["side"] for side in offline["sides"]] == names
+    assert [*offline["ratios"]] == names[1:]
+    for name in names[1:]:
+        assert f"{name} / stock, tokens/s: " in result.stdout
+    assert "budget 64, fp8: a pool of 2,048 tokens (4.00 x), in the same bytes" in result.stdout
+
+
+@pytest.mark.parametrize("dtypes", ["fp4", "auto,fp8,fp8", "int8_per_token_head", ""])
+def test_a_cache_that_compression_does_not_read_is_refused(model, runs, dtypes):
+    result = run(model, *SMALL, "--cache-dtype", dtypes)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: --cache-dtype: got ")
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_a_failed_check_is_exit_code_1_and_no_ratio(model, runs, monkeypatch):
     monkeypatch.setattr("rkv_vllm.bench.workload.num_compactions", lambda *_, **__: 99)
     workload = new_workload()
@@ -367,6 +387,7 @@ def test_offline_measures_both_sides(offline):
 def test_every_kind_of_side_is_measured_or_reported(model):
     more = ["--output-len", "200,120", "--priority", "1,0", "--when", "always,pressure"]
     more += ["--baseline", "fp8", "--baseline", "--attention-backend NONE_SUCH"]
+    more += ["--cache-dtype", "auto,fp8"]
     result = run(model, *SMALL, *more, "--", "--enforce-eager")
     assert result.exit_code == 0, result.output
     (offline,) = json.loads(result.stdout.splitlines()[-1])["results"]
@@ -374,12 +395,18 @@ def test_every_kind_of_side_is_measured_or_reported(model):
     reasons = offline["not_available"]
     assert "NONE_SUCH" in reasons.pop("stock, --attention-backend NONE_SUCH")
     sides = {side["side"]: side for side in offline["sides"]}
+    of_fp8 = ("stock, fp8", "budget 64, always, fp8", "budget 64, pressure, fp8")
     if reasons:
         # vLLM's own words, on a CPU without AVX-512.
+        assert set(reasons) == set(of_fp8)
         assert "FP8" in reasons["stock, fp8"]
     else:
-        assert sides["stock, fp8"]["pool_blocks"] == 4 * 16
-        assert sides["stock, fp8"]["preemptions"] == 0
+        for name in of_fp8:
+            assert sides[name]["pool_blocks"] == 4 * 16
+            assert sides[name]["preemptions"] == 0
+        assert sides[of_fp8[1]]["compactions"] == sides["budget 64, always"]["compactions"]
+        # Room for all.
+        assert sides[of_fp8[2]]["compactions"] == 0
     always, pressure = sides["budget 64, always"], sides["budget 64, pressure"]
     assert always["compactions"] == 2 * ((200 - 2) // 32) + 2 * ((120 - 2) // 32)
     # Two at once outgrow the pool, which is not needed whole for long.
