@@ -441,6 +441,13 @@ REFUSALS: tuple[Refusal, ...] = (
         "1",
         "use tensor parallelism, or leave --kv-layer-budgets out",
     ),
+    # A ladder and a file number all layers of a model, and classes want equally many.
+    Refusal(
+        "layer budgets (--kv-layer-budgets) with layers of other kinds",
+        lambda c: _other_layers(c) if _layer_budgets(c) else None,
+        "a model with full attention and a cache of its own in every layer",
+        "leave --kv-layer-budgets out",
+    ),
     # Without it vLLM has one block table for all layers.
     Refusal(
         "layer budgets (--kv-layer-budgets) without vLLM's hybrid KV cache manager",

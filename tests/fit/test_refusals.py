@@ -131,6 +131,13 @@ REFUSED = [
             **rkv_vllm.engine_args(share_layers=READS),
         },
     ),
+    (
+        "layer budgets (--kv-layer-budgets) with layers of other kinds",
+        {
+            "checkpoint": checkpoint_configs.MIXED_WINDOWS,
+            **rkv_vllm.engine_args(layer_budgets="pyramid"),
+        },
+    ),
     ("fast prefill with shared KV layers", {"kv_sharing_fast_prefill": True}),
     ("models that do not generate text", {"runner": "pooling", "convert": "embed"}),
     ("multi-head latent attention (MLA)", {"checkpoint": checkpoint_configs.LATENT}),

@@ -175,3 +175,52 @@ def test_what_a_kept_group_still_takes_is_known_to_a_block(model, kind, steps_ah
     assert max(excess[1:]) <= 1
     assert max(taken) <= kept.most_ever
     assert max(taken[5:]) <= kept.most(1000, in_flight)
+
+
+@pytest.mark.parametrize("when", ["always", "pressure"])
+def test_a_long_prompt_waits_for_a_window_of_blocks_and_not_for_all_its_tokens(model, when):
+    setting = Setting(
+        groups=(Group(), SLIDING),
+        max_num_batched_tokens=12,
+        max_num_seqs=4,
+        prefix_caching=False,
+        when=when,
+    )
+    engine = SimulatedEngine(model, setting)
+    engine.add("running", [1] * 8, 20)
+    engine.step()
+    # 15 blocks of the full layers, 6 of the window and one chunk, a few to decode; twice that much
+    # would be all tokens of both.
+    held = engine.pool.get_new_blocks(engine.pool.get_num_free_blocks() - 34)
+    engine.allow_foreign_blocks = True
+    engine.add("long", [2] * 60, 4)
+    engine.step()
+    assert [request.request_id for request in engine.scheduler.running] == ["running", "long"]
+    engine.pool.free_blocks(held)
+    engine.allow_foreign_blocks = False
+    engine.run()
+    assert engine.worker.resumes == 0
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_windows_that_running_requests_grow_into_are_kept_back(model, monkeypatch, steps_ahead):
+    setting = Setting(
+        groups=(Group(), SLIDING, SLIDING, SLIDING),
+        num_blocks=120,
+        prefix_caching=False,
+        steps_ahead=steps_ahead,
+    )
+
+    def preemptions() -> int:
+        engine = SimulatedEngine(model, setting)
+        for number in range(40):
+            engine.add(f"request-{number}", [number] * 3, 60)
+        engine.run()
+        assert engine.worker.compactions > 200
+        return engine.worker.resumes
+
+    assert preemptions() == 0
+    # As if only compressed groups grew.
+    monkeypatch.setattr("rkv_vllm.scheduling.kept_group.KeptGroup.growth", lambda *_: 0)
+    monkeypatch.setattr("rkv_vllm.scheduling.kept_group.KeptGroup.most", lambda *_: 0)
+    assert preemptions() > 3
