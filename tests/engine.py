@@ -31,6 +31,7 @@ class Engine:
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
+        self.block_size = llm.llm_engine.vllm_config.cache_config.block_size
         self.outputs: dict[str, Output] = {}
         self.max_running = 0
         self.running_per_step: list[int] = []
@@ -143,8 +144,9 @@ def running_engine(
     if "kv_cache_memory_bytes" in options:
         options["num_gpu_blocks_override"] = num_blocks
     else:
+        block_size = options.get("block_size", BLOCK_SIZE)
         bytes_per_element = 2 if options.get("dtype") == "bfloat16" else 4
-        pool_bytes = kv_cache_bytes(model, num_blocks * BLOCK_SIZE, bytes_per_element)
+        pool_bytes = kv_cache_bytes(model, num_blocks * block_size, bytes_per_element)
         options["kv_cache_memory_bytes"] = pool_bytes // num_groups
     defaults = {
         "dtype": "float32",

@@ -213,7 +213,8 @@ def tiny_tokenizer(vocab: int, model_max_length: int) -> PreTrainedTokenizerFast
 def kv_cache_bytes(model: Path, num_tokens: int, bytes_per_element: int = 4) -> int:
     """Size of a pool for `num_tokens` tokens on one rank, those of the null block included."""
     config = AutoConfig.from_pretrained(model)
-    elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    elements = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
     return num_tokens * elements * bytes_per_element
 
 

@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rkv_vllm.options import ServerOptions
 from tests.methods.dense import keep_indices
 
 ATTENTION_NAME = "explicit_eviction"
+# What transformers calls layers of it; those of further kinds than these and ones with a window or
+# chunks keep a state.
+FULL_ATTENTION = ("full_attention", "attention")
+BOUNDED_ATTENTION = ("sliding_attention", "chunked_attention")
 TOP = 5
 # Another method: of (layer, settled logical length, keys, values, queries), which are those of the
 # settled tokens behind the prefix and of the window, the indices int64 [heads, budget] to keep.
@@ -139,6 +143,16 @@ class LayerCache:
         self.values = _survivors(self.values, prefix_len, kept, settled_len)
 
 
+class StateCache(DynamicCache):
+    """The states of recurrent layers; keys and values of the others are kept by `LayerCache`."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hands back the new tokens alone."""
+        return key_states, value_states
+
+
 def _survivors(
     cached: torch.Tensor, prefix_len: int, kept: torch.Tensor, settled_len: int
 ) -> torch.Tensor:
@@ -191,7 +205,7 @@ def _explicit_attention(
 def _is_full(model: PreTrainedModel, layer: int) -> bool:
     """Whether a layer attends to every token."""
     layer_types = getattr(model.config, "layer_types", None)
-    return layer_types is None or layer_types[layer] == "full_attention"
+    return layer_types is None or layer_types[layer] in FULL_ATTENTION
 
 
 def _owners(model: PreTrainedModel) -> dict[int, int]:
@@ -285,6 +299,9 @@ class ReferenceRequest:
         ]
         for reader, owner in self.owners.items():
             self.layer_caches[reader] = self.layer_caches[owner]
+        layer_types = getattr(self.model.config, "layer_types", None) or ()
+        has_states = not {*FULL_ATTENTION, *BOUNDED_ATTENTION}.issuperset(layer_types)
+        self.states = StateCache(config=self.model.config) if has_states else None
         self.logical_len = 0
         self.physical_len = 0
         # Physical length from which decoded tokens count towards the next compaction.
@@ -300,6 +317,7 @@ class ReferenceRequest:
             input_ids=torch.tensor([list(token_ids)]),
             position_ids=positions.unsqueeze(0),
             use_cache=False,
+            past_key_values=self.states,
             logits_to_keep=1,
             layer_caches=self.layer_caches,
         ).logits

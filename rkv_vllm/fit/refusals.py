@@ -11,6 +11,7 @@ import psutil
 
 from rkv_vllm.cache_owners import NONE, owners_of_readers
 from rkv_vllm.fit.overrides import check_overrides
+from rkv_vllm.fit.state_blocks import check_budget, state_block_size
 from rkv_vllm.fit.versions import SCHEDULER_CLS, check_vllm_version, platform_worker_cls
 from rkv_vllm.layer_budgets import METHOD, budgets_of_layers
 from rkv_vllm.limits import Limits
@@ -97,6 +98,8 @@ def check(vllm_config: "VllmConfig") -> None:
     if options.compress_prompt:
         _check_prompts(vllm_config, options)
     check_model(_model_shape(vllm_config.model_config), options)
+    if (block_size := state_block_size(vllm_config)) is not None:
+        check_budget(options, block_size, vllm_config.max_concurrent_batches)
     _warn_if_never_due(vllm_config, options)
     _warn_of_priorities(vllm_config)
 
@@ -514,11 +517,8 @@ REFUSALS: tuple[Refusal, ...] = (
         "dual chunk attention and reference windows (R-SWA)",
         lambda c: _sees_pieces(c.model_config),
     ),
-    # A recurrent state is no list of tokens.
-    _model(
-        "Mamba, hybrid or attention-free models",
-        lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free,
-    ),
+    # A recurrent state is no list of tokens; beside layers of full attention it stays as it is.
+    _model("models without attention", lambda c: c.model_config.is_attention_free),
     # ALiBi takes the place in the cache for the place in the text.
     _model("ALiBi position biases", lambda c: c.model_config.uses_alibi),
     # Cross-attention has a cache of its own.

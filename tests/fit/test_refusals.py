@@ -180,13 +180,7 @@ def test_unsupported_feature_is_refused_by_name_with_the_cure(arguments, sentenc
 # What a small config.json on a CPU cannot bring about is set on vLLM's own classes and objects,
 # which fails when vLLM renames it. A property of a class comes before what an instance has cached.
 PATCHED = [
-    ("Mamba, hybrid or attention-free models", ModelConfig, "is_hybrid", property(lambda _: True)),
-    (
-        "Mamba, hybrid or attention-free models",
-        ModelConfig,
-        "is_attention_free",
-        property(lambda _: True),
-    ),
+    ("models without attention", ModelConfig, "is_attention_free", property(lambda _: True)),
     (
         "dual chunk attention and reference windows (R-SWA)",
         ModelConfig,
@@ -216,6 +210,30 @@ def test_unsupported_property_is_refused_by_name(
     with pytest.raises(ValueError, match="does not support") as error:
         check(vllm_config)
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(("budget", "accepted"), [(543, False), (544, True)])
+def test_a_budget_below_the_block_of_a_state_is_refused_with_the_number_that_works(
+    arguments, monkeypatch, budget, accepted
+):
+    compression = rkv_vllm.engine_args(budget=budget, buffer=32)
+    vllm_config = arguments(**compression, max_model_len=2000).create_engine_config()
+    asked = vllm_config.cache_config.block_size
+
+    def align(cls, config, backend) -> None:
+        config.cache_config.block_size = 544
+
+    monkeypatch.setattr(ModelConfig, "is_hybrid", property(lambda _: True))
+    monkeypatch.setattr(type(current_platform), "_align_hybrid_block_size", classmethod(align))
+    if accepted:
+        check(vllm_config)
+    else:
+        # Two blocks, less a buffer of 32 and one token in flight.
+        sentence = r"--kv-budget: got 543, wanted at least 544: .* pass --kv-budget 1055, .* 2 of"
+        with pytest.raises(ValueError, match=sentence):
+            check(vllm_config)
+    # vLLM aligns it itself later, from what the user asked for.
+    assert vllm_config.cache_config.block_size == asked != 544
 
 
 def test_every_rule_has_a_test():
