@@ -9,8 +9,17 @@ What vLLM does at start, as arithmetic, per GPU and in bytes:
     blocks          = cache // (block_size * bytes per token) - 1        (vLLM keeps one empty)
 
 Heads are those of one rank: `heads / tensor_parallel`, at least one KV head. Owners are the layers
-with a cache of their own: all, but for R-KV with `--kv-share-layers`. A request holds
-`ceil(tokens / block_size)` blocks, its tokens are those of `footprint.py`, and so
+with a cache of their own: all, but for R-KV with `--kv-share-layers`. `layers` are those of full
+attention. Where there are others, vLLM cuts all kinds into groups of as many layers (the smallest
+kind's number; the largest's where that is less than 1.5 times as much), and a block holds one
+group's tokens: then bytes per token are those of all groups of full attention together, padding
+included, and blocks = cache // (block_size * bytes per token / such groups) - 1. Where layers keep a
+state, a block has to hold one: block_size becomes the next multiple of it that does.
+
+A request holds `ceil(tokens / block_size)` blocks in each group of full attention, its tokens are
+those of `footprint.py`. In a group with a window it holds at most
+`ceil((window - 1 + in_flight) / block_size) + 1`, in one with a state 2 (Mamba2: 3), as vLLM
+reckons with prefix caching. And so
 
     at once (peak)  = blocks / (blocks that a request still grows into, averaged over its life)
     at once (mean)  = blocks / (blocks that a request holds, averaged over its life)
@@ -21,18 +30,21 @@ it holds when their ages are evenly spread. So R-KV is compared by its first num
 the others.
 
 Not in it: prefix caching (shared blocks count for each request), draft models, pipeline
-parallelism, padding of blocks by some backends, the limit `--max-num-seqs`.
+parallelism, padding of blocks by some backends, windowed layers with heads of their own, the tokens
+of a prompt's chunk in a window, the limit `--max-num-seqs`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from rkv_vllm.cli.checkpoint import Decoder
 from rkv_vllm.cli.errors import REFUSED, CommandError
 from rkv_vllm.cli.footprint import Life, num_blocks, rkv_life, stock_life
+from rkv_vllm.cli.layers import KeptLayers, Layers
 from rkv_vllm.cli.sizes import format_size
+from rkv_vllm.fit.state_blocks import check_budget
 from rkv_vllm.options import MOST_TOKENS, ServerOptions, prefix_len
 from rkv_vllm.policy import Terms, longest_cache
 
@@ -70,15 +82,56 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """How vLLM cuts the layers into groups of as many, whose blocks have one size.
+
+    Attributes:
+        num_layers: of each, the last one of a kind padded.
+        num_full: groups of full attention.
+        kept: the other kinds, each with the number of its groups.
+    """
+
+    num_layers: int
+    num_full: int
+    kept: tuple[tuple[int, KeptLayers], ...]
+
+    @classmethod
+    def of(cls, layers: Layers) -> "Groups":
+        """Source: `_get_kv_cache_groups_uniform_page_size` in vLLM's kv_cache_utils.py."""
+        counts = [layers.num_full, *(each.count for each in layers.kept)]
+        fewest, most = min(counts), max(counts)
+        size = most if most < 1.5 * fewest else fewest
+        kept = tuple((-(-each.count // size), each) for each in layers.kept)
+        return cls(size, -(-layers.num_full // size), kept)
+
+    def kept_blocks(self, lengths: np.ndarray, block_size: int) -> np.ndarray:
+        """Blocks that a request of these lengths holds in groups that are not compacted.
+
+        Args:
+            lengths: of its text.
+            block_size: tokens of a block.
+        """
+        held = np.zeros_like(lengths)
+        for number, each in self.kept:
+            if each.state is not None:
+                held += number * each.state.num_blocks
+            else:
+                seen = num_blocks(each.window - 1 + IN_FLIGHT, block_size) + 1
+                held += number * np.minimum(num_blocks(lengths, block_size), seen)
+        return held
+
+
+@dataclass(frozen=True)
 class Pool:
     """The cache of one way to serve.
 
     Attributes:
         name: key in the JSON document.
         label: heading of its column.
-        bytes_per_token: of one GPU's cache.
+        bytes_per_token: of one GPU's cache, in all layers of full attention.
         cache_bytes: of one GPU.
         block_size: tokens of a block.
+        groups: whose blocks a request holds.
         life: of one request of given prompt and output length.
         longest: most tokens that a request of that prompt length ever holds, whatever its output;
             None where it may hold all its text.
@@ -89,13 +142,25 @@ class Pool:
     bytes_per_token: int
     cache_bytes: int
     block_size: int
+    groups: Groups
     life: Callable[[int, int], Life]
     longest: Callable[[int], int] | None = None
 
     @property
     def num_blocks(self) -> int:
         """Blocks of the pool as vLLM counts and logs them, the empty one included."""
-        return self.cache_bytes // (self.block_size * self.bytes_per_token)
+        return self.cache_bytes // self.block_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one block, which holds tokens of one group's layers."""
+        return self.block_size * self.bytes_per_token // self.groups.num_full
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the pool holds in all its groups, as if none were bounded."""
+        num_groups = self.groups.num_full + sum(number for number, _ in self.groups.kept)
+        return self.num_blocks // num_groups * self.block_size
 
     @property
     def usable_blocks(self) -> int:
@@ -104,24 +169,38 @@ class Pool:
 
     def longest_output(self, prompt_len: int) -> int:
         """Tokens of output of one whole request, as a start and a recompute demand it."""
-        room = self.usable_blocks * self.block_size
+        most = np.array([MOST_TOKENS])
+        beside = int(self.groups.kept_blocks(most, self.block_size)[0])
+        room = max(0, self.usable_blocks - beside) // self.groups.num_full * self.block_size
         if self.longest is not None and self.longest(prompt_len) <= room:
             return MOST_TOKENS - prompt_len
         return room - prompt_len + 1
 
     def at_once_by_peak(self, prompt_len: int, output_len: int) -> int:
         """Requests of which each has room for the longest that it still becomes."""
-        return self._at_once(prompt_len, self.life(prompt_len, output_len).reserved)
+        text = np.full(output_len, prompt_len + output_len - 1)
+        return self._at_once(prompt_len, self.life(prompt_len, output_len).reserved, text)
 
     def at_once_by_mean(self, prompt_len: int, output_len: int) -> int:
         """Requests of evenly spread ages, each with what it holds."""
-        return self._at_once(prompt_len, self.life(prompt_len, output_len).held)
+        text = stock_life(prompt_len, output_len).held
+        return self._at_once(prompt_len, self.life(prompt_len, output_len).held, text)
 
-    def _at_once(self, prompt_len: int, lengths: np.ndarray) -> int:
+    def _at_once(self, prompt_len: int, lengths: np.ndarray, text: np.ndarray) -> int:
         if len(lengths) > self.longest_output(prompt_len):
             return 0
-        block_steps = int(num_blocks(lengths, self.block_size).sum())
+        block_steps = int(self.blocks(lengths, text).sum())
         return self.usable_blocks * len(lengths) // block_steps
+
+    def blocks(self, lengths: np.ndarray, text: np.ndarray) -> np.ndarray:
+        """Blocks of a request in all groups.
+
+        Args:
+            lengths: tokens in the cache of a layer of full attention.
+            text: tokens of its text.
+        """
+        full = self.groups.num_full * num_blocks(lengths, self.block_size)
+        return full + self.groups.kept_blocks(text, self.block_size)
 
 
 @dataclass(frozen=True)
@@ -154,12 +233,13 @@ def make_capacity(
         decoder: the model.
         machine: the GPU.
         dtype: of weights and cache, one of `options.DTYPES`.
-        block_size: tokens per block.
+        block_size: tokens per block, where no state asks for more.
         config: the options of R-KV.
         num_readers: layers that read another layer's cache with them.
 
     Raises:
-        CommandError: heads that the ranks cannot share, or no room for a cache.
+        CommandError: heads that the ranks cannot share, a budget below the block of a state, or no
+            room for a cache.
     """
     ranks, kv_heads = machine.tensor_parallel, decoder.num_kv_heads
     if decoder.num_heads % ranks or (kv_heads % ranks and ranks % kv_heads):
@@ -170,8 +250,10 @@ def make_capacity(
         )
     element = decoder.dtype_bytes(dtype)
     per_layer = 2 * max(1, kv_heads // ranks) * decoder.head_size
-    num_owners = decoder.num_layers - num_readers
-    query = num_owners * (decoder.num_heads // ranks) * decoder.head_size * element
+    layers = decoder.layers
+    owners = replace(layers, num_full=layers.num_full - num_readers)
+    state_bytes = 0 if layers.state is None else layers.state.num_bytes(element) // ranks
+    query = owners.num_full * (decoder.num_heads // ranks) * decoder.head_size * element
     # A step computes one chunk of a prompt, or so.
     seats = config.seats + config.prompt_seats(config.prompt_chunk)
     ring = seats * (config.window + IN_FLIGHT) * query
@@ -187,16 +269,29 @@ def make_capacity(
     def longest(prompt_len: int) -> int:
         return longest_cache(terms(prompt_len), MOST_TOKENS, IN_FLIGHT)
 
-    elements, owned = decoder.num_layers * per_layer, num_owners * per_layer
+    def pool(
+        name: str, label: str, layers: Layers, cache: int, element: int, *lengths: Callable
+    ) -> Pool:
+        groups, layer = Groups.of(layers), per_layer * element
+        # A block is at least as large as a state.
+        size = block_size * max(1, -(-state_bytes // (block_size * layer)))
+        per_token = groups.num_full * groups.num_layers * layer
+        return Pool(name, label, per_token, cache, size, groups, *lengths)
+
     plain, reduced = machine.cache_bytes(), machine.cache_bytes(ring)
     capacity = Capacity(
-        stock=Pool("stock", "stock", elements * element, plain, block_size, stock_life),
-        fp8=Pool("stock_fp8", "stock, fp8", elements * FP8_BYTES, plain, block_size, stock_life),
-        rkv=Pool("rkv", "R-KV", owned * element, reduced, block_size, rkv, longest),
+        stock=pool("stock", "stock", layers, plain, element, stock_life),
+        fp8=pool("stock_fp8", "stock, fp8", layers, plain, FP8_BYTES, stock_life),
+        rkv=pool("rkv", "R-KV", owners, reduced, element, rkv, longest),
         # Queries are recorded in the model's dtype, whatever the cache's.
-        rkv_fp8=Pool("rkv_fp8", "R-KV, fp8", owned * FP8_BYTES, reduced, block_size, rkv, longest),
+        rkv_fp8=pool("rkv_fp8", "R-KV, fp8", owners, reduced, FP8_BYTES, rkv, longest),
         ring_bytes=ring,
     )
+    if capacity.rkv.block_size > block_size:
+        try:
+            check_budget(config, capacity.rkv.block_size, IN_FLIGHT)
+        except ValueError as error:
+            raise CommandError(str(error), REFUSED) from error
     if capacity.rkv.usable_blocks == 0:
         raise _no_room(machine, ring if plain else 0)
     return capacity

@@ -1,7 +1,7 @@
 """What a checkpoint says about its size: from `config.json`, no network, no torch, no vLLM.
 
 Finds the file in a folder or in the local cache of the Hugging Face hub, and reads the shape of a
-decoder with full attention out of it. Models of other kinds are refused by name.
+decoder out of it. Models that R-KV does not support are refused by name.
 """
 
 import json
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rkv_vllm.cli.errors import REFUSED, CommandError
+from rkv_vllm.cli.layers import Layers, read_layers
 from rkv_vllm.cli.options import DTYPE_BYTES, DTYPES
-from rkv_vllm.fit.refusals import has_limited_layers
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
 
@@ -68,15 +68,16 @@ def read_config(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The shape of a decoder with full attention in every layer.
+    """The shape of a decoder.
 
     Attributes:
-        num_layers: attention layers.
+        num_layers: of all kinds.
         num_heads: query heads per layer.
         num_kv_heads: KV heads per layer.
         head_size: elements of one key.
         max_positions: tokens of context that the checkpoint was made for, None if not stated.
         fields: config.json, that of the language part where there are several.
+        layers: those with a cache, by kind.
     """
 
     num_layers: int
@@ -85,10 +86,11 @@ class Decoder:
     head_size: int
     max_positions: int | None
     fields: Mapping[str, Any]
+    layers: Layers
 
     @property
     def elements_per_token(self) -> int:
-        """Keys and values of one token in the whole model's KV cache."""
+        """Keys and values of one token, as if all layers kept it."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_size
 
     def dtype_bytes(self, dtype: str) -> int:
@@ -109,38 +111,56 @@ def read_decoder(fields: Mapping[str, Any]) -> Decoder:
         fields: the content of a `config.json`.
 
     Raises:
-        CommandError: a field is missing or wrong, or attention is not full in every layer.
+        CommandError: a field is missing or wrong, or R-KV does not support the model.
     """
     text = fields.get("text_config", fields)
     if not isinstance(text, dict):
         raise _wrong_field("text_config", text, "an object")
     _refuse_other_attention(text)
     num_heads = _positive(text, "num_attention_heads")
+    num_layers = _positive(text, "num_hidden_layers")
     max_positions = text.get("max_position_embeddings")
     return Decoder(
-        num_layers=_positive(text, "num_hidden_layers"),
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=_positive(text, "num_key_value_heads", num_heads),
         head_size=_positive(text, "head_dim", _positive(text, "hidden_size") // num_heads),
         max_positions=max_positions if isinstance(max_positions, int) else None,
         fields=text,
+        layers=_layers(text, num_layers),
+    )
+
+
+def _layers(fields: Mapping[str, Any], num_layers: int) -> Layers:
+    try:
+        layers = read_layers(fields, num_layers)
+    except ValueError as error:
+        raise CommandError(
+            f"config.json: got {error}, wanted layers of full attention, with a window or with a "
+            "state whose size the file tells; choose another checkpoint or complete the file",
+            REFUSED,
+        ) from error
+    if layers.num_full:
+        return layers
+    found = ", ".join(f"{each.count} layers with {each.name}" for each in layers.kept)
+    raise CommandError(
+        f"config.json: got {found}, wanted one of full attention or more: only such a layer has "
+        "anything to compress; see rkv-vllm doctor MODEL",
+        REFUSED,
     )
 
 
 def _refuse_other_attention(fields: Mapping[str, Any]) -> None:
-    """Refuse what a KV cache of one size per token does not describe."""
-    windowed = fields.get("sliding_window") and fields.get("use_sliding_window", True)
+    """Refuse what a cache of keys and values per head does not describe."""
     found = {
         "multi-head latent attention (kv_lora_rank)": fields.get("kv_lora_rank"),
-        "chunked attention (attention_chunk_size)": fields.get("attention_chunk_size"),
-        "sliding-window or linear attention layers": has_limited_layers(fields, bool(windowed)),
         "an encoder beside the decoder (is_encoder_decoder)": fields.get("is_encoder_decoder"),
     }
     for feature, is_there in found.items():
         if is_there:
             raise CommandError(
-                f"config.json: got {feature}, wanted full attention in every layer; R-KV does not "
-                "support this model, see rkv-vllm doctor MODEL",
+                f"config.json: got {feature}, wanted a decoder that caches keys and values per "
+                "head; R-KV does not support this model, see rkv-vllm doctor MODEL",
                 REFUSED,
             )
 
@@ -196,6 +216,7 @@ def _estimated_bytes(decoder: Decoder, element: int) -> int:
         "quantization_config": fields.get("quantization_config"),
         "mlp_only_layers": fields.get("mlp_only_layers"),
         "decoder_sparse_step": fields.get("decoder_sparse_step", 1) != 1,
+        "layers with a state": decoder.layers.state is not None,
     }
     if named := [name for name, is_there in unusual.items() if is_there]:
         raise CommandError(

@@ -169,6 +169,7 @@ def show_plan(
             "tensor_parallel_size": tensor_parallel_size,
             "weight_bytes": size // tensor_parallel_size or None,
             "observation_bytes": capacity.ring_bytes,
+            "layers": decoder.layers.describe(),
             "sides": {
                 pool.name: _pool_document(pool, prompt_len, output_len) for pool in capacity.pools
             },
@@ -228,12 +229,18 @@ def _require_room(prompt_len: int, output_len: int, longest: int, compress_promp
 
 
 def _pool_document(pool: Any, prompt_len: int, output_len: int) -> dict[str, int | float]:
+    from rkv_vllm.cli.footprint import stock_life
+
     held = pool.life(prompt_len, output_len).held
     return {
         "cache_bytes": pool.cache_bytes,
         "bytes_per_token": pool.bytes_per_token,
         "pool_blocks": pool.num_blocks,
-        "pool_tokens": pool.num_blocks * pool.block_size,
+        "pool_tokens": pool.num_tokens,
+        "block_tokens": pool.block_size,
+        "request_peak_blocks": int(
+            pool.blocks(held, stock_life(prompt_len, output_len).held).max()
+        ),
         "request_mean_tokens": round(float(held.mean()), 1),
         "request_peak_tokens": int(held.max()),
         "at_once_peak": pool.at_once_by_peak(prompt_len, output_len),
@@ -253,6 +260,12 @@ def _notes(document: dict[str, Any], max_positions: int | None, is_guess: bool) 
         )
     stock, rkv = document["sides"]["stock"], document["sides"]["rkv"]
     at_least = document["sides"]["rkv_fp8"]["at_once_peak"]
+    if rkv["block_tokens"] > document["block_size"]:
+        notes.append(
+            f"A state beside the attention makes blocks of {rkv['block_tokens']} tokens, which are "
+            f"freed whole: a request holds up to {rkv['request_peak_blocks']} blocks, "
+            f"{stock['request_peak_blocks']} with stock."
+        )
     if rkv["request_mean_tokens"] == stock["request_mean_tokens"]:
         notes.append("No request grows long enough to be compacted: lower --budget.")
     longest = document["prompt_len"] + document["output_len"]
@@ -296,11 +309,13 @@ def _print(document: dict[str, Any], labels: list[str]) -> None:
         ("pool, tokens", "pool_tokens", "{:,}".format),
         ("tokens per request, mean over its life", "request_mean_tokens", "{:,.0f}".format),
         ("tokens per request, peak", "request_peak_tokens", "{:,}".format),
+        ("blocks per request, peak", "request_peak_blocks", "{:,}".format),
         ("requests at once, peak", "at_once_peak", "{:,}".format),
         ("requests at once, mean", "at_once_mean", "{:,}".format),
     ):
         values = [form(side[key]) for side in document["sides"].values()]
         table.add_row(label, *values, style="bold" if key == "at_once_peak" else "")
     console.print(table)
+    console.print(f"Layers: {document['layers']}.", soft_wrap=True)
     for note in document["notes"]:
         console.print(f"Note: {note}", soft_wrap=True)

@@ -75,9 +75,11 @@ def test_the_text_part_of_a_multimodal_model_is_read():
 @pytest.mark.parametrize(
     ("changes", "feature"),
     [
-        (checkpoint_configs.SLIDING_WINDOW, "sliding-window"),
-        (checkpoint_configs.MIXED_WINDOWS, "sliding-window"),
-        (checkpoint_configs.CHUNKED, "chunked"),
+        (checkpoint_configs.SLIDING_WINDOW, "2 layers with a window of 128 tokens, wanted one"),
+        (checkpoint_configs.ALL_WINDOWS, "2 layers with a window of 128 tokens, wanted one"),
+        (checkpoint_configs.CHUNKED, "2 layers with chunks of 128 tokens, wanted one"),
+        ({"layer_types": ["full_attention", "rwkv"]}, "layers of kind 'rwkv', wanted"),
+        ({"layer_types": ["full_attention", "mamba"]}, "mamba layers without 'mamba_n_heads'"),
         (checkpoint_configs.LATENT, "latent"),
         (checkpoint_configs.CROSS_ATTENTION, "encoder"),
         ({"hidden_size": None}, "'hidden_size': got nothing"),
