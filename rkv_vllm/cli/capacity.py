@@ -13,8 +13,8 @@ with a cache of their own: all, but for R-KV with `--kv-share-layers`. `layers` 
 attention. Where there are others, vLLM cuts all kinds into groups of as many layers (the smallest
 kind's number; the largest's where that is less than 1.5 times as much), and a block holds one
 group's tokens: then bytes per token are those of all groups of full attention together, padding
-included, and blocks = cache // (block_size * bytes per token / such groups) - 1. Where layers keep a
-state, a block has to hold one: block_size becomes the next multiple of it that does.
+included, and blocks = cache // (block_size * bytes per token / such groups) - 1. Where layers keep
+a state, a block has to hold one: block_size becomes the next multiple of it that does.
 
 A request holds `ceil(tokens / block_size)` blocks in each group of full attention, its tokens are
 those of `footprint.py`. In a group with a window it holds at most

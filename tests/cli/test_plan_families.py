@@ -47,8 +47,8 @@ PLANS = {
     ),
     # A state: 3 * (2 * 2,048 + 4,096) * 2 + 32 * 128 * 128 * 4 = 2,146,304 bytes; a token of a
     # layer 2 * 2 * 256 * 2 = 2,048; so a block 16 * ceil(2,146,304 / 32,768) = 1,056 tokens. 10
-    # full and 30 others: one group and 3 with 2 blocks each. ceil(16,895 / 1,056) = 16, and with budget
-    # 1,982, which makes 2,112 = two whole blocks, 2.
+    # full and 30 others: one group and 3 with 2 blocks each. ceil(16,895 / 1,056) = 16, and with
+    # budget 1,982, which makes 2,112 = two whole blocks, 2.
     "qwen3.5-35b-a3b": (
         *(model_configs.QWEN3_5_35B_A3B, ["--budget", 1982]),
         *("10 of full", "30 with a state (gated delta net)"),
