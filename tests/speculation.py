@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
 
 from rkv_vllm.options import ServerOptions
 from tests.engine import Engine
-from tests.models import SPECIAL_TOKENS, assert_varied
+from tests.models import SPECIAL_TOKENS, assert_varied, random_model
 from tests.reference import ReferenceRequest, ReferenceResult, load_model, single_thread
 
 DRAFTS = 3
@@ -43,29 +45,51 @@ class Compaction(NamedTuple):
     accepted: int
 
 
+class Step(NamedTuple):
+    """Drafts of one request that were verified in one step.
+
+    Attributes:
+        name: of the request.
+        is_compacted: whether its cache was compacted before.
+        is_outdated: whether it was compacted between the drafts and their verification.
+        proposed: drafts.
+        accepted: of these.
+    """
+
+    name: str
+    is_compacted: bool
+    is_outdated: bool
+    proposed: int
+    accepted: int
+
+
 class DraftLog:
     """Notes what an engine does, request by request, while it steps.
 
     Attributes:
         compactions: in order, of the first compressed group.
-        proposed: drafts that were verified.
-        accepted: of these.
-        steps: in which drafts were verified, and how many of them were accepted in each.
+        steps: in which drafts were verified.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.compactions: dict[str, list[Compaction]] = {}
-        self.proposed = self.accepted = 0
-        self.steps: list[int] = []
+        self.steps: list[Step] = []
+        # Those that a step's forward is followed by.
+        self._compacted: set[str] = set()
         self._scheduler = engine.scheduler
         self._group_id = engine.scheduler._tracks[0].books.kv_cache_group_id
         self._update = engine.scheduler.update_from_output
         engine.scheduler.update_from_output = self._note
 
-    @property
-    def acceptance(self) -> float:
-        """Share of the verified drafts that were accepted."""
-        return self.accepted / self.proposed
+    def acceptance(self, is_compacted: bool | None = None) -> float:
+        """Share of the verified drafts that were accepted, before or after compactions.
+
+        Then without those that were made before a compaction and verified after it.
+        """
+        steps = self.steps
+        if is_compacted is not None:
+            steps = [s for s in steps if s.is_compacted == is_compacted and not s.is_outdated]
+        return sum(step.accepted for step in steps) / sum(step.proposed for step in steps)
 
     def _note(self, output, result):
         sampled = dict(zip(result.req_ids, result.sampled_token_ids, strict=True))
@@ -73,9 +97,12 @@ class DraftLog:
         for req_id, drafts in output.scheduled_spec_decode_tokens.items():
             if sampled[req_id]:
                 accepted[req_id] = len(sampled[req_id]) - 1
-                self.proposed += len(drafts)
-                self.accepted += accepted[req_id]
-                self.steps.append(accepted[req_id])
+                name = req_id.rsplit("-", 1)[0]
+                is_compacted, is_outdated = name in self.compactions, req_id in self._compacted
+                self.steps.append(
+                    Step(name, is_compacted, is_outdated, len(drafts), accepted[req_id])
+                )
+        self._compacted = {directive.req_id for directive in output.kv_compression.directives}
         done = self._update(output, result)
         for directive in output.kv_compression.directives:
             request = self._scheduler.requests.get(directive.req_id)
@@ -272,3 +299,32 @@ class InterpretedNgram(NgramGPUSpeculator):
                     found = tokens[first + n :][: self.num_speculative_steps]
                     return found + [tokens[-1]] * (self.num_speculative_steps - len(found))
         return [tokens[-1]] * self.num_speculative_steps
+
+
+def random_eagle(directory: Path, target: Path) -> Path:
+    """Writes an EAGLE head of random weights for a Llama of `random_model`, and returns its folder.
+
+    It reads the target's embeddings and hidden states and writes through the target's head, so it
+    has one layer and what mixes the two.
+    """
+    config = AutoConfig.from_pretrained(target)
+    one = random_model(
+        directory,
+        "llama",
+        config.num_key_value_heads,
+        config.num_attention_heads,
+        layers=1,
+        vocab=config.vocab_size,
+        seed=7,
+    )
+    (path,) = one.glob("*.safetensors")
+    weights = {
+        name.removeprefix("model."): weight
+        for name, weight in load_file(path).items()
+        if ".layers." in name and "input_layernorm" not in name
+    }
+    hidden = config.hidden_size
+    generator = torch.Generator().manual_seed(8)
+    weights["fc.weight"] = torch.randn(hidden, 2 * hidden, generator=generator) * hidden**-0.5
+    save_file(weights, path)
+    return one

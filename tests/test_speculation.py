@@ -46,7 +46,7 @@ def speculate_with(monkeypatch, speculator: type) -> None:
     [
         ("v1", 200),
         pytest.param("v2", 110, marks=pytest.mark.nightly),
-        ("v2-async", 110),
+        pytest.param("v2-async", 110, marks=pytest.mark.nightly),
     ],
     indirect=["runner"],
 )
@@ -70,7 +70,8 @@ def test_ngram_drafts_accepted_and_rejected_leave_the_text_of_explicit_eviction(
     assert stats["compactions"] >= 4 * (num_tokens - 40) // 20
     assert stats["deferred"] == 0
     # Real ones of either kind.
-    assert 10 < log.accepted < 0.9 * log.proposed
+    assert sum(step.accepted for step in log.steps) > 10
+    assert log.acceptance() < 0.9
 
 
 class ErrsEverywhere(Oracle):
@@ -95,10 +96,10 @@ def test_drafts_are_rejected_at_every_place_around_a_compaction(
     speculate_with(monkeypatch, OracleV2)
     model = random_model_dir("llama", 3)
     config = ServerOptions(budget=24, buffer=9, window=4)
-    num_tokens = 110
+    num_tokens = 90
     oracle = ErrsEverywhere()
     oracle.model_dir, oracle.config = model, config
-    oracle.prompts = {f"r{i}": random_prompt(20 + 3 * i, seed=i) for i in range(6)}
+    oracle.prompts = {f"r{i}": random_prompt(20 + 3 * i, seed=i) for i in range(5)}
     monkeypatch.setattr(speculation, "ORACLE", [oracle])
     custom = {"method": "custom_class", "model": "tests.speculation.OracleV1"}
     drafter = NGRAM if runner.use_v2 else custom | {"num_speculative_tokens": DRAFTS}
@@ -112,9 +113,11 @@ def test_drafts_are_rejected_at_every_place_around_a_compaction(
         engine.assert_pool_is_empty()
     assert_equals_explicit_eviction(engine, log, model, oracle.prompts, num_tokens, config)
     assert_compacted_when_due(log, oracle.prompts, config, num_tokens)
-    assert stats["compactions"] >= 6 * 7
+    assert stats["compactions"] >= 5 * 6
+    assert stats["deferred"] == 0
     # The oracle is right as often as it means to: its mistakes alone are rejected.
-    assert {log.steps.count(n) > 20 for n in range(DRAFTS + 1)} == {True}
+    counts = [sum(step.accepted == n for step in log.steps) for n in range(DRAFTS + 1)]
+    assert min(counts) > 10
     places = set()
     for req_id, prompt in oracle.prompts.items():
         due = max(config.budget, len(prompt)) + config.buffer

@@ -18,7 +18,7 @@ from rkv_vllm.fit.overrides import calls, overrides
 from rkv_vllm.kernels.slots import StepRows, StepSlots
 from rkv_vllm.kernels.slots.triton import slots_triton
 from rkv_vllm.scheduling.directive import EvictionDirective
-from rkv_vllm.worker.lengths import GroupRows
+from rkv_vllm.worker.lengths import DraftRows, GroupRows
 
 
 class StateRows:
@@ -33,7 +33,10 @@ class StateRows:
         groups: see above.
         num_evicted: by group, int32 [max_num_reqs] on the host, tokens evicted from each request.
         seats: by group, int32 [max_num_reqs] on the host, seat in the step at hand, -1 = none.
+        drafting: rows of a draft model's layers; None without one.
     """
+
+    drafting: DraftRows | None = None
 
     def __init__(
         self, groups: Mapping[int, GroupRows], max_num_reqs: int, device: torch.device
@@ -46,8 +49,11 @@ class StateRows:
         self.seats = dict(zip(groups, self._host[1], strict=True))
         self._host[1].fill(-1)
         self._is_own_call = False
+        self._is_nobodys_call = False
+        self._nobody = torch.zeros_like(self._device[:, 0])
+        self._nobody[1] = -1
         # Written in place of the step's own buffers, which attention reads.
-        self._unread: dict[int, tuple[Tensor, Tensor]] = {}
+        self._unread: Tensor | None = None
 
     @calls("vllm.utils.torch_utils:async_tensor_h2d")
     def begin_step(self, state_idx: np.ndarray) -> None:
@@ -71,9 +77,23 @@ class StateRows:
         finally:
             self._is_own_call = False
 
+    @contextmanager
+    def nobodys_call(self) -> Iterator[None]:
+        """The requests within are made up: nothing was evicted from them, none is recorded."""
+        self._is_nobodys_call = True
+        try:
+            yield
+        finally:
+            self._is_nobodys_call = False
+
+    def num_evicted_on_device(self, group_id: int) -> Tensor:
+        """int32 [max_num_reqs], as of the last step."""
+        return self._device[0, list(self.groups).index(group_id)]
+
     def inputs(self, group_id: int, state_idx: Tensor, query_start_loc: Tensor) -> StepRows:
         """The rows of one group as the slots kernel reads them."""
-        num_evicted, seats = self._device[:, list(self.groups).index(group_id)]
+        own = self._device[:, list(self.groups).index(group_id)]
+        num_evicted, seats = self._nobody if self._is_nobodys_call else own
         return StepRows(
             state_idx, query_start_loc, num_evicted, seats, self.groups[group_id].ring_len
         )
@@ -83,12 +103,10 @@ class StateRows:
         rows = self.groups[group_id]
         if self._is_own_call:
             return StepSlots(slot_mapping, rows.token_rows, rows.seq_lens)
-        # A draft model's mapping may be wider than a step, and its tokens are not recorded.
-        width = slot_mapping.shape[0]
-        if width not in self._unread:
-            token_rows = torch.empty(width, dtype=torch.int32, device=slot_mapping.device)
-            self._unread[width] = token_rows, torch.empty_like(rows.seq_lens)
-        return StepSlots(slot_mapping, *self._unread[width])
+        # A draft model's mapping may be wider than a step; its lengths are kept by itself.
+        if self._unread is None:
+            self._unread = torch.empty_like(rows.seq_lens)
+        return StepSlots(slot_mapping, rows.draft.token_rows, self._unread)
 
 
 class PhysicalBlockTables(BlockTables):

@@ -68,7 +68,8 @@ def make_layer_sets(
         ring = None
         if memory is not None:
             queries = memory.take(len(run), model.num_query_heads, model.head_size)
-            ring = QueryRing(queries, rows, ops.observe)
+            is_draft = next(iter(run.values())).is_draft_layer
+            ring = QueryRing(queries, rows.draft if is_draft else rows, ops.observe)
             for layer_idx, layer in enumerate(run.values()):
                 record_in(layer, layer_idx, ring)
         sets.append(LayerSet(model, views.keys, views.values, ops, ring))
@@ -113,6 +114,7 @@ def _num_at_constant_stride(offsets: list[int]) -> int:
 class _Form(NamedTuple):
     """What the layers of one set have in common."""
 
+    is_draft: bool
     backend: str
     num_heads: int
     head_size: int
@@ -125,6 +127,7 @@ class _Form(NamedTuple):
     def of(cls, layer: Attention) -> "_Form":
         cache: Tensor = layer.kv_cache
         return cls(
+            layer.is_draft_layer,
             layer.attn_backend.get_name(),
             layer.num_heads,
             layer.head_size,

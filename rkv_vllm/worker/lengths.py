@@ -11,6 +11,36 @@ from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 
+class DraftRows:
+    """Which tokens of a draft model's forwards are recorded.
+
+    Its first forward after a step computes the tokens of that step, or these and some between
+    them; each later one computes one token per request.
+
+    Args:
+        max_num_tokens: most tokens of a forward.
+        device: where the model runs.
+
+    Attributes:
+        token_rows: int32 [max_num_tokens], as in `GroupRows`. Graphs hold its address.
+        records: likewise.
+    """
+
+    def __init__(self, max_num_tokens: int, device: torch.device) -> None:
+        self.token_rows = torch.full((max_num_tokens,), -1, dtype=torch.int32, device=device)
+        self.records = True
+
+    def begin_step(self, rows: "GroupRows") -> None:
+        """The next forward may compute the tokens of the step, with its slots."""
+        self.records = rows.records
+        self.token_rows[: rows.token_rows.shape[0]].copy_(rows.token_rows)
+
+    def end_step(self) -> None:
+        """Nothing that follows, up to the next `begin_step`, belongs to a request."""
+        self.records = True
+        self.token_rows.fill_(-1)
+
+
 class GroupRows:
     """The rows of one compressed group.
 
@@ -29,6 +59,7 @@ class GroupRows:
         token_rows: int32 [max_num_tokens], where each token's query is recorded, -1 = nowhere
             (`observe_naive` has the formula). Graphs hold its address.
         ring_len: see above.
+        draft: the same for layers of a draft model.
         records: False where it is known on the host that no token of the step is recorded, so that
             its layers need not look; captured graphs always look.
     """
@@ -39,6 +70,8 @@ class GroupRows:
         self.seq_lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self.token_rows = torch.full((max_num_tokens,), -1, dtype=torch.int32, device=device)
         self.ring_len = ring_len
+        # Some speculators compute one token more of each request.
+        self.draft = DraftRows(max_num_tokens + max_num_reqs, device)
         self.records = True
         self._num_evicted: Tensor | None = None
         self._subtracts = False

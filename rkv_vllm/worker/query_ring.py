@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rkv_vllm.worker.lengths import GroupRows
+from rkv_vllm.worker.lengths import DraftRows, GroupRows
 
 
 class RingMemory:
@@ -59,14 +59,15 @@ class QueryRing:
 
     Args:
         queries: [seats, num_layers, ring_len, num_heads, head_size].
-        rows: of the group, whose `token_rows` say where each token of the step is recorded.
+        rows: of the group or of its draft layers, whose `token_rows` say where each token of the
+            forward is recorded.
         observe: writes the queries of one layer's watched tokens (`observe_naive`).
     """
 
     def __init__(
         self,
         queries: Tensor,
-        rows: GroupRows,
+        rows: GroupRows | DraftRows,
         observe: Callable[..., None],
     ) -> None:
         self.queries = queries

@@ -115,7 +115,13 @@ class CompressionRunner(ABC):
                 "this model without --kv-compression"
             )
         has_others = len(compressed) < len(specs)
-        for name, budget in self._layer_budgets(compressed, has_others).items():
+        context = self.compilation_config.static_forward_context
+        # Layers of a draft model stand beside the target's, with the budget of the server.
+        drafting = [name for name in compressed if context[name].is_draft_layer]
+        targets = [name for name in compressed if not context[name].is_draft_layer]
+        budgets = self._layer_budgets(targets, has_others)
+        budgets |= dict.fromkeys(drafting, self.compression.budget)
+        for name, budget in budgets.items():
             layer_budget = None if budget == self.compression.budget else budget
             specs[name] = replace_as(
                 specs[name], CompressedAttentionSpec, layer_budget=layer_budget

@@ -9,10 +9,12 @@ block_table_v2.py for that kernel's buffers, runner.py for what V1 shares.
 import numpy as np
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from rkv_vllm.fit.overrides import overrides
 from rkv_vllm.scheduling.directive import EvictionDirective
 from rkv_vllm.worker.block_table_v2 import PhysicalBlockTables, StateRows
+from rkv_vllm.worker.drafting import draft_at_physical_lengths, draft_in
 from rkv_vllm.worker.runner import CompressionRunner
 
 
@@ -25,6 +27,8 @@ class CompressionRunnerV2(CompressionRunner):
     def load_model(self, *args, **kwargs) -> None:
         """Load the model; count the tokens of each request state from then on."""
         super().load_model(*args, **kwargs)
+        if isinstance(self.speculator, DraftModelSpeculator):
+            draft_at_physical_lengths(self.speculator)
         # As of its last step, the sampled token included.
         self._num_tokens = np.zeros(self.max_num_reqs, dtype=np.int32)
 
@@ -45,12 +49,19 @@ class CompressionRunnerV2(CompressionRunner):
             input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens + 1
         )
         with rows.own_call():
-            return super().prepare_attn(input_batch)
+            prepared = super().prepare_attn(input_batch)
+        if rows.drafting is not None:
+            rows.drafting.begin_step(self.rows[self.speculator.draft_group_id])
+        return prepared
 
     def _follow_physical_positions(self) -> None:
         self.state_rows = StateRows(self.rows, self.max_num_reqs, self.device)
         self.block_tables.__class__ = PhysicalBlockTables
         self.block_tables.rows = self.state_rows
+        if isinstance(self.speculator, DraftModelSpeculator):
+            groups = enumerate(self.kv_cache_config.kv_cache_groups)
+            names = {group_id: set(group.layer_names) for group_id, group in groups}
+            draft_in(self.speculator, self.state_rows, names)
 
     def _exchange_rows(self, directives: list[EvictionDirective]) -> None:
         state_idx = self.req_states.req_id_to_index

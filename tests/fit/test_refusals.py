@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from vllm.config import ModelConfig, VllmConfig
@@ -38,8 +39,8 @@ def warnings():
 READS = '{"model": "model", "num_layers": 2, "reads": {"1": 0}}'
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
-# Stands for the model itself, whose folder a test makes.
-SAME = "the model itself"
+# The fixture names the model's own folder.
+ITSELF = {"method": "draft_model", "num_speculative_tokens": 2, "model": "the model itself"}
 SUPPORTED = [
     {},
     {"checkpoint": checkpoint_configs.UNUSED_WINDOW},
@@ -70,14 +71,12 @@ def test_supported_engine_passes_every_rule(arguments, changes):
 # Pairs of what the sentence says and what the engine arguments say.
 REFUSED = [
     (
-        "this method of speculative decoding: got method 'draft_model'",
-        {
-            "speculative_config": {
-                "method": "draft_model",
-                "num_speculative_tokens": 2,
-                "model": SAME,
-            }
-        },
+        "draft models on this runner: got method 'draft_model' on the V1",
+        {"speculative_config": ITSELF},
+    ),
+    (
+        "speculative decoding with pipeline parallelism: got --pipeline-parallel-size 2",
+        {"speculative_config": NGRAM, "pipeline_parallel_size": 2},
     ),
     (
         "speculative decoding together with other options: got --kv-when pressure, "
@@ -182,6 +181,12 @@ def test_unsupported_feature_is_refused_by_name_with_the_cure(arguments, sentenc
 PATCHED = [
     ("models without attention", ModelConfig, "is_attention_free", property(lambda _: True)),
     (
+        "this method of speculative decoding: got method 'dflash'",
+        VllmConfig,
+        "speculative_config",
+        property(lambda _: SimpleNamespace(method="dflash")),
+    ),
+    (
         "dual chunk attention and reference windows (R-SWA)",
         ModelConfig,
         "rswa_window",
@@ -236,8 +241,30 @@ def test_a_budget_below_the_block_of_a_state_is_refused_with_the_number_that_wor
     assert vllm_config.cache_config.block_size == asked != 544
 
 
+# What a draft model's layers cannot stand beside, on the V2 runner.
+BESIDE_DRAFTS = [
+    ("a draft model beside: got --kv-swap-space", rkv_vllm.engine_args(swap_space=0.1)),
+    ("a draft model beside: got --kv-layer-budgets", rkv_vllm.engine_args(layer_budgets="pyramid")),
+    (
+        "a draft model beside: got layers of other kinds in target or draft model",
+        {"checkpoint": checkpoint_configs.MIXED_WINDOWS},
+    ),
+]
+
+
+@pytest.mark.parametrize(("sentence", "changes"), BESIDE_DRAFTS)
+def test_what_a_draft_model_does_not_stand_beside_is_refused(
+    arguments, monkeypatch, sentence, changes
+):
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
+    arguments(speculative_config=ITSELF).create_engine_config()
+    with pytest.raises(ValueError, match="does not support") as error:
+        arguments(speculative_config=ITSELF, **changes).create_engine_config()
+    assert sentence in str(error.value)
+
+
 def test_every_rule_has_a_test():
-    tested = "\n".join(sentence for sentence, *_ in (*REFUSED, *PATCHED))
+    tested = "\n".join(sentence for sentence, *_ in (*REFUSED, *PATCHED, *BESIDE_DRAFTS))
     assert [rule.feature for rule in REFUSALS if rule.feature not in tested] == []
 
 
@@ -274,7 +301,7 @@ def run_without_plugin(tmp_path, statement):
     )
 
 
-REFUSED_DRAFTS = "does not support this method of speculative decoding: got method 'draft_model'"
+REFUSED_DRAFTS = "does not support draft models on this runner: got method 'draft_model'"
 
 
 def test_engine_args_bring_the_refusals_where_the_plugin_is_not_loaded(tmp_path):

@@ -23,12 +23,15 @@ class ObservedImplementation(CellImplementation):
         return query
 
 
-def layers_in(cache: torch.Tensor, offsets, heads=2, head_size=8, soft_cap=None, first=0):
+def layers_in(
+    cache: torch.Tensor, offsets, heads=2, head_size=8, soft_cap=None, first=0, is_draft=False
+):
     """Layers at these element offsets of one allocation."""
     shape = (BLOCKS, heads, TOKENS, 2 * head_size)
     stride = torch.empty(shape).stride()
     return {
         f"layers.{first + i}": SimpleNamespace(
+            is_draft_layer=is_draft,
             attn_backend=CellBackend("FLASH_ATTN"),
             num_heads=3 * heads,
             num_kv_heads=heads,
@@ -124,3 +127,34 @@ def test_queries_that_a_layer_has_quantised_are_recorded_with_its_factor(factors
         assert layer_set.ring.queries[0, i, 3].equal(expected.bfloat16())
     layer.impl.forward(layer, query.bfloat16())
     assert layer_set.ring.queries[0, 1, 3].equal(query[1].bfloat16())
+
+
+def test_layers_of_a_draft_model_are_a_set_and_record_by_rows_of_their_own():
+    layers = layers_in(torch.zeros(4096), [0, 8]) | layers_in(
+        torch.zeros(4096), [0, 8], first=2, is_draft=True
+    )
+    for layer in layers.values():
+        observe_queries(layer)
+    rows = GroupRows(4, 32, WINDOW + 1, torch.device("cpu"))
+    target, draft = make_layer_sets(
+        layers,
+        TOKENS,
+        rows,
+        RingMemory(2, WINDOW + 1, 4 * 6 * 8, torch.float32, torch.device("cpu")),
+        0,
+        WINDOW,
+    )
+    assert target.model.layers == ("layers.0", "layers.1")
+    assert draft.model.layers == ("layers.2", "layers.3")
+    rows.watch([(1, 0, 1, 0)])
+    for layer in layers.values():
+        layer.impl.forward(layer, torch.ones(1, 6, 8))
+    assert target.ring.queries[1, :, 0].eq(1).all()
+    # Not before the draft model's own forward is that of the step, and not after it.
+    assert not draft.ring.queries.any()
+    rows.draft.begin_step(rows)
+    layers["layers.2"].impl.forward(layers["layers.2"], torch.ones(1, 6, 8))
+    rows.draft.end_step()
+    layers["layers.3"].impl.forward(layers["layers.3"], torch.ones(1, 6, 8))
+    assert draft.ring.queries[1, 0, 0].eq(1).all()
+    assert not draft.ring.queries[:, 1].any()

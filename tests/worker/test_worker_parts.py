@@ -145,6 +145,8 @@ class SpecRunner:
         self.specs = specs
         self.compression = ServerOptions(budget=64, buffer=32)
         self._method = method
+        context = {name: SimpleNamespace(is_draft_layer="draft" in name) for name in specs}
+        self.compilation_config = SimpleNamespace(static_forward_context=context)
         self.parallel_config = SimpleNamespace(pipeline_parallel_size=num_stages)
         self.model_config = SimpleNamespace(get_total_num_hidden_layers=lambda: num_layers)
 
@@ -187,6 +189,12 @@ def test_layer_budgets_are_the_methods_and_none_for_the_servers():
     # The last two of six layers, on the second of two pipeline stages.
     assert budgets_of(SpecCompressionRunner(specs, Ladder, 2, 6)) == [128, None]
     assert budgets_of(SpecCompressionRunner(specs, RKV, 2, 6)) == [None, None]
+
+
+def test_layers_of_a_draft_model_stand_beside_with_the_servers_budget():
+    full = FullAttentionSpec(**SIZES)
+    specs = {f"model.layers.{i}.attn": full for i in (0, 1)} | {"draft.layers.0.attn": full}
+    assert budgets_of(SpecCompressionRunner(specs, Ladder)) == [128, None, None]
 
 
 def test_layer_budgets_that_cannot_be_are_refused_by_name():
