@@ -4,8 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
+from vllm.v1.attention.ops import triton_reshape_and_cache_flash as triton_store
 
 from rkv_vllm.fit.refusals import ATTENTION_BACKENDS
 from rkv_vllm.worker.cache_views import LAYOUTS, view_caches
@@ -192,3 +195,21 @@ def test_the_bytes_of_cpu_attn_are_found_by_its_own_op(cache_dtype, isa, model_d
             assert (gap < 1e-3).all()
             normal = written.float().abs() > 0.25
             assert (gap[normal] > -0.26).all()
+
+
+@pytest.mark.parametrize("cache_dtype", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("order", ["LBNHC", "BLNHC"])
+def test_triton_attn_stores_e4m3_whatever_it_is_called(monkeypatch, cache_dtype, order):
+    """Its own kernel, interpreted as if a Hopper ran it."""
+    monkeypatch.setattr(triton_store, "_is_supported_kv_cache_dtype", lambda dtype: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    impl = object.__new__(TritonAttentionImpl)
+    impl.attn_type, impl.kv_cache_dtype = AttentionType.DECODER, cache_dtype
+    impl.head_size, impl.fp8_dtype = HEAD_SIZE, current_platform.fp8_dtype()
+    impl._is_per_token_head_quant = False
+    layers = quantised_layers(impl, ONE_OF_A_LAYER, "TRITON_ATTN", order)
+    views = view_caches(layers, TOKENS)
+    assert views.keys.dtype == views.values.dtype == torch.float8_e4m3fn
+    for i, (keys, values) in enumerate(ONE_OF_A_LAYER):
+        assert views.keys.quantisation.scale[i].tolist() == pytest.approx([keys] * HEADS)
+        assert views.values.quantisation.scale[i].tolist() == pytest.approx([values] * HEADS)
