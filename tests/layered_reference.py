@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from rkv_vllm.options import ServerOptions
-from tests.reference import Keep, ReferenceRequest, load_model, single_thread
+from tests.reference import Keep, ReferenceRequest, Store, load_model, single_thread
 
 
 @dataclass
@@ -72,6 +72,7 @@ def generate_layered_reference(
     configs: Sequence[ServerOptions | None],
     unprocessed_steps: int = 0,
     keep: Keep | None = None,
+    store: Store | None = None,
 ) -> LayeredResult:
     """Generates greedily for one request.
 
@@ -82,9 +83,11 @@ def generate_layered_reference(
         configs: of each layer what to keep and when; None keeps its whole cache.
         unprocessed_steps: as in `generate_reference`.
         keep: what chooses, None for R-KV.
+        store: how the cache rounds, None for one that does not.
     """
     widest = next(config for config in configs if config is not None)
-    request = ReferenceRequest(load_model(model_dir, torch.float32), widest, unprocessed_steps)
+    loaded = load_model(model_dir, torch.float32)
+    request = ReferenceRequest(loaded, widest, unprocessed_steps, store=store)
     layers = [
         _Layer(number, config, len(prompt_ids), keep) for number, config in enumerate(configs)
     ]

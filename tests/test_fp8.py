@@ -14,8 +14,10 @@ import torch
 
 import rkv_vllm
 from rkv_vllm.options import ServerOptions
+from tests import served_groups
 from tests.engine import BLOCK_SIZE, Engine, running_engine
 from tests.fp8 import DTYPES, Fp8Store, calibrated_model, needs_fp8_on_cpu
+from tests.layered_reference import generate_layered_reference
 from tests.methods.oracle import assert_same_kept, expected_scores
 from tests.models import assert_varied, random_prompt
 from tests.reference import generate_reference
@@ -208,6 +210,32 @@ def test_every_float_runner_and_strategy_is_explicit_eviction(
     how = {"unprocessed_steps": runner.unprocessed_steps}
     config = ServerOptions(**LENGTHS)
     assert compactions == assert_explicit_eviction(engine, model, store, config, **how) >= 12
+
+
+@pytest.mark.nightly
+def test_full_layers_are_compacted_beside_sliding_ones(random_model_dir):
+    """Of both groups the cache rounds; blocks of the windows are never written by a flush."""
+    layer_types = ("sliding_attention", "full_attention")
+    model = random_model_dir("llama", 3, layers=2, layer_types=layer_types, sliding_window=40)
+    bytes_per_block = 2 * 2 * BLOCK_SIZE * 32
+    engine, _, compactions, _ = served_groups.serve(
+        model,
+        100,
+        2,
+        kv_cache_dtype="fp8_e4m3",
+        kv_cache_memory_bytes=256 * bytes_per_block,
+        **rkv_vllm.engine_args(**LENGTHS),
+    )
+    configs, store = [None, ServerOptions(**LENGTHS)], Fp8Store("fp8_e4m3")
+    num_same = expected = 0
+    for req_id, prompt in served_groups.PROMPTS.items():
+        reference = generate_layered_reference(model, prompt, 100, configs, store=store)
+        num_same += engine.outputs[req_id].token_ids == reference.token_ids
+        expected += reference.compactions[1]
+        assert_varied(reference.token_ids)
+    assert 2 * num_same >= len(served_groups.PROMPTS)
+    (of_full,) = compactions.values()
+    assert of_full == expected >= 16
 
 
 def test_swap_prompts_prefixes_and_pressure_take_bytes_for_what_they_are(random_model_dir):
