@@ -179,6 +179,11 @@ class EvictionBatch:
         flags = self.non_finite[requests] if non_finite is None else non_finite
         return replace(self, evictions=self.evictions[requests], non_finite=flags, **parts)
 
+    def reseated(self) -> "EvictionBatch":
+        """The same batch for queries that were copied request by request: i has seat i."""
+        evictions = tuple(e._replace(seat=i) for i, e in enumerate(self.evictions))
+        return replace(self, evictions=evictions, seats=torch.arange(len(evictions)).to(self.seats))
+
     def window_queries(self, request: int, queries: Tensor) -> Tensor:
         """Copy the queries that judge one request, in temporal order.
 

@@ -177,6 +177,12 @@ class ServerOptions:
         wanted="a finite number of GiB, at least 0",
         accepts=lambda gib: gib >= 0,
     )
+    experimental_mla: bool = option(
+        False,
+        "Compresses models of multi-head latent attention (DeepSeek-V2, V3, R1, Kimi), on a CPU. "
+        "What that costs in accuracy has not been measured on any real model.",
+        flag="--kv-experimental-mla",
+    )
     max_request_tokens: int = option(
         0,
         "Most tokens, protected ones plus budget plus buffer, that a request may set for itself by "

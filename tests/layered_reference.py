@@ -29,7 +29,7 @@ class LayeredResult:
     compactions: list[int]
 
 
-class _Layer:
+class LayerLengths:
     """Lengths of one layer's cache, which only grows by decoding here."""
 
     def __init__(
@@ -89,7 +89,7 @@ def generate_layered_reference(
     loaded = load_model(model_dir, torch.float32)
     request = ReferenceRequest(loaded, widest, unprocessed_steps, store=store)
     layers = [
-        _Layer(number, config, len(prompt_ids), keep) for number, config in enumerate(configs)
+        LayerLengths(number, config, len(prompt_ids), keep) for number, config in enumerate(configs)
     ]
     result = LayeredResult([], [], [])
     logprobs = request.prefill(prompt_ids)

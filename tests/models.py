@@ -133,29 +133,29 @@ def _draw_weights(model: torch.nn.Module, generator: torch.Generator) -> None:
                 (mlp.up_proj, 1.0),
                 (mlp.down_proj, MLP_GAIN),
             ):
-                _draw(projection.weight, gain, generator)
+                draw(projection.weight, gain, generator)
             for reader in (attention.q_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
                 reader.weight[:, CONSTANT_CHANNEL] = 0
             for writer in (attention.o_proj, mlp.down_proj):
                 writer.weight[CONSTANT_CHANNEL] = 0
-            _share_key_part(attention.k_proj.weight, generator)
+            share_key_part(attention.k_proj.weight, generator)
             if hasattr(attention, "k_norm"):
                 attention.q_norm.weight.fill_(QUERY_STD)
                 attention.k_norm.weight.fill_(KEY_STD)
-        _draw(model.lm_head.weight, LOGIT_STD, generator)
+        draw(model.lm_head.weight, LOGIT_STD, generator)
         model.lm_head.weight[:, CONSTANT_CHANNEL] = 0
         # A logit of zero among a thousand random ones is never the largest: text does not end by
         # chance.
         model.lm_head.weight[: len(SPECIAL_TOKENS)] = 0
 
 
-def _draw(weight: torch.Tensor, gain: float, generator: torch.Generator) -> None:
+def draw(weight: torch.Tensor, gain: float, generator: torch.Generator) -> None:
     """Fills `weight [out, in]` so that inputs of unit root mean square give outputs of `gain`."""
     drawn = torch.randn(weight.shape, generator=generator)
     weight.copy_(drawn * gain * weight.shape[1] ** -0.5)
 
 
-def _share_key_part(weight: torch.Tensor, generator: torch.Generator) -> None:
+def share_key_part(weight: torch.Tensor, generator: torch.Generator) -> None:
     """Splits a key projection `[num_kv_heads * head_dim, hidden]` into common and own part."""
     weight *= (1 - COMMON_KEY_ENERGY) ** 0.5
     common = torch.randn(weight.shape[0], generator=generator)

@@ -36,6 +36,7 @@ FLAGS = [
     "--kv-prompt-chunk=512",
     "--kv-seats=3",
     "--kv-swap-space=0.5",
+    "--kv-experimental-mla",
     "--kv-when=pressure",
     "--kv-max-request-tokens=200",
     "--kv-min-request-buffer=16",
@@ -53,6 +54,7 @@ OPTIONS_OF_FLAGS = {
     "prompt_chunk": 512,
     "seats": 3,
     "swap_space": 0.5,
+    "experimental_mla": True,
     "max_request_tokens": 200,
     "min_request_buffer": 16,
     "options": {"lam": 0.25, "pool": 5, "threshold": 0.75, "center": True, "defensive": False},
@@ -330,7 +332,7 @@ def test_json_example_of_the_help_is_accepted(cli):
 def test_the_readme_says_what_the_fields_say():
     rows = (Path(rkv_vllm.__file__).parents[1] / "README.md").read_text().splitlines()
     for option in {**OPTIONS, **flagged_method_options()}.values():
-        default = "off" if option.name in ("method", "compress_prompt") else option.default
+        default = "off" if option.name == "method" or option.kinds == (bool,) else option.default
         assert f"| `{option.flag}` | {default} | {option.meaning} |" in rows
 
 
@@ -345,7 +347,7 @@ def test_flag_group_names_meaning_unit_and_default_of_every_option(cli):
         text = actions[option.flag].help
         assert option.meaning in text
         assert (option.wanted or "") in text
-        default = "off" if option.name in ("method", "compress_prompt") else option.default
+        default = "off" if option.name == "method" or option.kinds == (bool,) else option.default
         assert f"(default: {default})" in text
 
 

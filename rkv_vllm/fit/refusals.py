@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rkv_vllm.methods.base import ModelShape
 
 # Those whose cache layouts are known (worker/cache_views.py).
-ATTENTION_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
+ATTENTION_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "CPU_MLA")
 
 # Values of --kv-cache-dtype: bytes that are floats, times a factor of a layer or of a head.
 FP8_CACHES = ("fp8", "fp8_e4m3", "fp8_e5m2")
@@ -322,7 +322,7 @@ def _other_layers(vllm_config: "VllmConfig") -> str | None:
     model = vllm_config.model_config
     checkpoint = model.hf_text_config.to_dict()
     bounded = model.get_sliding_window() is not None or model.attention_chunk_size is not None
-    is_mixed = model.is_hybrid or has_limited_layers(checkpoint, bounded)
+    is_mixed = model.use_mla or model.is_hybrid or has_limited_layers(checkpoint, bounded)
     if not is_mixed and not checkpoint.get("num_kv_shared_layers"):
         return None
     return f"{', '.join(model.architectures)} ({model.model})"
@@ -387,6 +387,34 @@ def _options_beside_drafts(vllm_config: "VllmConfig") -> str | None:
         "a model with a recurrent state": vllm_config.model_config.is_hybrid,
     }
     return ", ".join(flag for flag, is_used in used.items() if is_used) or None
+
+
+def _has_indexer(vllm_config: "VllmConfig") -> bool:
+    return vllm_config.model_config.hf_text_config.to_dict().get("index_topk") is not None
+
+
+def _latent_by_accident(vllm_config: "VllmConfig") -> str | None:
+    model = vllm_config.model_config
+    asked = vllm_config.additional_config[CONFIG_KEY].get("experimental_mla")
+    if not model.use_mla or asked:
+        return None
+    return f"{', '.join(model.architectures)} ({model.model})"
+
+
+def _beside_latents(vllm_config: "VllmConfig") -> str | None:
+    from vllm.platforms import current_platform
+
+    options = vllm_config.additional_config[CONFIG_KEY]
+    found = {
+        "a GPU": current_platform.device_type != "cpu",
+        "--speculative-config": vllm_config.speculative_config is not None,
+        "--kv-compress-prompt": options.get("compress_prompt"),
+        "--kv-swap-space": options.get("swap_space"),
+        "layers of other kinds": vllm_config.model_config.is_hybrid,
+    }
+    if not vllm_config.model_config.use_mla or not any(found.values()):
+        return None
+    return ", ".join(feature for feature, is_there in found.items() if is_there)
 
 
 def _runner(vllm_config: "VllmConfig") -> str | None:
@@ -564,8 +592,27 @@ REFUSALS: tuple[Refusal, ...] = (
         "'generate'",
         "pass --runner generate or remove --kv-compression",
     ),
-    # A latent cache holds no keys per head.
-    _model("multi-head latent attention (MLA)", lambda c: c.model_config.use_mla),
+    # Its indexer has a cache of its own, which would have to keep the same tokens.
+    _model(
+        "sparse attention with an indexer (DSA: DeepSeek-V3.2, GLM-5)",
+        _has_indexer,
+        "a model whose layers attend to all tokens",
+    ),
+    # One latent serves all heads of a layer, so one choice does; nobody has measured what it costs.
+    Refusal(
+        "multi-head latent attention (MLA) unless it is asked for",
+        _latent_by_accident,
+        "--kv-experimental-mla with it",
+        "pass that flag to try it (its effect on the answers of real models is unknown), or remove "
+        "--kv-compression",
+    ),
+    # Not tried yet.
+    Refusal(
+        "multi-head latent attention (MLA) together with this",
+        _beside_latents,
+        "none of it",
+        "leave it out, or remove --kv-compression",
+    ),
     # A window or a chunk bounds a cache by itself; only other layers are compacted.
     _model(
         "models without a layer of full attention",

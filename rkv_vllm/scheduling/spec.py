@@ -8,7 +8,12 @@ from dataclasses import dataclass
 
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    replace_as,
+)
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
 from rkv_vllm.fit.overrides import overrides
@@ -42,12 +47,22 @@ class CompressedAttentionSpec(FullAttentionSpec):
             AssertionError: a spec is not ours (vLLM would shorten layers that need every token), or
                 their budgets differ; an AssertionError, as vLLM expects of `merge`.
         """
+        layer_budget = cls.common_budget(specs)
+        return replace_as(FullAttentionSpec.merge(specs), cls, layer_budget=layer_budget)
+
+    @classmethod
+    def common_budget(cls, specs: list["CompressedAttentionSpec"]) -> int | None:
+        """Returns the layer budget of all these specs.
+
+        Raises:
+            AssertionError: they differ, or a spec is of another class.
+        """
         budgets = {spec.layer_budget if isinstance(spec, cls) else spec for spec in specs}
         if len(budgets) != 1 or not all(isinstance(spec, cls) for spec in specs):
             raise AssertionError(
                 f"compressed layers of one group: expected equal layer budgets, got {budgets}"
             )
-        return replace_as(FullAttentionSpec.merge(specs), cls, layer_budget=specs[0].layer_budget)
+        return specs[0].layer_budget
 
     @overrides("vllm.v1.kv_cache_interface:FullAttentionSpec.is_uniform_with_collection")
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
@@ -76,3 +91,31 @@ class CompressedAttentionSpec(FullAttentionSpec):
         slack = server.slack(self.block_size, limits.max_advance)
         longest = longest_cache(terms, max_model_len, limits.in_flight, slack)
         return cdiv(longest, self.block_size) * self.page_size_bytes
+
+
+@register_kv_cache_spec(manager_class=GroupBooks, uniform_type_base_spec=FullAttentionSpec)
+@dataclass(frozen=True, kw_only=True)
+class CompressedMLASpec(MLAAttentionSpec, CompressedAttentionSpec):
+    """The same for layers of multi-head latent attention."""
+
+    @classmethod
+    @overrides("vllm.v1.kv_cache_interface:MLAAttentionSpec.merge")
+    def merge(cls, specs: list["CompressedMLASpec"]) -> "CompressedMLASpec":
+        """Merge the specs of one group's layers.
+
+        Raises:
+            AssertionError: see `CompressedAttentionSpec.merge`.
+        """
+        layer_budget = cls.common_budget(specs)
+        return replace_as(MLAAttentionSpec.merge(specs), cls, layer_budget=layer_budget)
+
+
+def compressed_spec(spec: FullAttentionSpec, layer_budget: int | None) -> CompressedAttentionSpec:
+    """Returns vLLM's spec of a layer as ours.
+
+    Args:
+        spec: of full or of latent attention.
+        layer_budget: tokens that the layer keeps, None for the server's budget.
+    """
+    cls = CompressedMLASpec if isinstance(spec, MLAAttentionSpec) else CompressedAttentionSpec
+    return replace_as(spec, cls, layer_budget=layer_budget)

@@ -128,7 +128,7 @@ class Compactor:
     def _warm_up(self, group: CompressedGroup) -> None:
         for layer_set in group.layer_sets:
             # What lies there may be zeros or NaN, which a method need not expect.
-            for states in (layer_set.keys, layer_set.values):
+            for states in layer_set.stored:
                 states.fill_with_noise(_NULL_BLOCK)
         try:
             self._evict(group, [self._warm_up_directive(group)])
@@ -273,16 +273,14 @@ class Compactor:
     ) -> None:
         """Compact some layers of some requests."""
         layer_set, layers = call.layer_set, call.layers
-        keys, values = layer_set.keys.layers(layers), layer_set.values.layers(layers)
-        queries = None if layer_set.ring is None else layer_set.ring.queries[:, layers]
-        heads = Heads(layers, keys, values, queries)
+        heads, batch = layer_set.heads(layers, batch)
         scores = call.method.score(heads, batch)
         check_scores(call.method, scores, heads, batch)
         keep = layer_set.ops.select(scores, batch)
         if self.observer is not None:
             choice = Choice(directives, heads, batch, scores, keep, call.layer_names)
             self.observer.chosen(choice)
-        layer_set.ops.compact_both(keys, values, batch, keep)
+        layer_set.compact(heads, batch, keep)
 
     def _count(self, directive: EvictionDirective) -> None:
         self.groups[directive.group_id].note(directive)
@@ -322,8 +320,10 @@ def _chunks(batch: EvictionBatch, layer_set: LayerSet) -> Iterator[tuple[slice, 
         Neighbouring requests, at least one, and neighbouring layers, at least one.
     """
     num_layers, num_heads = layer_set.keys.num_layers, layer_set.keys.num_heads
-    limit = SCRATCH_BYTES // (layer_set.ops.scratch_bytes_per_token * num_heads)
-    lengths = [eviction.total_len for eviction in batch.evictions]
+    per_token = layer_set.ops.scratch_bytes_per_token * num_heads
+    limit = SCRATCH_BYTES // per_token
+    more = layer_set.scratch_bytes_per_request // per_token
+    lengths = [eviction.total_len + more for eviction in batch.evictions]
     first = 0
     while first < len(lengths):
         end, longest = first + 1, lengths[first]

@@ -38,9 +38,7 @@ class HostCache:
         # By group, the views [layers, blocks, ...] whose rows make up one of its blocks.
         self._views = {
             group_id: [
-                states.cells
-                for layer_set in group.layer_sets
-                for states in (layer_set.keys, layer_set.values)
+                states.cells for layer_set in group.layer_sets for states in layer_set.stored
             ]
             for group_id, group in groups.items()
         }

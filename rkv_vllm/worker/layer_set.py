@@ -1,7 +1,8 @@
 """Layers of one compressed group that are compacted together: equal heads, equally laid out caches.
 
 A group has one layer set per geometry; most models have one in all. Knows layers and their caches,
-no requests. Next: cache_views.py for how a cache is viewed, group.py for who compacts it.
+no requests. Next: cache_views.py for how a cache is viewed, group.py for who compacts it,
+latent_set.py for layers of latent attention.
 """
 
 from collections.abc import Iterator
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 from vllm.model_executor.layers.attention import Attention
 
+from rkv_vllm.kernels.batch import EvictionBatch
 from rkv_vllm.kernels.ops import Ops, ops_for
 from rkv_vllm.kernels.paged import PagedStates
-from rkv_vllm.methods.base import ModelFacts
+from rkv_vllm.methods.base import Heads, ModelFacts
 from rkv_vllm.worker.attention_hook import record_in
 from rkv_vllm.worker.cache_views import view_caches
 from rkv_vllm.worker.lengths import GroupRows
@@ -41,6 +43,39 @@ class LayerSet:
     ops: Ops
     ring: QueryRing | None
 
+    @property
+    def stored(self) -> tuple[PagedStates, ...]:
+        """What is moved and copied, without overlap."""
+        return self.keys, self.values
+
+    @property
+    def scratch_bytes_per_request(self) -> int:
+        """Temporaries of `heads`, per request and layer."""
+        return 0
+
+    def heads(self, layers: slice, batch: EvictionBatch) -> tuple[Heads, EvictionBatch]:
+        """The caches of some layers, as a method sees them.
+
+        Args:
+            layers: which of this set.
+            batch: the requests.
+
+        Returns:
+            The caches, and the requests with the seats in which their queries lie there.
+        """
+        queries = None if self.ring is None else self.ring.queries[:, layers]
+        return Heads(layers, self.keys.layers(layers), self.values.layers(layers), queries), batch
+
+    def compact(self, heads: Heads, batch: EvictionBatch, keep: Tensor) -> None:
+        """Move the survivors.
+
+        Args:
+            heads: the caches of some layers.
+            batch: the requests.
+            keep: int32 [requests, these layers * KV heads, largest budget], physical positions.
+        """
+        self.ops.compact_both(heads.keys, heads.values, batch, keep)
+
 
 def make_layer_sets(
     layers: dict[str, Attention],
@@ -61,7 +96,7 @@ def make_layer_sets(
         window: newest tokens whose queries judge.
     """
     sets = []
-    for run in _alike(layers):
+    for run in alike(layers):
         views = view_caches(run, block_size)
         model = _model_facts(run, kv_shard, views.keys.device)
         ops = ops_for(views.keys, window)
@@ -92,7 +127,7 @@ def _model_facts(layers: dict[str, Attention], kv_shard: int, device: torch.devi
     )
 
 
-def _alike(layers: dict[str, Attention]) -> Iterator[dict[str, Attention]]:
+def alike(layers: dict[str, Attention]) -> Iterator[dict[str, Attention]]:
     """Cut layers into runs that one view can span: one geometry, one constant stride."""
     by_form: dict[_Form, list[str]] = {}
     for name, layer in layers.items():

@@ -24,9 +24,9 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheSpec,
     MambaSpec,
+    MLAAttentionSpec,
     SlidingWindowSpec,
     iter_layer_specs,
-    replace_as,
 )
 
 from rkv_vllm.cache_owners import owners_of_readers
@@ -38,12 +38,13 @@ from rkv_vllm.methods.base import Method
 from rkv_vllm.options import CONFIG_KEY, ServerOptions
 from rkv_vllm.scheduling.directive import STEP_PLAN_ATTRIBUTE, EvictionDirective, StepPlan
 from rkv_vllm.scheduling.host_room import host_room, ring_len
-from rkv_vllm.scheduling.spec import CompressedAttentionSpec
+from rkv_vllm.scheduling.spec import CompressedAttentionSpec, compressed_spec
 from rkv_vllm.worker.attention_group import attend_to_physical_lengths
-from rkv_vllm.worker.attention_hook import observe_queries
+from rkv_vllm.worker.attention_hook import observe_queries, query_size
 from rkv_vllm.worker.flush import SCRATCH_BYTES, Compactor
 from rkv_vllm.worker.group import CompressedGroup
 from rkv_vllm.worker.host_cache import HostCache
+from rkv_vllm.worker.latent_set import make_latent_sets
 from rkv_vllm.worker.layer_set import LayerSet, make_layer_sets
 from rkv_vllm.worker.lengths import GroupRows
 from rkv_vllm.worker.query_ring import RingMemory
@@ -123,9 +124,7 @@ class CompressionRunner(ABC):
         budgets |= dict.fromkeys(drafting, self.compression.budget)
         for name, budget in budgets.items():
             layer_budget = None if budget == self.compression.budget else budget
-            specs[name] = replace_as(
-                specs[name], CompressedAttentionSpec, layer_budget=layer_budget
-            )
+            specs[name] = compressed_spec(specs[name], layer_budget)
         return specs
 
     def _layer_budgets(self, names: list[str], has_others: bool) -> dict[str, int]:
@@ -255,17 +254,15 @@ class CompressionRunner(ABC):
         return HostCache(groups, room, self.device)
 
     def _view_layers(self, group_id: int, block_size: int) -> list[LayerSet]:
+        layers, rows = self._compressed_layers(group_id), self.rows[group_id]
+        memory, window = self._ring_memory, self.compression.window
+        if self.model_config.use_mla:
+            return make_latent_sets(layers, block_size, rows, memory, window)
         tp_size = self.parallel_config.tensor_parallel_size
         # Ranks beyond the number of KV heads hold copies.
         copies = max(1, tp_size // self.model_config.get_total_num_kv_heads())
-        return make_layer_sets(
-            self._compressed_layers(group_id),
-            block_size,
-            self.rows[group_id],
-            self._ring_memory,
-            get_tp_group().rank_in_group // copies,
-            self.compression.window,
-        )
+        kv_shard = get_tp_group().rank_in_group // copies
+        return make_layer_sets(layers, block_size, rows, memory, kv_shard, window)
 
     def _make_method(self, layer_set: LayerSet, options: Any | None) -> Method:
         own = self.compression.method_options if options is None else options
@@ -360,7 +357,7 @@ class CompressionRunner(ABC):
         options = self.compression
         seats = options.seats + options.prompt_seats(self.max_num_tokens)
         ring_len = self._ring_len
-        position_size = sum(layer.num_heads * layer.head_size for layer in layers.values())
+        position_size = sum(layer.num_heads * query_size(layer) for layer in layers.values())
         try:
             return RingMemory(seats, ring_len, position_size, self.dtype, self.device)
         except torch.OutOfMemoryError as error:
@@ -421,6 +418,8 @@ class CompressionRunner(ABC):
 
 def _is_compressed(spec: KVCacheSpec) -> bool:
     if isinstance(spec, CompressedAttentionSpec):
+        return True
+    if type(spec) is MLAAttentionSpec:
         return True
     return (
         type(spec) is FullAttentionSpec

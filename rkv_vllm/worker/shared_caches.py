@@ -26,6 +26,8 @@ def share_caches(layers: Mapping[str, Attention], owners: Mapping[int, int]) -> 
     Raises:
         ValueError: a layer is missing, or reader and owner are not alike.
     """
+    if not owners:
+        return
     names: dict[int, str] = {}
     for name in layers:
         # Layers of a draft model come last and may repeat the numbers.

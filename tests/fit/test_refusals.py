@@ -36,6 +36,7 @@ def warnings():
     logger.removeHandler(handler)
 
 
+EXPERIMENT = rkv_vllm.engine_args(experimental_mla=True)
 READS = '{"model": "model", "num_layers": 2, "reads": {"1": 0}}'
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
@@ -139,7 +140,22 @@ REFUSED = [
     ),
     ("fast prefill with shared KV layers", {"kv_sharing_fast_prefill": True}),
     ("models that do not generate text", {"runner": "pooling", "convert": "embed"}),
-    ("multi-head latent attention (MLA)", {"checkpoint": checkpoint_configs.LATENT}),
+    (
+        "sparse attention with an indexer (DSA: DeepSeek-V3.2, GLM-5): got LlamaForCausalLM",
+        {"checkpoint": {**checkpoint_configs.LATENT, "index_topk": 64}, **EXPERIMENT},
+    ),
+    (
+        "multi-head latent attention (MLA) unless it is asked for: got LlamaForCausalLM",
+        {"checkpoint": checkpoint_configs.LATENT},
+    ),
+    (
+        "multi-head latent attention (MLA) together with this: got --kv-compress-prompt, "
+        "--kv-swap-space",
+        {
+            "checkpoint": checkpoint_configs.LATENT,
+            **rkv_vllm.engine_args(experimental_mla=True, compress_prompt=True, swap_space=0.1),
+        },
+    ),
     (
         "models without a layer of full attention",
         {"checkpoint": checkpoint_configs.SLIDING_WINDOW},
@@ -405,6 +421,12 @@ def test_layer_budgets_that_do_not_fit_the_model_are_refused_before_it_is_loaded
     five = {**checkpoint_configs.LLAMA, "num_hidden_layers": 5}
     with pytest.raises(ValueError, match="got 'a model of 5 layers'"):
         arguments(checkpoint=five, **with_pyramid()).create_engine_config()
+
+
+def test_latent_attention_is_refused_with_the_flag_that_allows_it(arguments):
+    with pytest.raises(ValueError, match="pass that flag to try it") as error:
+        arguments(checkpoint_configs.LATENT).create_engine_config()
+    assert "wanted --kv-experimental-mla with it" in str(error.value)
 
 
 def test_shared_caches_of_another_model_are_refused_before_it_is_loaded(arguments, tmp_path):

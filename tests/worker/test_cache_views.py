@@ -12,6 +12,7 @@ from vllm.v1.attention.ops import triton_reshape_and_cache_flash as triton_store
 
 from rkv_vllm.fit.refusals import ATTENTION_BACKENDS
 from rkv_vllm.worker.cache_views import LAYOUTS, view_caches
+from rkv_vllm.worker.latent_set import BACKENDS
 
 LAYERS, BLOCKS, HEADS, TOKENS, HEAD_SIZE = 3, 8, 2, 16, 8
 AXES = "LBHNC"
@@ -94,7 +95,7 @@ def test_an_unknown_layout_is_refused():
 
 
 def test_the_backends_checked_at_start_are_those_whose_layouts_are_known():
-    assert set(ATTENTION_BACKENDS) == set(LAYOUTS)
+    assert set(ATTENTION_BACKENDS) == {*LAYOUTS, *BACKENDS}
 
 
 class QuantisedImplementation(CellImplementation):
