@@ -21,7 +21,7 @@ from rkv_vllm.kernels.compact.triton import compact_triton
 from rkv_vllm.kernels.observe.naive import observe_naive
 from rkv_vllm.kernels.observe.triton import observe_triton
 from rkv_vllm.kernels.ops import triton_ops
-from rkv_vllm.kernels.paged import PagedStates
+from rkv_vllm.kernels.paged import FLOATS_OF_A_BYTE, PagedStates
 from rkv_vllm.kernels.select.naive import select_naive
 from rkv_vllm.kernels.select.triton import select_triton
 from rkv_vllm.kernels.slots import StepRows, StepSlots
@@ -43,6 +43,7 @@ from tests.kernels.cases import (
 )
 
 Run = tuple[str, Callable[[], None]]
+CACHE_DTYPES = (*DTYPES, *FLOATS_OF_A_BYTE)
 
 
 def main() -> None:
@@ -89,7 +90,7 @@ def _ragged(device: torch.device, small: bool) -> Iterator[Run]:
         lengths, groups, head_sizes = [(70, 73, 30), (73, 73, 9, 40)], (3,), (80,)
     options = list(itertools.product(groups, head_sizes))
     for number, (dtype, layout, (group, head_size)) in enumerate(
-        itertools.product(DTYPES, PLAIN, options)
+        itertools.product(CACHE_DTYPES, PLAIN, options)
     ):
         # Every dtype with every layout, and over them the groups and head sizes in turn.
         if not small and number % 4:
@@ -152,7 +153,7 @@ def _compactions(device: torch.device, small: bool) -> Iterator[Run]:
     if not small:
         lengths.append((2000, 2001, 1024))
     for layout, dtype, fresh in itertools.product(
-        PLAIN, DTYPES, ("in place", "all fresh", "first fresh")
+        PLAIN, CACHE_DTYPES, ("in place", "all fresh", "first fresh")
     ):
         if small and (layout, fresh) not in ((PLAIN[0], "in place"), (PLAIN[2], "first fresh")):
             continue
@@ -175,19 +176,25 @@ def _compactions(device: torch.device, small: bool) -> Iterator[Run]:
 
 
 def _observations(device: torch.device) -> Iterator[Run]:
-    for dtype, heads, head_size in itertools.product(DTYPES, (3, 32), (64, 80)):
+    for dtype, heads, head_size in itertools.product(CACHE_DTYPES, (3, 32), (64, 80)):
 
         def run(dtype=dtype, heads=heads, head_size=head_size) -> None:
-            pools = [torch.full((4, 3, 10, heads, head_size), 7.0, dtype=dtype) for _ in range(2)]
+            is_fp8 = dtype in FLOATS_OF_A_BYTE
+            # The interpreter cuts where it should round.
+            of_ring = torch.float32 if is_fp8 and device.type == "cpu" else torch.bfloat16
+            shape, of_ring = (4, 3, 10, heads, head_size), of_ring if is_fp8 else dtype
+            pools = [torch.full(shape, 7.0, dtype=of_ring) for _ in range(2)]
+            scale = torch.tensor([0.37]) if is_fp8 else None
             # As attention gets it: a slice of the fused projection.
             query = torch.randn(20, 3, heads, head_size).to(dtype)[:, 0]
             rows = torch.full((24,), -1, dtype=torch.int32)
             rows[[1, 5, 19]] = torch.tensor([3, 17, 39], dtype=torch.int32)
-            observe_naive(pools[0], 1, query, rows)
+            observe_naive(pools[0], 1, query, rows, scale)
             on_device = pools[1].to(device)
             wide = torch.empty(20, 3, heads, head_size, dtype=dtype, device=device)
             wide[:, 0] = query.to(device)
-            observe_triton(on_device, 1, wide[:, 0], rows.to(device))
+            moved_scale = None if scale is None else scale.to(device)
+            observe_triton(on_device, 1, wide[:, 0], rows.to(device), moved_scale)
             assert torch.equal(on_device.cpu(), pools[0])
 
         yield f"observe {dtype} heads {heads} d {head_size}", run
@@ -238,7 +245,7 @@ def _check_whole(case: Case, device: torch.device) -> None:
 
 def _assert_compacted(case: Case, states: PagedStates, batch: EvictionBatch, keep: Tensor) -> None:
     for i, eviction in enumerate(batch.evictions):
-        after = states.read(batch.new_block_table[i], eviction.new_len).cpu()
+        after = states.numbers(batch.new_block_table[i], eviction.new_len).cpu()
         assert torch.equal(after, case.kept_and_tail(keep, i))
 
 
@@ -248,7 +255,10 @@ def _moved(case: Case, device: torch.device) -> Case:
     # A copy of the view alone would be contiguous.
     memory = blocks.new_empty(0).set_(blocks.untyped_storage()).clone().to(device)
     view = memory.as_strided(blocks.shape, blocks.stride(), blocks.storage_offset())
-    states = PagedStates(view, case.states.packing, case.states.block_size)
+    quantisation = case.states.quantisation
+    if quantisation is not None:
+        quantisation = replace(quantisation, scale=quantisation.scale.to(device))
+    states = PagedStates(view, case.states.packing, case.states.block_size, quantisation)
     batch = EvictionBatch.of(case.batch.evictions, case.batch.window, device)
     return replace(case, states=states, batch=batch, queries=case.queries.to(device))
 
