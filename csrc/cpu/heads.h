@@ -123,11 +123,14 @@ RKV_INLINE int64_t round_up(int64_t value, int64_t multiple) {
 
 // In place; returns false when a value is not finite (a softmax would hide an infinite one).
 RKV_INLINE bool softmax(float* values, int64_t count) {
-  float largest = values[0];
+  float largest = values[0], bad = 0;
+#pragma omp simd reduction(max : largest) reduction(+ : bad)
   for (int64_t i = 0; i < count; ++i) {
-    if (!std::isfinite(values[i])) return false;
-    largest = std::max(largest, values[i]);
+    // Zero times what is not finite is NaN.
+    bad += 0.0f * values[i];
+    largest = values[i] > largest ? values[i] : largest;
   }
+  if (bad != 0) return false;
   float sum = 0;
   for (int64_t i = 0; i < count; ++i) sum += values[i] = std::exp(values[i] - largest);
   for (int64_t i = 0; i < count; ++i) values[i] /= sum;

@@ -60,22 +60,27 @@ RKV_CLONES bool importance(const ImportanceArgs& a, int64_t head, ImportanceScra
   for (int64_t i = 0; i < num_queries * head_size; ++i) s.queries[i] = queries[i] * a.scale[head];
   std::fill(s.logits.begin(), s.logits.end(), -INFINITY);
   float products[kRows][kColumns];
-  bool finite = true;
+  // Zero times what is not finite is NaN, and stays it: a test that vector units make.
+  float bad[kColumns] = {};
   for (int64_t first = 0; first < m; first += kColumns) {
     const int64_t valid = std::min(kColumns, m - first);
+    // Columns behind the last candidate count as well; what an earlier head left there is gone.
+    if (valid < kColumns) std::fill(s.tile.begin(), s.tile.end(), 0.0f);
     load_columns(a.keys, head, first, valid, s.tile.data(), kColumns);
     for (int64_t row = 0; row < num_queries; row += kRows) {
       micro_tile(&s.queries[row * head_size], s.tile.data(), kColumns, head_size, products);
       for (int64_t r = 0; r < std::min(kRows, num_queries - row); ++r) {
         float* logits = &s.logits[(row + r) % a.window * s.columns + first];
-        for (int64_t c = 0; c < valid; ++c) {
-          finite &= std::isfinite(products[r][c]);
-          logits[c] = std::max(logits[c], products[r][c]);
+#pragma omp simd
+        for (int64_t c = 0; c < kColumns; ++c) {
+          const float product = products[r][c];
+          bad[c] += 0.0f * product;
+          logits[c] = logits[c] > product ? logits[c] : product;
         }
       }
     }
   }
-  if (!finite) return false;
+  if (std::any_of(bad, bad + kColumns, [](float value) { return value != 0.0f; })) return false;
   std::fill(s.attention.begin(), s.attention.end(), 0.0f);
   const float cap = a.soft_cap[layer];
   for (int64_t q = 0; q < a.window; ++q) {
@@ -96,12 +101,16 @@ RKV_CLONES bool importance(const ImportanceArgs& a, int64_t head, ImportanceScra
     for (int64_t i = 0; i < m; ++i) sum += s.attention[i];
     least = static_cast<float>(sum / static_cast<double>(m));
   }
-  const int64_t half = a.pool / 2;
-  for (int64_t i = 0; i < m; ++i) {
-    const float* start = &s.attention[std::max<int64_t>(i - half, 0)];
-    const float* stop = s.attention.data() + std::min(i + half + 1, m);
-    // The largest of floored shares is the floored largest.
-    result[i] = std::max(*std::max_element(start, stop), least);
+  // The largest of floored shares is the floored largest.
+  for (int64_t i = 0; i < m; ++i) result[i] = std::max(s.attention[i], least);
+  for (int64_t shift = 1; shift <= std::min(a.pool / 2, m - 1); ++shift) {
+    const float* attention = s.attention.data();
+#pragma omp simd
+    for (int64_t i = 0; i < m - shift; ++i)
+      result[i] = result[i] > attention[i + shift] ? result[i] : attention[i + shift];
+#pragma omp simd
+    for (int64_t i = shift; i < m; ++i)
+      result[i] = result[i] > attention[i - shift] ? result[i] : attention[i - shift];
   }
   return true;
 }
