@@ -166,6 +166,25 @@ def is_interpreted() -> bool:
 
 
 @triton.jit
+def tile_of_program(num_tiles):
+    """Row and tile of this program, whose neighbours have the same row."""
+    i_program = tl.program_id(0).to(tl.uint32)
+    i_row = i_program // num_tiles.to(tl.uint32)
+    return i_row.to(tl.int32), (i_program - i_row * num_tiles.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def place_of_row(i_row, num_layers, NUM_HEADS: tl.constexpr):
+    """Request, layer and head of a row; without a sign, and with one division that is one."""
+    i_row = i_row.to(tl.uint32)
+    per_request = (num_layers * NUM_HEADS).to(tl.uint32)
+    i_request = i_row // per_request
+    inside = i_row - i_request * per_request
+    i_layer = inside // NUM_HEADS
+    return i_request.to(tl.int32), i_layer.to(tl.int32), (inside % NUM_HEADS).to(tl.int32)
+
+
+@triton.jit
 def token_places(
     p_row,
     o_token,
@@ -218,7 +237,8 @@ def load_tile(
     KERNEL_BLOCK_SIZE: tl.constexpr,
     GRAIN: tl.constexpr,
     FP8: tl.constexpr,
-    begin=None,
+    begin=0,
+    MASKED: tl.constexpr = False,
 ):
     """Keys or values [TOKENS, BLOCK_D] of one head at positions [first, first + TOKENS).
 
@@ -226,8 +246,8 @@ def load_tile(
 
     Goes by grains, so that a thread looks up one block and one offset for many tokens, and without
     masks: what stands before or behind the tokens in their first and last grain is read as it is,
-    and rows behind the last grain repeat it. With `begin`, positions outside of [begin, stop) are
-    zero: that is for whoever adds rows up.
+    and rows behind the last grain repeat it. MASKED, positions outside of [begin, stop) are zero:
+    that is for whoever adds rows up.
 
     `first` is a multiple of GRAIN, `stop` > 0 the number of positions that hold tokens.
     """
@@ -239,14 +259,14 @@ def load_tile(
     p_cells = p_head + places[:, None, None] + o_token[None, :, None]
     p_cells += (o_dim * strides.dim)[None, None, :]
     m_dim = (o_dim < HEAD_SIZE)[None, None, :]
-    if begin is not None:
+    if MASKED:
         position = (first + tl.arange(0, TOKENS // GRAIN) * GRAIN)[:, None] + tl.arange(0, GRAIN)
         m_token = (position >= begin) & (position < stop)
-        b_states = tl.load(p_cells, mask=m_token[:, :, None] & m_dim, other=0)
+        b_states = tl.load(p_cells, mask=m_token[:, :, None] & m_dim, other=0.0)
     elif HEAD_SIZE == BLOCK_D:
         b_states = tl.load(p_cells)
     else:
-        b_states = tl.load(p_cells, mask=m_dim, other=0)
+        b_states = tl.load(p_cells, mask=m_dim, other=0.0)
     b_states = tl.reshape(b_states, (TOKENS, BLOCK_D))
     return b_states if FP8 == 0 else floats_of_bytes(b_states, FP8)
 

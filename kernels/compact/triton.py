@@ -23,6 +23,7 @@ from rkv_vllm.kernels.tiles import (
     Strides,
     grain_of,
     kernel_block_size,
+    place_of_row,
     strides_of,
     token_places,
 )
@@ -134,22 +135,20 @@ def compact_kernel(
     GRAIN: tl.constexpr,
 ):
     """Move survivors and tail of one head, of its keys or of its values; zeros behind them."""
-    i_row = tl.program_id(0).to(tl.int64)
+    i_row = tl.program_id(0)
     p_states = p_keys
     if BOTH:
         p_states = tl.where(i_row % 2 == 0, p_keys, p_values)
         i_row = i_row // 2
-    i_request = i_row // (num_layers * NUM_HEADS)
-    i_layer = i_row // NUM_HEADS % num_layers
-    i_head = i_row % NUM_HEADS
+    i_request, i_layer, i_head = place_of_row(i_row, num_layers, NUM_HEADS)
     settled_len = tl.load(p_settled_lens + i_request)
     prefix_len = tl.load(p_prefix_lens + i_request)
     kept_len = prefix_len + tl.load(p_budgets + i_request)
     new_len = kept_len + tl.load(p_total_lens + i_request) - settled_len
-    p_head = p_states + i_layer * strides.layer + i_head * strides.head
-    p_old_row = p_old_block_table + i_request * old_table_stride
-    p_new_row = p_new_block_table + i_request * new_table_stride
-    p_kept = p_keep + i_row * max_budget
+    p_head = p_states + i_layer.to(tl.int64) * strides.layer + i_head.to(tl.int64) * strides.head
+    p_old_row = p_old_block_table + i_request.to(tl.int64) * old_table_stride
+    p_new_row = p_new_block_table + i_request.to(tl.int64) * new_table_stride
+    p_kept = p_keep + i_row.to(tl.int64) * max_budget
     # Blocks full of prefix are skipped; what the next one holds of it goes along. The last block is
     # written to its end.
     start = prefix_len // BLOCK_SIZE * BLOCK_SIZE

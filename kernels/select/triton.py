@@ -17,12 +17,9 @@ from torch import Tensor
 from rkv_vllm.kernels.batch import EvictionBatch
 from rkv_vllm.kernels.select.naive import check_scores
 
-# Scores of a row that is read once: 16 per thread.
-IN_REGISTERS = tl.constexpr(4096)
-# Scores at once of a longer one.
+# Scores of a row that is read once, and scores at once of a longer one: 16 per thread of 4 warps.
+IN_REGISTERS = tl.constexpr(2048)
 TILE = tl.constexpr(2048)
-# A program per head: few, so of many warps.
-NUM_WARPS = 8
 
 # tiles.py says why.
 VARYING = (
@@ -185,6 +182,5 @@ def select_triton(scores: Tensor, batch: EvictionBatch) -> Tensor:
             batch.max_budget,
             WINDOW=batch.window,
             BLOCK_W=triton.next_power_of_2(batch.window),
-            num_warps=NUM_WARPS,
         )
     return keep

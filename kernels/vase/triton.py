@@ -28,7 +28,9 @@ from rkv_vllm.kernels.tiles import (
     grain_of,
     layout_of,
     load_tile,
+    place_of_row,
     strides_of,
+    tile_of_program,
 )
 
 
@@ -154,11 +156,8 @@ def range_kernel(
     IN_FLOAT32: tl.constexpr,
 ):
     """Largest minus smallest element of each value of a tile of tokens; 0 behind the candidates."""
-    i_tile = tl.program_id(0) % num_tiles
-    i_row = tl.program_id(0) // num_tiles
-    i_request = i_row // (num_layers * NUM_HEADS)
-    i_layer = i_row // NUM_HEADS % num_layers
-    i_head = i_row % NUM_HEADS
+    i_row, i_tile = tile_of_program(num_tiles)
+    i_request, i_layer, i_head = place_of_row(i_row, num_layers, NUM_HEADS)
     prefix_len = tl.load(p_prefix_lens + i_request)
     settled_len = tl.load(p_settled_lens + i_request)
     lead = prefix_len % GRAIN

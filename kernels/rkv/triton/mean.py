@@ -15,7 +15,9 @@ from rkv_vllm.kernels.tiles import (
     elements,
     layout_of,
     load_tile,
+    place_of_row,
     strides_of,
+    tile_of_program,
 )
 
 
@@ -69,11 +71,8 @@ def sums_kernel(
     IN_FLOAT32: tl.constexpr,
 ):
     """Sum of the keys of a tile of tokens."""
-    i_tile = tl.program_id(0) % num_tiles
-    i_row = tl.program_id(0) // num_tiles
-    i_request = i_row // (num_layers * NUM_HEADS)
-    i_layer = i_row // NUM_HEADS % num_layers
-    i_head = i_row % NUM_HEADS
+    i_row, i_tile = tile_of_program(num_tiles)
+    i_request, i_layer, i_head = place_of_row(i_row, num_layers, NUM_HEADS)
     prefix_len = tl.load(p_prefix_lens + i_request)
     settled_len = tl.load(p_settled_lens + i_request)
     lead = prefix_len % GRAIN

@@ -8,6 +8,7 @@ atomic and come in any order, so they are made on integers of 2**-40, where the 
 matter: ranks of tensor parallelism that hold copies of one head, and repeated runs, choose alike.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,8 +22,10 @@ from rkv_vllm.kernels.tiles import (
     elements,
     layout_of,
     load_tile,
+    place_of_row,
     product,
     strides_of,
+    tile_of_program,
 )
 
 # Column sums are below 2**20 tokens in any context length, so a sum stays below 2**61.
@@ -66,7 +69,18 @@ def launch_search(
         threshold,
         CENTER=norms.means is not None,
         **layout_of(keys),
+        **_register_limit(keys, norms.means is not None),
     )
+
+
+def _register_limit(keys: PagedStates, center: bool) -> dict[str, int]:
+    """Registers of a thread, where fewer than it would like are worth it.
+
+    Programs wait for memory most of the time. With 128 registers an H100 holds four at a time, not
+    three, at 24 spilled bytes. Products in float32 need more; AMD's compiler knows no such limit.
+    """
+    few = keys.dtype.itemsize <= 2 and not center and keys.head_size <= 128
+    return {"maxnreg": 128} if few and torch.version.hip is None else {}
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -97,11 +111,8 @@ def search_kernel(
     IN_FLOAT32: tl.constexpr,
 ):
     """Column sum and newest similar key of each token of a tile."""
-    i_tile = tl.program_id(0) % num_tiles
-    i_row = tl.program_id(0) // num_tiles
-    i_request = i_row // (num_layers * NUM_HEADS)
-    i_layer = i_row // NUM_HEADS % num_layers
-    i_head = i_row % NUM_HEADS
+    i_row, i_tile = tile_of_program(num_tiles)
+    i_request, i_layer, i_head = place_of_row(i_row, num_layers, NUM_HEADS)
     prefix_len = tl.load(p_prefix_lens + i_request)
     settled_len = tl.load(p_settled_lens + i_request)
     lead = prefix_len % GRAIN

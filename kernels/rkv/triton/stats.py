@@ -19,8 +19,10 @@ from rkv_vllm.kernels.tiles import (
     layout_of,
     load_tile,
     most_tiles,
+    place_of_row,
     product,
     strides_of,
+    tile_of_program,
 )
 
 # Query rows that are multiplied at once, of several members of a group.
@@ -188,7 +190,8 @@ def _largest_logits(
     o_window = tl.arange(0, BLOCK_W)
     o_member = tl.arange(0, AT_ONCE)
     o_dim = tl.arange(0, BLOCK_D)
-    ring_idx = (window_end - WINDOW + o_window) % ring_len
+    ring_idx = (window_end - WINDOW) % ring_len + o_window
+    ring_idx = tl.where(ring_idx >= ring_len, ring_idx - ring_len, ring_idx)
     p_rows = p_ring + ring_idx[None, :, None].to(tl.int64) * query_strides.ring
     p_rows += o_member[:, None, None].to(tl.int64) * query_strides.head + o_dim[None, None, :]
     m_rows = (o_window < WINDOW)[None, :, None] & (o_dim < HEAD_SIZE)[None, None, :]
@@ -252,11 +255,8 @@ def stats_kernel(
     IN_FLOAT32: tl.constexpr,
 ):
     """Logits [WINDOW, tokens of a tile] of one head, inverse norms, and the sum of unit keys."""
-    i_tile = tl.program_id(0) % num_tiles
-    i_row = tl.program_id(0) // num_tiles
-    i_request = i_row // (num_layers * NUM_HEADS)
-    i_layer = i_row // NUM_HEADS % num_layers
-    i_head = i_row % NUM_HEADS
+    i_row, i_tile = tile_of_program(num_tiles)
+    i_request, i_layer, i_head = place_of_row(i_row, num_layers, NUM_HEADS)
     prefix_len = tl.load(p_prefix_lens + i_request)
     settled_len = tl.load(p_settled_lens + i_request)
     lead = prefix_len % GRAIN
@@ -279,7 +279,8 @@ def stats_kernel(
         KERNEL_BLOCK_SIZE,
         GRAIN,
         FP8,
-        begin=prefix_len if REDUNDANCY else None,
+        prefix_len,
+        REDUNDANCY,
     )
     o_row = i_row.to(tl.int64)
     if IMPORTANCE:
