@@ -3,7 +3,7 @@
 Compiles every launch of a compaction of an 8B-shaped model (head size 128, 8 KV heads, 4 query
 heads each, blocks of 16 tokens, bf16) for sm_90 and prints registers, spilled bytes, shared memory,
 instructions per warp in all and in each innermost loop, and how many programs fit on one
-multiprocessor. Next: time_model.py, which turns them into microseconds.
+multiprocessor.
 """
 
 import argparse
