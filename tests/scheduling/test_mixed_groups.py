@@ -37,22 +37,23 @@ def model(tmp_path_factory):
     return random_model(tmp_path_factory.mktemp("model"))
 
 
-def random_setting(random: Random) -> Setting:
+def random_setting(seed: int) -> Setting:
+    """Any engine; seeds take turns with the groups, and with the policy."""
+    random, kinds = Random(seed), GROUPS[seed % len(GROUPS)]
     window = random.randint(1, 3)
     budget = random.randint(window + 2, 12)
-    kinds = random.choice(GROUPS)
     groups = tuple(Group(layer_budget=budget + g) if isinstance(g, int) else g for g in kinds)
     # One request of the longest text fits; vLLM wants no more either.
     smallest = len(groups) * (MAX_MODEL_LEN // BLOCK_SIZE + 3)
-    when = random.choice(["always", "always", "pressure"])
+    when = "pressure" if seed // len(GROUPS) % 3 == 1 else "always"
     return Setting(
         budget=budget,
         buffer=random.randint(window, window + 6),
         window=window,
         seats=random.choice([1, 2, 64]) if when == "always" else 64,
-        num_blocks=random.choice([smallest, smallest + 20, 2 * smallest]),
+        num_blocks=smallest if when == "pressure" else random.choice([smallest, 2 * smallest]),
         max_num_batched_tokens=random.choice([16, 20, 256]),
-        max_num_seqs=random.choice([4, 12]),
+        max_num_seqs=12 if when == "pressure" else random.choice([4, 12]),
         # vLLM finds prefixes beside states, and hits of other lengths beside chunks, elsewhere.
         prefix_caching=STATE not in groups and random.random() < 0.7,
         steps_ahead=random.randint(0, 2),
@@ -86,7 +87,7 @@ def random_traffic(random: Random, num_steps: int) -> Iterator[tuple[list[tuple]
 
 def play(model, seed: int, num_steps: int, seen: Counter) -> None:
     """Random traffic, then everybody to his end; adds to what was seen."""
-    setting = random_setting(Random(seed))
+    setting = random_setting(seed)
     engine, random = SimulatedEngine(model, setting, seed), Random(seed)
     wanted = {}
     for adds, event in random_traffic(random, num_steps):
@@ -137,12 +138,13 @@ def test_every_cell_is_right_beside_any_other_kind_of_group(model):
 
 
 @pytest.mark.nightly
-def test_every_cell_is_right_beside_any_other_kind_of_group_in_many_steps(model):
-    """10^5 steps and those that it takes the last requests to end."""
+@pytest.mark.parametrize("first", range(1000, 1200, 20))
+def test_every_cell_is_right_beside_any_other_kind_of_group_in_many_steps(model, first):
+    """10^4 steps each, and those that it takes the last requests to end."""
     seen = Counter()
-    for seed in range(1000, 1200):
+    for seed in range(first, first + 20):
         play(model, seed, 500, seen)
-    check(seen, at_least=1000)
+    check(seen, at_least=50)
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1])
