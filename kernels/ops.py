@@ -100,12 +100,12 @@ def naive_ops(states: PagedStates) -> Ops:
         observe_naive,
         importance_naive,
         redundancy_naive,
-        partial(_weighed, importance_naive, redundancy_naive),
+        _NAIVE_SCORES,
         attention_naive,
         channel_range_naive,
         select_naive,
         compact_naive,
-        partial(_one_by_one, compact_naive),
+        _NAIVE_MOVES,
         _RESULT_BYTES + dense,
     )
 
@@ -117,12 +117,12 @@ def cpu_ops() -> Ops:
         observe_cpu,
         importance_cpu,
         redundancy_cpu,
-        partial(_weighed, importance_cpu, redundancy_cpu),
+        _CPU_SCORES,
         attention_cpu,
         channel_range_cpu,
         select_cpu,
         compact_cpu,
-        partial(_one_by_one, compact_cpu),
+        _CPU_MOVES,
         _RESULT_BYTES,
     )
 
@@ -199,3 +199,10 @@ def _log_fallback(device: str, dtype: str) -> None:
         dtype,
         device,
     )
+
+
+# One object each, so that the kernels of one cache, chosen twice, are equal.
+_NAIVE_SCORES = partial(_weighed, importance_naive, redundancy_naive)
+_NAIVE_MOVES = partial(_one_by_one, compact_naive)
+_CPU_SCORES = partial(_weighed, importance_cpu, redundancy_cpu)
+_CPU_MOVES = partial(_one_by_one, compact_cpu)
