@@ -67,6 +67,7 @@ def states_of(device: str, num_token_dims: int) -> SimpleNamespace:
         head_size=64,
         num_token_dims=num_token_dims,
         cells=cells,
+        quantisation=None,
     )
 
 
