@@ -408,6 +408,7 @@ def _beside_latents(vllm_config: "VllmConfig") -> str | None:
     found = {
         "a GPU": current_platform.device_type != "cpu",
         "--speculative-config": vllm_config.speculative_config is not None,
+        "an fp8 --kv-cache-dtype": vllm_config.cache_config.cache_dtype in FP8_CACHES,
         "--kv-compress-prompt": options.get("compress_prompt"),
         "--kv-swap-space": options.get("swap_space"),
         "layers of other kinds": vllm_config.model_config.is_hybrid,

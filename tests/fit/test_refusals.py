@@ -157,6 +157,10 @@ REFUSED = [
         },
     ),
     (
+        "multi-head latent attention (MLA) together with this: got an fp8 --kv-cache-dtype",
+        {"checkpoint": checkpoint_configs.LATENT, "kv_cache_dtype": "fp8", **EXPERIMENT},
+    ),
+    (
         "models without a layer of full attention",
         {"checkpoint": checkpoint_configs.SLIDING_WINDOW},
     ),
