@@ -377,16 +377,10 @@ def _beside_a_draft_model(vllm_config: "VllmConfig") -> str | None:
     return ", ".join(name for name, is_used in used.items() if is_used) or None
 
 
-def _options_beside_drafts(vllm_config: "VllmConfig") -> str | None:
-    if vllm_config.speculative_config is None:
-        return None
-    options = ServerOptions.from_dict(vllm_config.additional_config[CONFIG_KEY])
-    used = {
-        "--kv-when pressure": options.when == "pressure",
-        "--kv-compress-prompt": options.compress_prompt,
-        "a model with a recurrent state": vllm_config.model_config.is_hybrid,
-    }
-    return ", ".join(flag for flag, is_used in used.items() if is_used) or None
+def _state_beside_drafts(vllm_config: "VllmConfig") -> str | None:
+    model = vllm_config.model_config
+    in_use = vllm_config.speculative_config and (model.is_hybrid or model.use_mla)
+    return f"{', '.join(model.architectures)} ({model.model})" if in_use else None
 
 
 def _has_indexer(vllm_config: "VllmConfig") -> bool:
@@ -470,12 +464,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "1",
         "use tensor parallelism, or remove --speculative-config",
     ),
-    # How far a request has come is not known when it leaves, or a boundary is near.
+    # Nobody has looked at what rejected drafts leave there, beside a compacted cache.
     Refusal(
-        "speculative decoding together with other options",
-        _options_beside_drafts,
-        "none of these",
-        "remove them, or --speculative-config and --spec-...",
+        "speculative decoding of models that keep a state or latent rows",
+        _state_beside_drafts,
+        "a model without one",
+        "remove --speculative-config and --spec-...",
     ),
     # A connector takes the content of a block for the tokens it was hashed for.
     Refusal(

@@ -25,6 +25,7 @@ class PromptCompactor:
         tracks: the compressed groups; their books learn what prompts need.
         requests: all requests that vLLM knows, by id.
         terms_of: what holds for a request in each group; None if its cache is kept whole.
+        decodes: whether a request decodes, so that nothing that it computes is a prompt.
 
     Attributes:
         booked: the requests whose prompt was compacted in the last step.
@@ -36,11 +37,13 @@ class PromptCompactor:
         tracks: Sequence[Track],
         requests: Mapping[str, Request],
         terms_of: Callable[[Request], Sequence[Terms] | None],
+        decodes: Callable[[str], bool],
     ) -> None:
         self._rule = rule
         self._tracks = tracks
         self._requests = requests
         self._terms_of = terms_of
+        self._decodes = decodes
         # Requests compacted in the last step.
         self.booked: list[str] = []
         for index, track in enumerate(tracks):
@@ -49,6 +52,8 @@ class PromptCompactor:
 
     def cap(self, request: Request, num_computed: int, num_new: int) -> int:
         """How many of the next `num_new` tokens of its prefill a step may compute, perhaps none."""
+        if self._decodes(request.request_id):
+            return num_new
         return self._rule.cap(self._terms_of(request), request.num_tokens, num_computed, num_new)
 
     def longest_hit(
@@ -102,6 +107,8 @@ class PromptCompactor:
             terms, computed = self._terms_of(request), request.num_computed_tokens
             if not self._rule.is_boundary(terms, request.num_tokens, computed):
                 continue
+            if self._decodes(req_id):
+                continue
             scheduled = describe(req_id)
             if scheduled is None:
                 continue
@@ -126,7 +133,7 @@ class PromptCompactor:
     def _kept_at(self, index: int, req_id: str, end: int) -> tuple[int, int] | None:
         request = self._requests[req_id]
         terms = self._terms_of(request)
-        if not self._rule.is_boundary(terms, request.num_tokens, end):
+        if not self._rule.is_boundary(terms, request.num_tokens, end) or self._decodes(req_id):
             return None
         own = terms[index]
         return own.prefix_len, own.prefix_len + own.budget

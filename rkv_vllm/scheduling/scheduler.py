@@ -95,7 +95,9 @@ class CompressionSchedulerMixin:
             # vLLM asks for every running request in every step.
             self._reserve_prefill_lookahead = super()._reserve_prefill_lookahead
         else:
-            self._prompts = PromptCompactor(rule, self._tracks, self.requests, self._terms_of)
+            self._prompts = PromptCompactor(
+                rule, self._tracks, self.requests, self._terms_of, self._decodes
+            )
             self._prefixes = self._make_compressed_prefixes(rule)
         self._known: dict[str, _Known] = {}
         # Requests whose prefill has not ended; an ordered set.
@@ -314,9 +316,11 @@ class CompressionSchedulerMixin:
             terms = self._terms_of(request)
             # One that was swapped in decodes already.
             if terms is not None and not self._tracks[0].planner.decodes(req_id):
-                # The first step that reaches the end of the prefill ends exactly there.
+                # The first step that reaches the end of the prefill ends exactly there, but for
+                # drafts that vLLM pads the last token with.
+                prefill_len = min(request.num_computed_tokens, request.num_tokens)
                 for own, track in zip(terms, self._tracks, strict=True):
-                    track.planner.begin(req_id, own, request.num_computed_tokens)
+                    track.planner.begin(req_id, own, prefill_len)
 
     @overrides("vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead")
     def _reserve_prefill_lookahead(
@@ -451,6 +455,16 @@ class CompressionSchedulerMixin:
                 self._swap.report(step)
             step.attach_to(stats)
         return stats
+
+    def _decodes(self, req_id: str) -> bool:
+        """Whether a request has begun to decode since it was admitted first or anew.
+
+        One that was swapped out with drafts computes its newest tokens again when it comes back,
+        which makes no prompt of them.
+        """
+        if self._tracks[0].planner.decodes(req_id):
+            return True
+        return self._swap is not None and self._swap.decodes(req_id)
 
     def _terms_of(self, request: Request) -> Sequence[Terms] | None:
         """What holds for a request in each compressed group; None if its cache is kept whole."""

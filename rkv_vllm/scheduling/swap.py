@@ -150,7 +150,12 @@ class SwapSpace:
     def _save(self, request: Request) -> str | None:
         """Book the copy; returns why it is impossible."""
         req_id = request.request_id
-        num_lost = request.num_in_flight_tokens if self._has_drafts else 0
+        num_lost = 0
+        if self._has_drafts:
+            # Of a prefill nothing is rejected.
+            prefilled = min(request.num_computed_tokens, request.num_tokens - 1)
+            settled = request.num_computed_tokens - request.num_in_flight_tokens
+            num_lost = request.num_computed_tokens - max(settled, prefilled)
         num_computed = request.num_computed_tokens - num_lost
         # A decoding request has one token in flight per step; those of its prompt are settled.
         num_decoding = max(0, request.num_computed_tokens - request.num_tokens + 1)
@@ -194,6 +199,11 @@ class SwapSpace:
                 track.books.adopt(req_id, part.num_evicted)
         publish_no_more(self._managers, req_id)
         return absent.num_computed
+
+    def decodes(self, req_id: str) -> bool:
+        """Whether a request is swapped out that decoded when it left."""
+        absent = self._absent.get(req_id)
+        return absent is not None and absent.parts[0].progress is not None
 
     def num_in_flight(self, request: Request) -> int:
         """Tokens of a request that do not count as settled.

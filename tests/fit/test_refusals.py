@@ -80,14 +80,6 @@ REFUSED = [
         {"speculative_config": NGRAM, "pipeline_parallel_size": 2},
     ),
     (
-        "speculative decoding together with other options: got --kv-when pressure, "
-        "--kv-compress-prompt",
-        {
-            "speculative_config": NGRAM,
-            **rkv_vllm.engine_args(when="pressure", compress_prompt=True),
-        },
-    ),
-    (
         "KV connectors and KV cache offloading: got connector 'ExampleConnector'",
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
     ),
@@ -283,8 +275,20 @@ def test_what_a_draft_model_does_not_stand_beside_is_refused(
     assert sentence in str(error.value)
 
 
+STATE_BESIDE_DRAFTS = "speculative decoding of models that keep a state or latent rows: got Llama"
+
+
+@pytest.mark.parametrize("kind", ["is_hybrid", "use_mla"])
+def test_drafts_beside_a_state_or_latent_rows_are_refused(arguments, monkeypatch, kind):
+    vllm_config = arguments(speculative_config=NGRAM).create_engine_config()
+    monkeypatch.setattr(ModelConfig, kind, property(lambda _: True))
+    with pytest.raises(ValueError, match=STATE_BESIDE_DRAFTS):
+        check(vllm_config)
+
+
 def test_every_rule_has_a_test():
-    tested = "\n".join(sentence for sentence, *_ in (*REFUSED, *PATCHED, *BESIDE_DRAFTS))
+    cases = (*REFUSED, *PATCHED, *BESIDE_DRAFTS, (STATE_BESIDE_DRAFTS,))
+    tested = "\n".join(sentence for sentence, *_ in cases)
     assert [rule.feature for rule in REFUSALS if rule.feature not in tested] == []
 
 

@@ -213,6 +213,8 @@ class WorkerRequest:
     states: list[list[Hashable]]
     drafts: list[int] = field(default_factory=list)
     prefill_len: int = 0
+    # Logical length that the last compaction judged.
+    compacted_at: int = 0
 
     def reject(self, num_rejected: int) -> None:
         """Forget the last drafts: their cells stay, nobody reads them again."""
@@ -283,6 +285,15 @@ class SimulatedWorker:
             self._write(req_id, num_tokens, plan.watched)
         for req_id, num_tokens in output.num_scheduled_tokens.items():
             self._attend(req_id, num_tokens)
+
+    def draft(self, req_id: str) -> None:
+        """Write what a draft model leaves behind the tokens that were accepted."""
+        request = self.requests[req_id]
+        for position in range(request.num_computed, request.num_computed + self.setting.lookahead):
+            for group_id, row in enumerate(request.block_ids):
+                physical = position - request.num_evicted[group_id]
+                if position < MAX_MODEL_LEN:
+                    self.cells[self.slot(row, physical)] = ("drafted", req_id, position)
 
     def flush(self, left: set[str] = frozenset()) -> None:
         """Carry out what the last step left, except for requests that have gone since."""
@@ -381,7 +392,7 @@ class SimulatedWorker:
     def _readmit(self, req_id: str, block_ids, num_computed: int, tokens) -> None:
         """A request comes back with the cells that it left; drafts may have been rejected."""
         request = self.expected.pop(req_id)
-        assert num_computed <= request.num_computed
+        assert request.compacted_at <= num_computed <= request.num_computed
         assert self.setting.drafts or num_computed == request.num_computed
         request.tokens = list(tokens)
         request.num_computed = num_computed
@@ -436,7 +447,8 @@ class SimulatedWorker:
                 assert read == expected, f"{req_id} reads {read} at {physical}, not {expected}"
             needed = -(-len(states) // group.block_size)
             # Rejected drafts may leave a block behind that the next tokens will fill.
-            spare = -(-self.setting.drafts * (self.setting.steps_ahead + 1) // group.block_size)
+            drafted = self.setting.drafts * (self.setting.steps_ahead + 1) + self.setting.lookahead
+            spare = -(-drafted // group.block_size)
             assert needed <= len(row) <= needed + spare
 
     def _compact(self, directive: EvictionDirective) -> None:
@@ -465,6 +477,7 @@ class SimulatedWorker:
         assert request.block_ids[directive.group_id] == old_ids
         request.states[directive.group_id] = survivors[: length - directive.num_evict]
         request.num_evicted[directive.group_id] += directive.num_evict
+        request.compacted_at = directive.settled_logical_len
         if directive.settled_logical_len < request.prefill_len:
             self._note_prefix(directive, request)
         request.block_ids[directive.group_id] = list(new_ids)
@@ -720,6 +733,8 @@ class SimulatedEngine:
         request.reject(rejected)
         self.num_rejected += rejected
         is_last = self.stop_after is not None and len(self.outputs[req_id]) + 1 >= self.stop_after
+        if self.setting.lookahead:
+            self.worker.draft(req_id)
         last = STOP_TOKEN if is_last else self.random.randrange(100)
         sampled = [*request.drafts[:num_accepted], last]
         request.tokens.extend(sampled)
@@ -867,7 +882,8 @@ class SimulatedEngine:
                 longest = self.prefix_lens[req_id] + budget + self.setting.prompt_chunk
                 if self._first_boundary(request) is not None and request.is_prefill_chunk:
                     held = len(track.books.req_to_blocks[req_id])
-                    assert held <= -(-longest // BLOCK_SIZE), f"{req_id} outgrows its bound"
+                    most = -(-(longest + self.setting.lookahead) // BLOCK_SIZE)
+                    assert held <= most, f"{req_id} outgrows its bound"
                 if progress is None or progress.waits:
                     continue
                 prefill_len = self.prefill_lens[req_id, request.num_preemptions]

@@ -76,7 +76,8 @@ class PressuredEngine(SimulatedEngine):
                 return 0
             prefix_len = self.prefix_lens[req_id]
             budget = self.setting.budget_of(group_id, self.budgets[req_id])
-            floor = -(-(prefix_len + budget + BLOCK_SIZE + horizon) // BLOCK_SIZE)
+            growth = self.scheduler._limits.growth(horizon)
+            floor = -(-(prefix_len + budget + BLOCK_SIZE + growth) // BLOCK_SIZE)
             row = track.books.req_to_blocks[req_id]
             num_shared = sum(b.ref_cnt > 1 for b in row[prefix_len // BLOCK_SIZE :])
             most = max(most, len(row) - num_shared - floor)

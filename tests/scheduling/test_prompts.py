@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rkv_vllm.limits import Limits
 from rkv_vllm.policy import Terms, longest_cache
 from tests.models import random_model
 from tests.scheduling.simulation import BLOCK_SIZE, Group, Setting, SimulatedEngine
@@ -24,11 +25,12 @@ def model(tmp_path_factory):
 def smallest_pool(setting: Setting, prefix_len: int = 0, extra_budget: int = 0) -> int:
     """Blocks of a pool, the null block included, that holds one request, whatever its prompt."""
     blocks = 1
+    limits = Limits(10**6, 10**6, 1 + setting.steps_ahead, setting.drafts, setting.lookahead)
     for group_id, group in enumerate(setting.groups):
         assert group.kind == "full"
         budget = setting.budget_of(group_id, setting.budget + extra_budget)
         terms = Terms(budget, setting.buffer, prefix_len, setting.prompt_chunk)
-        blocks += -(-longest_cache(terms, 10**6, 1 + setting.steps_ahead) // BLOCK_SIZE)
+        blocks += -(-longest_cache(terms, 10**6, limits.in_flight) // BLOCK_SIZE)
     return blocks
 
 
