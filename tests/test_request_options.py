@@ -106,7 +106,7 @@ def test_what_cannot_be_is_refused_by_its_key(extra_args, key, wanted):
 
 
 def test_a_misspelled_key_is_told_from_one_of_others():
-    with pytest.raises(RequestOptionError, match="; write 'kv_protect'$"):
+    with pytest.raises(RequestOptionError, match=r"; write 'kv_protect'$"):
         read_request_options({"kv_protct": 4}, CONFIG)
     for others in ("budget", "kv_transfer_params", "cache_salt", "kv_load_failure_policy"):
         assert read_request_options({others: 4}, CONFIG) == read_request_options(None, CONFIG)

@@ -335,7 +335,7 @@ def test_a_method_of_others_that_fails_in_the_warm_up_does_not_fail_the_start(ca
         raise ZeroDivisionError("does not compile")
 
     layer_set = new_layer_set(ops=triton_ops)
-    broken = replace(layer_set, ops=layer_set.ops._replace(importance=broken_kernel))
+    broken = replace(layer_set, ops=layer_set.ops._replace(rkv_scores=broken_kernel))
     with pytest.raises(ZeroDivisionError):
         new_compactor(broken).warm_up()
 
