@@ -22,7 +22,13 @@ constexpr int64_t kColumns = 32;
 // that the machine may have promised to others.
 constexpr int64_t kMostScratchBytes = int64_t{1} << 30;
 
-enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8E4M3 = 3, kFloat8E5M2 = 4 };
+enum DType : int32_t {
+  kFloat32 = 0,
+  kBFloat16 = 1,
+  kFloat16 = 2,
+  kFloat8E4M3 = 3,
+  kFloat8E5M2 = 4
+};
 
 // The judged keys of one request: n tokens from physical token `first` on.
 struct Keys {
