@@ -182,3 +182,65 @@ def test_full_layers_are_compacted_beside_states(
     )
     assert num_fresh > 0
     assert_equal_explicit_eviction(engine, model, num_tokens, runner)
+
+
+# vLLM runs gated delta nets on CPUs in bfloat16 only, and scores of such keys collide: so what is
+# kept follows from places alone, and log-probabilities are held against transformers' own noise.
+BLOCK = 160
+NEWEST = ServerOptions(budget=BLOCK, buffer=32)
+
+
+def keep_newest(shift: int = 0):
+    """All heads keep the newest tokens, or the window and others a few places before those."""
+
+    def keep(layer, length, keys, values, queries):
+        stop = keys.shape[1]
+        others = torch.arange(stop - BLOCK - shift, stop - NEWEST.window - shift)
+        kept = torch.cat([others, torch.arange(stop - NEWEST.window, stop)])
+        return kept.expand(keys.shape[0], -1)
+
+    return keep
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("runner", ["v1"], indirect=True)
+def test_gated_delta_nets_in_bfloat16_differ_by_its_own_noise(hybrid_model, runner):
+    model, num_tokens = hybrid_model("qwen3_next"), 110
+    shared = random_prompt(BLOCK + 10, seed=1)
+    prompts = [[*shared, *random_prompt(20 + 31 * i, seed=i)] for i in range(3)]
+    options = rkv_vllm.engine_args("recent", sinks=0, budget=BLOCK, buffer=NEWEST.buffer)
+    with running_engine(
+        model, 64, 2, block_size=BLOCK, dtype="bfloat16", max_num_batched_tokens=200, **options
+    ) as engine:
+        for number, prompt in enumerate(prompts):
+            engine.add(f"r{number}", prompt, num_tokens)
+            for _ in range(6):
+                engine.step()
+        engine.run()
+        stats = engine.stats()
+        engine.assert_pool_is_empty()
+
+    def reference(number, keep, dtype):
+        said = engine.outputs[f"r{number}"].token_ids
+        return generate_reference(
+            model, prompts[number], num_tokens, NEWEST, dtype=dtype, forced_ids=said, keep=keep
+        )
+
+    gaps, noise, shifted, compactions = [], [], [], 0
+    for number in range(len(prompts)):
+        said = torch.tensor(engine.outputs[f"r{number}"].logprobs)
+        assert_varied(engine.outputs[f"r{number}"].token_ids)
+        right = reference(number, keep_newest(), torch.bfloat16)
+        exact = reference(number, keep_newest(), torch.float32)
+        other = reference(number, keep_newest(shift=8), torch.bfloat16)
+        first = right.compactions[0].step + 1
+        for found, expected, of in (
+            (gaps, right, said),
+            (noise, exact, torch.tensor(right.logprobs)),
+            (shifted, other, said),
+        ):
+            found.append((of - torch.tensor(expected.logprobs)).abs()[first:].mean().item())
+        compactions += len(right.compactions)
+    assert stats["compactions"] == compactions == 9
+    assert sum(gaps) < 2 * sum(noise)
+    assert sum(shifted) > 3 * sum(gaps)

@@ -7,13 +7,16 @@ Asks the code that a start asks: `fit/` for versions, platform, vLLM's functions
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from rkv_vllm.cli.checkpoint import find_config, read_config, read_decoder
 from rkv_vllm.cli.errors import CommandError
 from rkv_vllm.fit.overrides import check_overrides
 from rkv_vllm.fit.refusals import ATTENTION_BACKENDS, REFUSALS
+from rkv_vllm.fit.state_blocks import check_budget, state_block_size
 from rkv_vllm.fit.versions import (
     SCHEDULER_CLS,
     SUPPORTED_VLLM,
@@ -94,6 +97,7 @@ def examine(folder: str | None, engine_flags: Sequence[str]) -> Iterator[Finding
 def _model(folder: str, engine_flags: Sequence[str]) -> Iterator[Finding]:
     """What compression supports and refuses when this model is served with these flags."""
     engine_args = _engine_args(folder, engine_flags)
+    yield Finding("model", "layers", *_layers(folder))
     try:
         vllm_config = _engine_config(engine_args)
     # A start ends with whatever vLLM and transformers raise for a config.json or a flag.
@@ -107,6 +111,8 @@ def _model(folder: str, engine_flags: Sequence[str]) -> Iterator[Finding]:
     yield Finding("model", "model runner", "ok", _runner(vllm_config))
     yield Finding("model", "attention backend", "ok", chosen if backend is None else backend.name)
     yield Finding("model", "compaction", *_compaction(vllm_config))
+    if (block_size := state_block_size(vllm_config)) is not None:
+        yield Finding("model", "blocks", *_blocks(vllm_config, block_size))
     for rule in REFUSALS:
         sentence = rule.find(vllm_config)
         status = "ok" if sentence is None else "refused"
@@ -250,6 +256,21 @@ def _runner(vllm_config: "VllmConfig") -> str:
     if default.startswith(runner):
         return default
     return f"{runner}: a feature of this start decides; vLLM's log names it"
+
+
+def _layers(folder: str) -> Verdict:
+    """What is compacted and what is not, where the fields of config.json are known ones."""
+    try:
+        decoder = read_decoder(read_config(find_config(folder)))
+    except CommandError as error:
+        return Verdict("note", f"a start will tell: {error}")
+    return Verdict("ok", decoder.layers.describe())
+
+
+def _blocks(vllm_config: "VllmConfig", block_size: int) -> Verdict:
+    options = ServerOptions.from_dict(vllm_config.additional_config[CONFIG_KEY])
+    check = partial(check_budget, options, block_size, vllm_config.max_concurrent_batches)
+    return _passes(check, f"of {block_size} tokens, which hold one state; freed whole")
 
 
 def _compaction(vllm_config: "VllmConfig") -> Verdict:

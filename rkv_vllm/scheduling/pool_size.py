@@ -49,6 +49,22 @@ class PoolSize:
         """
         return self._most_blocks(terms, final_len) <= self._num_blocks
 
+    def describe(self, server_terms: Sequence[Terms]) -> str:
+        """Blocks that an answer to a short prompt holds at most, and those of its whole text."""
+        max_len, in_flight = self._limits.max_model_len, self._limits.in_flight
+        held = whole = 0
+        for terms, track in zip(server_terms, self._tracks, strict=True):
+            size = track.books.block_size
+            grown = terms.prefix_len + terms.budget + terms.buffer + in_flight
+            held += -(-min(grown, max_len) // size)
+            whole += -(-max_len // size)
+        sizes = sorted({track.books.block_size for track in self._tracks})
+        return (
+            f"blocks of {' and '.join(map(str, sizes))} tokens, freed whole: an answer to a short "
+            f"prompt holds up to {held} of them in layers of full attention, {whole} without "
+            f"compression at --max-model-len {max_len}"
+        )
+
     def check_floor(self, server_terms: Sequence[Terms]) -> None:
         """Refuse a protected prefix beside which no request could ever be compacted."""
         total = self._num_blocks

@@ -115,6 +115,8 @@ class CompressionSchedulerMixin:
         self._tracks[0].books.required_at_admission = self._required_at_admission
         self._swap = self._make_swap_space()
         logger.info("KV cache compression is on: %s", self._server.to_dict())
+        if self._server.when != "pressure":
+            logger.info("KV cache compression: %s", self._pool_size.describe(server_terms))
 
     def _seats(self) -> Seats:
         method = find_method(self._server.method)
