@@ -41,11 +41,9 @@ def test_this_environment_and_a_plain_model_are_fine(model):
     assert len(features) == len(REFUSALS)
 
 
-SPECULATION = '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'
 STARTS = {
     "4-bit cache": (LLAMA, ["--kv-cache-dtype", "nvfp4"]),
     "two at once": (LLAMA, ["--kv-cache-dtype", "nvfp4", "--kv-sharing-fast-prefill"]),
-    "speculation": (LLAMA, ["--speculative-config", SPECULATION]),
     "micro-batching": (LLAMA, ["--enable-dbo"]),
     "pooling": (LLAMA, ["--runner", "pooling", "--convert", "embed"]),
     "budget": (LLAMA, ["--kv-budget", "8"]),
