@@ -34,6 +34,7 @@ class SchedulerCounts:
         self._llm = llm
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         self._pool = scheduler.kv_cache_manager.block_pool
+        self._num_drafts = scheduler.num_spec_tokens
         self._schedule, self._preempt = scheduler.schedule, scheduler._preempt_request
         scheduler.schedule, scheduler._preempt_request = self._count_step, self._count_preemption
         self._add, self._update = scheduler.add_request, scheduler.update_from_output
@@ -49,6 +50,7 @@ class SchedulerCounts:
             show: takes the tokens scheduled so far, about once per second.
         """
         self._steps = self._running = self._running_peak = self._preempted = self._held_peak = 0
+        self._drafting_steps = self._accepted = 0
         self._times: dict[str, list[float]] = {}
         self._show, self._shown_at = show, time.monotonic()
         self._usable = self._pool.num_gpu_blocks - 1
@@ -66,8 +68,13 @@ class SchedulerCounts:
         return list(self._times.values())
 
     def numbers(self) -> dict[str, float]:
-        """Of the last load."""
+        """Of the last load; with speculative decoding also how far a step takes a request."""
+        drafts = {}
+        if self._num_drafts:
+            length = 1 + self._accepted / max(self._drafting_steps, 1)
+            drafts = {"drafts": self._num_drafts, "acceptance_length": length}
         return {
+            **drafts,
             "running_mean": self._running / max(self._steps, 1),
             "running_peak": self._running_peak,
             "preemptions": self._preempted,
@@ -93,8 +100,14 @@ class SchedulerCounts:
         self._times[request.request_id] = [time.perf_counter()]
         return self._add(request, *args, **kwargs)
 
-    def _note_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        by_client = self._update(*args, **kwargs)
+    def _note_tokens(self, scheduled: Any, computed: Any) -> Any:
+        by_client = self._update(scheduled, computed)
+        sampled = dict(zip(computed.req_ids, computed.sampled_token_ids, strict=False))
+        for req_id in scheduled.scheduled_spec_decode_tokens:
+            # None of a request that was preempted or aborted meanwhile.
+            if tokens := sampled.get(req_id):
+                self._drafting_steps += 1
+                self._accepted += len(tokens) - 1
         now = time.perf_counter()
         for outputs in by_client.values():
             for output in outputs.outputs:

@@ -23,7 +23,7 @@ def expected_compactions(workload: Workload, result: dict[str, Any]) -> tuple[in
         return 0, 0
     if result["when"] == PRESSURE:
         return _under_pressure(workload, budget, result)
-    fewest, most = workload.expected_compactions(budget)
+    fewest, most = workload.expected_compactions(budget, result.get("drafts", 0))
     if result["deferred"] or result["preemptions"]:
         # A wait shifts all that follow; a preempted request starts over with a longer prompt.
         fewest = 1

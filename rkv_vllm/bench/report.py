@@ -102,6 +102,9 @@ def _summary(side: Side, runs: list[Result]) -> dict[str, Any]:
         "pool_blocks": runs[0]["pool_blocks"],
         **{name: median(run[name] for run in runs) for name in _COUNTS},
     }
+    if "drafts" in runs[0]:
+        summary["drafts"] = runs[0]["drafts"]
+        summary["acceptance_length"] = median(run["acceptance_length"] for run in runs)
     for name in _LATENCIES:
         summary[name] = _median_of(run[name] for run in runs)
     if "classes" in runs[0]:
@@ -197,6 +200,12 @@ def notes(result: dict[str, Any], workload: dict[str, Any]) -> Iterator[str]:
     """What the numbers of a mode do not say: who did not start, who has another pool."""
     for side, why in result["not_available"].items():
         yield f"{side}: not available here, vLLM says: {why}"
+    for side in result["sides"]:
+        if "drafts" in side:
+            yield (
+                f"{side['side']}: acceptance length {side['acceptance_length']:.2f} with "
+                f"{side['drafts']} drafts per step"
+            )
     for side in workload["sides"]:
         if side["pool_tokens"] is not None and side["side"] not in result["not_available"]:
             ratio = side["pool_tokens"] / workload["pool_tokens"]

@@ -227,11 +227,12 @@ class Workload:
         protect = self.compression.get("protect", ServerOptions.protect)
         return Terms(budget, self.buffer, prefix_len(protect, prompt_len))
 
-    def expected_compactions(self, budget: int) -> tuple[int, int]:
+    def expected_compactions(self, budget: int, drafts: int = 0) -> tuple[int, int]:
         """Fewest and most compactions of a run in which none waits and none is preempted.
 
         They differ where asynchronous scheduling, which a platform may have, learns of the last
-        due token one step too late. Of a side that compacts under pressure alone: expected.py.
+        due token one step too late, and where `drafts` settle together. Of a side that compacts
+        under pressure alone: expected.py.
         """
         fewest, most = 0, 0
         for prompt_len, output_len in zip(self.prompt_lens, self.output_lens, strict=True):
@@ -239,7 +240,7 @@ class Workload:
             of_prompt, evicted = prompt_compactions(prompt_len, terms, self.prompt_chunk)
             # From there on it is as if its prompt had been so much shorter.
             left = prompt_len - evicted, output_len, terms
-            fewest += of_prompt + num_compactions(*left, in_flight=2)
+            fewest += of_prompt + num_compactions(*left, 2 * (1 + drafts), late=drafts)
             most += of_prompt + num_compactions(*left, in_flight=1)
         return fewest, most
 
@@ -262,7 +263,9 @@ def prompt_compactions(prefill_len: int, terms: Terms, chunk: int) -> tuple[int,
     return len(ends), ends[-1] - kept
 
 
-def num_compactions(prompt_len: int, output_len: int, terms: Terms, in_flight: int) -> int:
+def num_compactions(
+    prompt_len: int, output_len: int, terms: Terms, in_flight: int, late: int = 0
+) -> int:
     """Compactions of one request that is never preempted and never waits; lengths in tokens.
 
     Args:
@@ -270,9 +273,10 @@ def num_compactions(prompt_len: int, output_len: int, terms: Terms, in_flight: i
         output_len: at least 1; its last token is never computed.
         terms: budget, buffer and prefix.
         in_flight: tokens computed but not settled: 1, with asynchronous scheduling 2.
+        late: tokens by which each compaction comes after it is due.
     """
     policy = EveryBuffer(window=0)
-    due, count = policy.first_due_at(terms, prompt_len), 0
+    due, count = policy.first_due_at(terms, prompt_len) + late, 0
     while due <= prompt_len + output_len - 1 - in_flight:
-        due, count = policy.next_due_at(terms, due), count + 1
+        due, count = policy.next_due_at(terms, due) + late, count + 1
     return count

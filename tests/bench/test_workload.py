@@ -210,3 +210,11 @@ def test_prompts_of_a_file_are_read_in_order(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a", "output_tokens": 3}\n\n{"prompt": "b"}\n{"prompt": "c"}\n')
     assert read_prompts(file, 2) == ["a", "b"]
+
+
+def test_drafts_put_off_compactions_by_as_many_tokens_at_most():
+    terms = Terms(budget=64, buffer=32)
+    # Due at 96, 128, 160 and 192; with 3 drafts at the latest at 99, 134, 169 and 204.
+    assert num_compactions(40, 170, terms, in_flight=1) == 4
+    assert num_compactions(40, 170, terms, in_flight=4, late=3) == 4
+    assert num_compactions(40, 160, terms, in_flight=8, late=3) == 3
