@@ -29,13 +29,13 @@ NUM_CLIENTS = 20
 BAD = [{"kv_budget": 3}, {"kv_budgett": 64}, {"kv_protect": "all"}]
 
 
-async def ask(client: openai.AsyncOpenAI, model: str, number: int) -> int | str:
+async def ask(client: openai.AsyncOpenAI, model: str, number: int, **words: int) -> int | str:
     """Number of tokens said; every fifth client asks for what cannot be and gets the reason."""
     bad = BAD[number // 5 % len(BAD)] if number % 5 == 4 else None
     try:
         stream = await client.completions.create(
             model=model,
-            prompt=random_prompt(20 + 23 * number % 120, seed=number),
+            prompt=random_prompt(20 + 23 * number % 120, seed=number, **words),
             max_tokens=120 + 17 * number % 60,
             temperature=0,
             stream=True,
@@ -57,10 +57,23 @@ async def ask(client: openai.AsyncOpenAI, model: str, number: int) -> int | str:
     return count
 
 
-async def crowd(server: Server) -> list[int | str]:
+async def crowd(server: Server, **words: int) -> list[int | str]:
     async with server.async_client() as client:
-        asked = [ask(client, server.model, number) for number in range(NUM_CLIENTS)]
+        asked = [ask(client, server.model, number, **words) for number in range(NUM_CLIENTS)]
         return await asyncio.gather(*asked)
+
+
+def assert_everybody_got_what_he_asked_for(said: list[int | str]) -> None:
+    for number, answer in enumerate(said):
+        wanted = 120 + 17 * number % 60
+        if number % 5 == 4:
+            (key,) = BAD[number // 5 % len(BAD)]
+            assert isinstance(answer, str)
+            assert key in answer
+        elif number % 6 == 1:
+            assert 20 <= answer < wanted
+        else:
+            assert answer == wanted
 
 
 def test_a_crowd_with_bad_input_in_a_starved_pool(random_model_dir):
@@ -69,17 +82,7 @@ def test_a_crowd_with_bad_input_in_a_starved_pool(random_model_dir):
     # Both groups take their blocks from one pool, each as wide as half of the layers.
     pool = f"--kv-cache-memory-bytes={kv_cache_bytes(model, NUM_BLOCKS * BLOCK_SIZE) // 2}"
     with serving(model, *FLAGS, pool) as server:
-        said = asyncio.run(crowd(server))
-        for number, answer in enumerate(said):
-            wanted = 120 + 17 * number % 60
-            if number % 5 == 4:
-                (key,) = BAD[number // 5 % len(BAD)]
-                assert isinstance(answer, str)
-                assert key in answer
-            elif number % 6 == 1:
-                assert 20 <= answer < wanted
-            else:
-                assert answer == wanted
+        assert_everybody_got_what_he_asked_for(asyncio.run(crowd(server)))
         metrics, stats = settled_metrics(server), server.stats()
         assert metrics["num_preemptions_total"] > 0
         assert stats["compactions"] == metrics["kv_compression_compactions_total"] >= 10
