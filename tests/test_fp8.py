@@ -238,6 +238,7 @@ def test_full_layers_are_compacted_beside_sliding_ones(random_model_dir):
     assert of_full == expected >= 16
 
 
+@pytest.mark.nightly
 def test_swap_prompts_prefixes_and_pressure_take_bytes_for_what_they_are(random_model_dir):
     """One short pool for all of them; a request's text is that of its own compactions."""
     model = random_model_dir("qwen3", 3, layers=2)

@@ -10,7 +10,7 @@ from tests.latent_model import NUM_LAYERS, ROW_SIZE, random_latent_model
 from tests.latent_reference import explicit_latents
 from tests.models import assert_varied, random_prompt
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.nightly]
 
 CONFIG = ServerOptions(budget=48, buffer=32)
 LOGPROB_TOLERANCE = 1e-3

@@ -41,12 +41,13 @@ def speculate_with(monkeypatch, speculator: type) -> None:
     )
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("runner", "num_tokens"),
     [
         ("v1", 200),
-        pytest.param("v2", 110, marks=pytest.mark.nightly),
-        pytest.param("v2-async", 110, marks=pytest.mark.nightly),
+        ("v2", 110),
+        ("v2-async", 110),
     ],
     indirect=["runner"],
 )
