@@ -104,6 +104,12 @@ class StateRows:
         if self._is_own_call:
             return StepSlots(slot_mapping, rows.token_rows, rows.seq_lens)
         # A draft model's mapping may be wider than a step; its lengths are kept by itself.
+        most = rows.draft.token_rows.shape[0]
+        if slot_mapping.shape[0] > most:
+            raise ValueError(
+                f"slots of a draft model: got a mapping of {slot_mapping.shape[0]} tokens, wanted "
+                f"at most {most}, those of a step and one per request"
+            )
         if self._unread is None:
             self._unread = torch.empty_like(rows.seq_lens)
         return StepSlots(slot_mapping, rows.draft.token_rows, self._unread)

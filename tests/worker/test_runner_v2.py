@@ -141,12 +141,15 @@ def test_graph_padding_behind_a_real_batch_belongs_to_nobody(random_model_dir, r
 
         # A draft model asks with a mapping of its own, wider than a step.
         lengths, recorded = rows.seq_lens.clone(), rows.token_rows.clone()
-        own = torch.full((1, len(recorded) + 40), 99)
+        width = len(recorded) + engine.model_runner.max_num_reqs
+        own = torch.full((1, width), 99)
         slots = tables.compute_slot_mappings(*step, num_tokens_padded=4, out=own)
         assert slots[0].tolist() == [15, -1, -1, -1]
         assert (own[0, 4:] == -1).all()
         assert rows.seq_lens.equal(lengths)
         assert rows.token_rows.equal(recorded)
+        with pytest.raises(ValueError, match=f"got a mapping of {width + 1} tokens, wanted at"):
+            tables.compute_slot_mappings(*step, num_tokens_padded=4, out=torch.ones(1, width + 1))
 
 
 @pytest.mark.parametrize("runner", ["v2"], indirect=True)
