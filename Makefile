@@ -40,7 +40,7 @@ test-all: model  ## run the tests and those that a daily run has no time for
 lint: venv  ## check format and style
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
-	@$(BIN)/clang-format --dry-run --Werror csrc/cpu/*.cpp csrc/cpu/*.h tests/gpu_lab/*.cpp
+	@$(BIN)/clang-format --dry-run --Werror csrc/cpu/*.cpp csrc/cpu/*.h tests/gpu_lab/*.cpp tests/gpu_lab/*.h
 
 bench: model  ## kernels against two baselines, then stock vLLM against compression
 	@$(BIN)/python benchmarks/bench_kernels.py

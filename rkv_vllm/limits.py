@@ -68,6 +68,10 @@ class Limits(NamedTuple):
         """Most tokens of text that a request can reach."""
         return min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
 
+    def most_slots(self, request: "Request") -> int:
+        """Most slots that a request can hold without compaction."""
+        return self.final_slots(self.final_len(request))
+
     def final_slots(self, final_len: int) -> int:
         """Most slots of a request whose text ends there: its last steps may hold drafts."""
         return min(final_len + self.drafted, self.max_model_len)

@@ -29,7 +29,7 @@ LIBRARIES = {
 
 def main() -> None:
     """Bring `.gpu-lab` up to date, or say that it is."""
-    inputs = [Path(__file__), LOCK, *sorted(SOURCES.glob("*.cpp"))]
+    inputs = [Path(__file__), LOCK, *sorted(SOURCES.glob("*.[ch]*"))]
     stamp = hashlib.sha256(b"".join(path.read_bytes() for path in inputs)).hexdigest()
     if STAMP.is_file() and STAMP.read_text() == stamp:
         print(f"{LAB.name} is up to date")

@@ -219,6 +219,15 @@ def has_limited_layers(checkpoint: Mapping[str, Any], windowed: bool) -> bool:
     return not _FULL_ATTENTION_LAYERS.issuperset(layer_types) if layer_types else windowed
 
 
+def _named(model: "ModelConfig") -> str:
+    return f"{', '.join(model.architectures)} ({model.model})"
+
+
+def _pipeline_stages(vllm_config: "VllmConfig") -> str | None:
+    number = vllm_config.parallel_config.pipeline_parallel_size
+    return f"--pipeline-parallel-size {number}" if number > 1 else None
+
+
 def _context_parallel(parallel: "ParallelConfig | EngineArgs") -> str | None:
     decode = parallel.decode_context_parallel_size
     prefill = parallel.prefill_context_parallel_size
@@ -320,12 +329,10 @@ def _if_sharing(
 def _other_layers(vllm_config: "VllmConfig") -> str | None:
     """The model, where not all layers are of full attention with a cache of their own."""
     model = vllm_config.model_config
-    checkpoint = model.hf_text_config.to_dict()
-    bounded = model.get_sliding_window() is not None or model.attention_chunk_size is not None
-    is_mixed = model.use_mla or model.is_hybrid or has_limited_layers(checkpoint, bounded)
-    if not is_mixed and not checkpoint.get("num_kv_shared_layers"):
+    is_mixed = model.use_mla or model.is_hybrid or _has_limited_layers(model)
+    if not is_mixed and not model.hf_text_config.to_dict().get("num_kv_shared_layers"):
         return None
-    return f"{', '.join(model.architectures)} ({model.model})"
+    return _named(model)
 
 
 def _speculation(vllm_config: "VllmConfig") -> str | None:
@@ -380,7 +387,7 @@ def _beside_a_draft_model(vllm_config: "VllmConfig") -> str | None:
 def _state_beside_drafts(vllm_config: "VllmConfig") -> str | None:
     model = vllm_config.model_config
     in_use = vllm_config.speculative_config and (model.is_hybrid or model.use_mla)
-    return f"{', '.join(model.architectures)} ({model.model})" if in_use else None
+    return _named(model) if in_use else None
 
 
 def _has_indexer(vllm_config: "VllmConfig") -> bool:
@@ -392,7 +399,7 @@ def _latent_by_accident(vllm_config: "VllmConfig") -> str | None:
     asked = vllm_config.additional_config[CONFIG_KEY].get("experimental_mla")
     if not model.use_mla or asked:
         return None
-    return f"{', '.join(model.architectures)} ({model.model})"
+    return _named(model)
 
 
 def _beside_latents(vllm_config: "VllmConfig") -> str | None:
@@ -426,7 +433,7 @@ def _model(
 
     def got(vllm_config: "VllmConfig") -> str | None:
         model = vllm_config.model_config
-        shown = f"{', '.join(model.architectures)} ({model.model})"
+        shown = _named(model)
         return shown if is_used(vllm_config) else None
 
     return Refusal(feature, got, wanted, "remove --kv-compression or serve another model")
@@ -456,11 +463,7 @@ REFUSALS: tuple[Refusal, ...] = (
     # The first stages learn of rejections late.
     Refusal(
         "speculative decoding with pipeline parallelism",
-        lambda c: (
-            f"--pipeline-parallel-size {c.parallel_config.pipeline_parallel_size}"
-            if c.speculative_config and c.parallel_config.pipeline_parallel_size > 1
-            else None
-        ),
+        lambda c: _pipeline_stages(c) if c.speculative_config else None,
         "1",
         "use tensor parallelism, or remove --speculative-config",
     ),
@@ -527,11 +530,7 @@ REFUSALS: tuple[Refusal, ...] = (
     # A stage would hold some classes of layers only, and every block of the others be empty there.
     Refusal(
         "layer budgets (--kv-layer-budgets) with pipeline parallelism",
-        lambda c: (
-            f"--pipeline-parallel-size {c.parallel_config.pipeline_parallel_size}"
-            if _layer_budgets(c) and c.parallel_config.pipeline_parallel_size > 1
-            else None
-        ),
+        lambda c: _pipeline_stages(c) if _layer_budgets(c) else None,
         "1",
         "use tensor parallelism, or leave --kv-layer-budgets out",
     ),
@@ -563,13 +562,7 @@ REFUSALS: tuple[Refusal, ...] = (
     # A reader may be on another stage than its owner.
     Refusal(
         "shared caches (--kv-share-layers) with pipeline parallelism",
-        _if_sharing(
-            lambda c: (
-                f"--pipeline-parallel-size {c.parallel_config.pipeline_parallel_size}"
-                if c.parallel_config.pipeline_parallel_size > 1
-                else None
-            )
-        ),
+        _if_sharing(_pipeline_stages),
         "1",
         "use tensor parallelism, or leave --kv-share-layers out",
     ),

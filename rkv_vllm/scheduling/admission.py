@@ -166,7 +166,7 @@ class Admission:
             return 0.0
         limits = self._limits
         peak = self._due_at(request, terms, track) + limits.in_flight
-        final_len = limits.final_slots(limits.final_len(request))
+        final_len = limits.most_slots(request)
         prefilled = max(request.num_computed_tokens, request.num_tokens)
         longest = min(peak, final_len, prefilled + horizon + limits.drafted) - (num_evicted or 0)
         growth = max(-(-longest // books.block_size) - len(books.req_to_blocks[req_id]), 0)
@@ -184,7 +184,7 @@ class Admission:
         req_id = request.request_id
         prefilled = max(request.num_computed_tokens, request.num_tokens)
         limits = self._limits
-        final_len = limits.final_slots(limits.final_len(request))
+        final_len = limits.most_slots(request)
         longest = min(final_len, prefilled + horizon + limits.drafted)
         in_flight = request.num_in_flight_tokens + limits.in_flight
         in_flight += prefilled - request.num_computed_tokens
@@ -208,7 +208,7 @@ class Admission:
             capped = own._replace(
                 budget=min(own.budget, server.budget), buffer=min(own.buffer, server.buffer)
             )
-            final_len = self._limits.final_slots(self._limits.final_len(newcomer))
+            final_len = self._limits.most_slots(newcomer)
             longest = self._policy.bound(
                 capped, newcomer.num_tokens, final_len, self._limits.in_flight
             )
@@ -217,7 +217,7 @@ class Admission:
             growth += max(-(-longest // block_size) - -(-prefill // block_size), 0)
         if self._kept and self._is_bounded(newcomer):
             tokens = newcomer.num_tokens
-            longest = self._limits.final_slots(self._limits.final_len(newcomer))
+            longest = self._limits.most_slots(newcomer)
             in_flight = self._limits.in_flight
             growth += sum(
                 max(g.most(longest, in_flight) - g.most(tokens, tokens), 0) for g in self._kept

@@ -77,5 +77,5 @@ class Demand:
         """Slots that a running request reaches at most, the rest of its prefill whole."""
         now = max(request.num_computed_tokens, request.num_tokens)
         limits = self.limits
-        last = limits.final_slots(limits.final_len(request))
+        last = limits.most_slots(request)
         return min(now + limits.growth(num_steps), last)

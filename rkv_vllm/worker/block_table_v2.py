@@ -88,12 +88,15 @@ class StateRows:
 
     def num_evicted_on_device(self, group_id: int) -> Tensor:
         """int32 [max_num_reqs], as of the last step."""
-        return self._device[0, list(self.groups).index(group_id)]
+        return self._on_device(group_id)[0]
+
+    def _on_device(self, group_id: int) -> Tensor:
+        """int32 [2, max_num_reqs]: evicted tokens and seats of one group."""
+        return self._device[:, list(self.groups).index(group_id)]
 
     def inputs(self, group_id: int, state_idx: Tensor, query_start_loc: Tensor) -> StepRows:
         """The rows of one group as the slots kernel reads them."""
-        own = self._device[:, list(self.groups).index(group_id)]
-        num_evicted, seats = self._nobody if self._is_nobodys_call else own
+        num_evicted, seats = self._nobody if self._is_nobodys_call else self._on_device(group_id)
         return StepRows(
             state_idx, query_start_loc, num_evicted, seats, self.groups[group_id].ring_len
         )
