@@ -79,7 +79,12 @@ def test_text_equals_explicit_eviction_beside_a_draft_model(
     assert stats["deferred"] == 0
     # One set of the target's layers, one of the draft model's.
     assert len(layers) == 2
+    rings = [layer_set.ring.queries for layer_set in layers]
+    # Every layer has recorded at every place, the draft model's too.
+    assert all(ring.any(dim=-1).any(dim=-1).any(dim=0).all() for ring in rings)
     if drafter == "itself":
         # It reads what the target reads, recorded in the same places, so it keeps the same.
+        # What differs are tokens that one of the two has not computed yet.
+        assert torch.isclose(*rings, atol=1e-4).float().mean() > 0.95
         assert log.acceptance(is_compacted=False) > 0.95
         assert log.acceptance(is_compacted=True) > 0.95

@@ -120,3 +120,15 @@ def test_layers_look_for_watched_tokens_only_in_steps_that_have_some_and_in_capt
     rows.end_step()
     ring.record(0, torch.zeros(1))
     assert len(looked) == 2 + is_recorded
+
+
+def test_a_draft_models_layers_record_what_the_step_records_until_it_ends():
+    rows = GroupRows(4, 16, 9, torch.device("cpu"))
+    rows.token_rows[:3] = torch.tensor([7, -1, 8])
+    rows.records = False
+    rows.draft.begin_step(rows)
+    assert rows.draft.token_rows[:16].equal(rows.token_rows)
+    assert not rows.draft.records
+    rows.draft.end_step()
+    assert (rows.draft.token_rows == -1).all()
+    assert rows.draft.records
