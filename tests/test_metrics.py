@@ -75,7 +75,7 @@ def scrapes_during(server: Server) -> list[dict[str, float]]:
         clients = [pool.submit(keep_asking, server, i, seen_enough) for i in range(CLIENTS)]
         try:
             # On a busy machine one look takes as long as many steps.
-            while len({scrape["compactions_total:buffer"] for scrape in scrapes}) < CHANGES_SEEN:
+            while not has_seen_enough(scrapes):
                 assert time.monotonic() < deadline, scrapes
                 for client in filter(Future.done, clients):
                     client.result()
@@ -86,6 +86,18 @@ def scrapes_during(server: Server) -> list[dict[str, float]]:
         for client in clients:
             client.result()
     return scrapes
+
+
+def has_seen_enough(scrapes: list[dict[str, float]]) -> bool:
+    """Whether the page was looked at often enough, and at a moment when all seats were taken."""
+    changes = {scrape["compactions_total:buffer"] for scrape in scrapes}
+    peak = max((scrape["seats_in_use"] for scrape in scrapes), default=0)
+    crowd = max((in_flight(scrape) for scrape in scrapes), default=0)
+    return len(changes) >= CHANGES_SEEN and peak >= SLOTS and crowd > CLIENTS / 2
+
+
+def in_flight(scrape: dict[str, float]) -> float:
+    return sum(scrape.get(name, 0) for name in IN_FLIGHT)
 
 
 def keep_asking(server: Server, client: int, seen_enough: Event) -> None:
@@ -150,7 +162,7 @@ def test_two_api_servers_show_what_the_workers_did(model, tmp_path):
         assert earlier.keys() ^ later.keys() <= set(IN_FLIGHT)
         for name in earlier.keys() - {*GAUGES, *IN_FLIGHT}:
             assert later[name] >= earlier[name], name
-    assert max(sum(scrape.get(name, 0) for name in IN_FLIGHT) for scrape in scrapes) > CLIENTS / 2
+    assert max(map(in_flight, scrapes)) > CLIENTS / 2
 
     busy = [scrape for scrape in scrapes if scrape["logical_tokens"]]
     assert all(0 < scrape["physical_tokens"] <= scrape["logical_tokens"] for scrape in busy)
