@@ -183,7 +183,7 @@ class CompressionSchedulerMixin:
 
     def _options_of_prefix(self, request: Request) -> str:
         """What of a request shapes its compressed prompt, beside tokens and terms."""
-        own = self._known[request.request_id].options.method_options or self._server.method_options
+        own = self._known_of(request).options.method_options or self._server.method_options
         return repr((self._server.method, self._server.window, own))
 
     def _publish_prefixes(self) -> None:
@@ -217,6 +217,13 @@ class CompressionSchedulerMixin:
         if request.request_id not in self.requests:
             self._known[request.request_id] = self._read(request)
         super().add_request(request)
+
+    def _known_of(self, request: Request) -> _Known:
+        """What holds for a request, also for one that was put into vLLM's queues by hand."""
+        known = self._known.get(request.request_id)
+        if known is None:
+            known = self._known[request.request_id] = self._read(request)
+        return known
 
     def _read(self, request: Request) -> _Known:
         """What holds for a request; the server's lengths where the pool could never hold it.
@@ -406,12 +413,12 @@ class CompressionSchedulerMixin:
             num_in_flight,
             request.num_prompt_tokens,
             self._seed(request),
-            self._known[req_id].options.method_options,
+            self._known_of(request).options.method_options,
         )
 
     def _seed(self, request: Request) -> int:
         """64 bits that the same prompt with the same sampling seed gets in every run."""
-        known = self._known[request.request_id]
+        known = self._known_of(request)
         if known.seed is None:
             said = repr((request.prompt_token_ids, request.sampling_params.seed)).encode()
             known.seed = int.from_bytes(blake2b(said, digest_size=8).digest(), "little")
@@ -425,7 +432,7 @@ class CompressionSchedulerMixin:
         if self._swap is None or not self._swap.leave(request):
             self._booked = [each for each in self._booked if each.req_id != req_id]
         if request.is_finished():
-            del self._known[req_id]
+            self._known.pop(req_id, None)
             is_new = self._loop_watch.note_end(req_id, request.output_token_ids)
             self._step_stats.looping_requests += is_new
         super()._free_request_blocks(request)
@@ -470,7 +477,7 @@ class CompressionSchedulerMixin:
 
     def _terms_of(self, request: Request) -> Sequence[Terms] | None:
         """What holds for a request in each compressed group; None if its cache is kept whole."""
-        return self._known[request.request_id].terms
+        return self._known_of(request).terms
 
     def _terms(self, options: RequestOptions, prompt_len: int) -> list[Terms]:
         prefix_len = options.prefix_len(prompt_len)
