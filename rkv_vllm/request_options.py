@@ -29,11 +29,12 @@ from rkv_vllm.options import (
 
 SWITCH_KEY = "kv_compression"
 OPTION_KEY = "kv_option"
+REPORT_KEY = "kv_report"
 OFF = "off"
 
 # Keys are spelled like the flags: "kv_budget" is the request's --kv-budget.
 _LENGTHS = {f"kv_{name}": each for name, each in OPTIONS.items() if each.per_request}
-_REQUEST_KEYS = (SWITCH_KEY, *_LENGTHS, OPTION_KEY)
+_REQUEST_KEYS = (SWITCH_KEY, *_LENGTHS, OPTION_KEY, REPORT_KEY)
 # Two letters of "kv_budget" exchanged are 0.89; vLLM's "kv_transfer_params" is at most 0.5.
 _ALIKE = 0.8
 
@@ -88,6 +89,7 @@ def read_request_options(
         )
     _refuse_server_keys(extra_args)
     _refuse_misspelled_keys(extra_args)
+    _check_report(extra_args)
     if SWITCH_KEY in extra_args and _is_off(extra_args, server):
         return None
     options = RequestOptions(
@@ -96,6 +98,11 @@ def read_request_options(
     )
     _check_limits(options, extra_args, server, num_prompt_tokens)
     return options
+
+
+def wants_report(extra_args: Mapping[str, Any] | None) -> bool:
+    """Whether a request asks what compression did to it (`scheduling/request_reports.py`)."""
+    return bool(extra_args) and _as_truth(extra_args.get(REPORT_KEY)) is True
 
 
 def keeps_prompt(sampling_params: Any) -> bool:
@@ -145,6 +152,13 @@ def _meant_by(key: str, is_beside_ours: bool) -> str | None:
         spelled = f"kv_{spelled}"
         return spelled if is_beside_ours and spelled in _REQUEST_KEYS else None
     return next(iter(difflib.get_close_matches(spelled, _REQUEST_KEYS, 1, _ALIKE)), None)
+
+
+def _check_report(extra_args: Mapping[str, Any]) -> None:
+    value = extra_args.get(REPORT_KEY, False)
+    if type(_as_truth(value)) is not bool:
+        cure = "change it or leave it out for no report"
+        raise RequestOptionError(REPORT_KEY, value, "true or false", cure)
 
 
 def _is_off(extra_args: Mapping[str, Any], server: ServerOptions) -> bool:

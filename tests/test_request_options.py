@@ -5,7 +5,12 @@ import re
 import pytest
 
 from rkv_vllm.options import ServerOptions
-from rkv_vllm.request_options import RequestOptionError, RequestOptions, read_request_options
+from rkv_vllm.request_options import (
+    RequestOptionError,
+    RequestOptions,
+    read_request_options,
+    wants_report,
+)
 
 CONFIG = ServerOptions(budget=64, buffer=32, lam=0.25)
 LIMITED = ServerOptions(budget=64, buffer=32, max_request_tokens=256, min_request_buffer=16)
@@ -37,11 +42,24 @@ RKV_OPTIONS = type(CONFIG.method_options)
             (64, 32, "none", RKV_OPTIONS(lam=0.25, center=True)),
         ),
         ({"kv_compression": "off"}, None),
+        ({"kv_report": 1}, (64, 32)),
+        ({"kv_report": "false", "kv_budget": 9}, (9, 32)),
+        ({"kv_report": True, "kv_compression": "off"}, None),
     ],
 )
 def test_what_is_left_out_is_the_servers(extra_args, expected):
     read = read_request_options(extra_args, CONFIG)
     assert read == (expected and RequestOptions(*expected))
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [(1, True), (True, True), ("true", True), (0, False), (False, False), ("false", False)],
+)
+def test_a_request_asks_for_its_report(value, wanted):
+    assert wants_report({"kv_report": value}) is wanted
+    assert not wants_report({"kv_budget": 9})
+    assert not wants_report(None)
 
 
 def test_the_protected_prefix_is_nothing_the_prompt_or_so_many_tokens():
@@ -73,6 +91,8 @@ def test_the_protected_prefix_is_nothing_the_prompt_or_so_many_tokens():
         ({"kv_compression": ["off"]}, "kv_compression", "got ['off'], wanted 'off' or"),
         ({"kv_compression": "off", "kv_budget": 64}, "kv_budget", "no value, because"),
         ({"kv_compression": "off", "kv_buffer": 64}, "kv_buffer", "no value, because"),
+        ({"kv_report": 2}, "kv_report", "got 2, wanted true or false"),
+        ({"kv_report": "yes", "kv_compression": "off"}, "kv_report", "got 'yes', wanted true"),
         ({"kv_window": 4}, "kv_window", "no value: --kv-window holds for the whole server"),
         ({"kv_pool": 5}, "kv_pool", "no value: --kv-pool holds for the whole server"),
         ({"kv_seats": 5}, "kv_seats", "no value: --kv-seats holds for the whole server"),

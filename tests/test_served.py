@@ -304,6 +304,39 @@ def test_a_compacted_request_in_a_loop_is_counted_and_logged_and_another_is_not(
         assert all(response.id in line for line in lines)
 
 
+def test_a_request_that_asks_gets_its_numbers_or_finds_them_in_the_log(server):
+    asks = {"extra_body": {"vllm_xargs": {"kv_report": True}}}
+    before = server.log
+    whole = server.complete(PROMPT, NUM_TOKENS, **asks)
+    report, of_worker = whole.kv_transfer_params["kv_report"], server.report(whole.id)
+    assert report["compactions"] == of_worker["compactions"] >= 3
+    assert report["evicted_tokens"] == of_worker["evicted_tokens"]
+    # The worker counts the last token, whose key nobody computed.
+    assert report["kept_tokens"] == of_worker["physical_len"] - 1
+    assert report["preemptions"] == 0
+
+    text = whole.choices[0].text
+    start = next(i for i in range(2 * len(text) // 3, len(text)) if text.find(text[i : i + 5]) == i)
+    stopped = server.complete(PROMPT, NUM_TOKENS, stop=[text[start : start + 5]], **asks)
+    assert stopped.choices[0].finish_reason == "stop"
+    stopped_report = stopped.kv_transfer_params["kv_report"]
+    done = stopped.usage.completion_tokens
+    assert stopped_report["compactions"] == num_compactions(len(PROMPT), done) >= 1
+
+    two = list(server.complete(PROMPT, 110, n=2, temperature=0.8, seed=5, stream=True, **asks))
+    assert {choice.index for chunk in two for choice in chunk.choices} == {0, 1}
+    assert server.complete(PROMPT, 3).kv_transfer_params is None
+    wait_until_idle(server)
+    found = re.findall(r"kv_report: ({.*})", server.log[len(before) :])
+    lines = {line["request_id"]: line for line in map(json.loads, found)}
+    assert len(found) == len(lines) == 4
+    assert lines[report["request_id"]] == {**report, "finish_reason": "length"}
+    # It ended in the API server, which then called it off.
+    assert lines[stopped_report["request_id"]]["finish_reason"] == "abort"
+    choices = [line for req_id, line in lines.items() if two[0].id in req_id]
+    assert [line["compactions"] for line in choices] == [num_compactions(len(PROMPT), 110)] * 2
+
+
 def test_two_choices_of_one_prompt_are_both_compacted(server):
     before = server.stats()
     response = server.complete(PROMPT, 120, n=2, temperature=0.8, seed=5)

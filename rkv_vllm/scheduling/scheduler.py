@@ -15,6 +15,7 @@ from vllm.v1.core.sched.interface import SchedulerInterface
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
@@ -29,6 +30,7 @@ from rkv_vllm.request_options import (
     RequestOptions,
     keeps_prompt,
     read_request_options,
+    wants_report,
 )
 from rkv_vllm.scheduling.admission import Admission, Track
 from rkv_vllm.scheduling.armed import ArmedRequests
@@ -48,6 +50,7 @@ from rkv_vllm.scheduling.pressure import UnderPressure
 from rkv_vllm.scheduling.prompt_rule import PromptRule
 from rkv_vllm.scheduling.prompts import PromptCompactor
 from rkv_vllm.scheduling.publishing import publish_no_more
+from rkv_vllm.scheduling.request_reports import RequestReports
 from rkv_vllm.scheduling.step_stats import StepStats
 from rkv_vllm.scheduling.swap import SwapSpace
 
@@ -106,6 +109,7 @@ class CompressionSchedulerMixin:
         self._step_stats = StepStats()
         # Of the last step; the workers skip those of requests that leave before the next one.
         self._booked: list[EvictionDirective] = []
+        self._reports = RequestReports(self._evicted_now)
         server_terms = self._terms(read_request_options(None, self._server), prompt_len=0)
         self._pool_size = PoolSize(self._server, self._tracks, self._kept, self._limits)
         self._pool_size.check_floor(server_terms)
@@ -216,6 +220,10 @@ class CompressionSchedulerMixin:
         # The further inputs of a session come under the id of the first.
         if request.request_id not in self.requests:
             self._known[request.request_id] = self._read(request)
+            if request.sampling_params is not None and wants_report(
+                request.sampling_params.extra_args
+            ):
+                self._reports.begin(request)
         super().add_request(request)
 
     def _known_of(self, request: Request) -> _Known:
@@ -305,6 +313,8 @@ class CompressionSchedulerMixin:
             output = self.requests[directive.req_id].output_token_ids
             is_new = self._loop_watch.note_compaction(directive.req_id, output)
             self._step_stats.looping_requests += is_new
+        if self._reports:
+            self._reports.note_compactions(self._booked)
         if self.log_stats:
             self._step_stats.add_compactions(self._booked)
             self._step_stats.add_waits(plan)
@@ -427,6 +437,8 @@ class CompressionSchedulerMixin:
     @overrides("vllm.v1.core.sched.scheduler:Scheduler._free_request_blocks")
     def _free_request_blocks(self, request: Request) -> None:
         req_id = request.request_id
+        if request.is_finished():
+            self._reports.end(req_id)
         self._admission.note_end(request)
         self._prefilling.pop(req_id, None)
         if self._swap is None or not self._swap.leave(request):
@@ -438,6 +450,24 @@ class CompressionSchedulerMixin:
         super()._free_request_blocks(request)
         for track in self._tracks:
             track.planner.forget(req_id)
+
+    @overrides("vllm.v1.core.sched.scheduler:Scheduler.update_from_output")
+    def update_from_output(self, *args, **kwargs) -> dict[int, EngineCoreOutputs]:
+        """Hand on what a step made of the requests, with the reports that some asked for."""
+        by_client = super().update_from_output(*args, **kwargs)
+        if self._reports:
+            for of_client in by_client.values():
+                self._reports.attach(of_client.outputs)
+        return by_client
+
+    def _evicted_now(self, req_id: str) -> list[int]:
+        """Tokens that a request's cache lacks in each group; what is booked is still there."""
+        booked = [each for each in self._booked if each.req_id == req_id]
+        return [
+            track.books.num_evicted.get(req_id, 0)
+            - sum(b.num_evict for b in booked if b.group_id == track.books.kv_cache_group_id)
+            for track in self._tracks
+        ]
 
     @overrides("vllm.v1.core.sched.scheduler:Scheduler.reset_prefix_cache")
     def reset_prefix_cache(self, *args, **kwargs) -> bool:
