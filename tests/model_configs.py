@@ -63,6 +63,20 @@ GEMMA3_27B = {
     },
     "torch_dtype": "bfloat16",
 }
+# Most fields are those that transformers has for the family.
+GEMMA3_4B = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "model_type": "gemma3",
+    "text_config": {
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "sliding_window": 1024,
+    },
+    "vision_config": {"model_type": "siglip_vision_model", "num_hidden_layers": 27},
+    "torch_dtype": "bfloat16",
+}
 QWEN3_5_35B_A3B = {
     "architectures": ["Qwen3_5MoeForConditionalGeneration"],
     "model_type": "qwen3_5_moe",

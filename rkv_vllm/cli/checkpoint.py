@@ -1,7 +1,8 @@
-"""What a checkpoint says about its size: from `config.json`, no network, no torch, no vLLM.
+"""What a checkpoint says about its size: from `config.json`, no network, no vLLM.
 
 Finds the file in a folder or in the local cache of the Hugging Face hub, and reads the shape of a
-decoder out of it. Models that R-KV does not support are refused by name.
+decoder out of it. Models that R-KV does not support are refused by name. transformers is asked only
+for what the text part of a multimodal model leaves to its defaults.
 """
 
 import json
@@ -15,6 +16,17 @@ from rkv_vllm.cli.layers import Layers, read_layers
 from rkv_vllm.cli.options import DTYPE_BYTES, DTYPES
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
+# What Decoder and the estimate of weights are made of.
+_SHAPE = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 
 def find_config(model: str) -> Path:
@@ -116,6 +128,8 @@ def read_decoder(fields: Mapping[str, Any]) -> Decoder:
     text = fields.get("text_config", fields)
     if not isinstance(text, dict):
         raise _wrong_field("text_config", text, "an object")
+    if text is not fields and any(text.get(name) is None for name in _SHAPE):
+        text = _with_defaults(fields, text)
     _refuse_other_attention(text)
     num_heads = _positive(text, "num_attention_heads")
     num_layers = _positive(text, "num_hidden_layers")
@@ -129,6 +143,21 @@ def read_decoder(fields: Mapping[str, Any]) -> Decoder:
         fields=text,
         layers=_layers(text, num_layers),
     )
+
+
+def _with_defaults(fields: Mapping[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    """The text part with what transformers leaves out of the file when it saves a nested config."""
+    # Imports torch.
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    others = {name: value for name, value in fields.items() if name != "model_type"}
+    try:
+        config = AutoConfig.for_model(fields.get("model_type"), **others)
+    # A family that it does not know, or values that it refuses.
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError):
+        return text
+    return config.get_text_config().to_dict() | text
 
 
 def _layers(fields: Mapping[str, Any], num_layers: int) -> Layers:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from rkv_vllm.cli.checkpoint import find_config, read_config, read_decoder
 from rkv_vllm.cli.errors import CommandError
+from rkv_vllm.cli.inspection import inspection_failures
 from rkv_vllm.fit.overrides import check_overrides
 from rkv_vllm.fit.refusals import ATTENTION_BACKENDS, REFUSALS
 from rkv_vllm.fit.state_blocks import check_budget, state_block_size
@@ -98,13 +99,14 @@ def _model(folder: str, engine_flags: Sequence[str]) -> Iterator[Finding]:
     """What compression supports and refuses when this model is served with these flags."""
     engine_args = _engine_args(folder, engine_flags)
     yield Finding("model", "layers", *_layers(folder))
-    try:
-        vllm_config = _engine_config(engine_args)
-    # A start ends with whatever vLLM and transformers raise for a config.json or a flag.
-    except Exception as error:
-        for line in _message(error):
-            yield Finding("model", "engine config", "refused", line)
-        return
+    with inspection_failures() as failures:
+        try:
+            vllm_config = _engine_config(engine_args)
+        # A start ends with whatever vLLM and transformers raise for a config.json or a flag.
+        except Exception as error:
+            for line in failures or _message(error):
+                yield Finding("model", "engine config", "refused", line)
+            return
     backend = vllm_config.attention_config.backend
     chosen = "vLLM chooses, checked when the cache is allocated"
     yield Finding("model", "architecture", "ok", ", ".join(vllm_config.model_config.architectures))

@@ -4,7 +4,6 @@ Prints what `diagnosis.py` finds.
 """
 
 import json
-from collections.abc import Iterable
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
@@ -94,10 +93,11 @@ def _print(findings: "list[Finding]", model: str | None, refused: bool) -> None:
     table.add_column(max_width=28)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for topic, group in groupby(findings, key=lambda finding: finding.topic):
+    for topic, group in groupby(filter(_is_told, findings), key=lambda finding: finding.topic):
         table.add_row(Text(topic, style="bold"))
-        for name, status, message in _rows(group):
-            table.add_row(f"  {name}", Text(status, style=_STYLES[status]), Text(message))
+        for each in group:
+            status = Text(each.status, style=_STYLES[each.status])
+            table.add_row(f"  {each.name}", status, Text(each.message))
     console.print(table)
     what = "compression" if model is None else f"{model} with compression"
     if refused:
@@ -106,14 +106,6 @@ def _print(findings: "list[Finding]", model: str | None, refused: bool) -> None:
         console.print(f"Nothing here refuses a start of {what}.", style=_STYLES["ok"])
 
 
-def _rows(findings: "Iterable[Finding]") -> list[tuple[str, str, str]]:
-    """One row each; features that are merely absent share one."""
-    rows, absent = [], []
-    for finding in findings:
-        if finding.topic == "features" and finding.status == "ok":
-            absent.append(finding.name)
-        else:
-            rows.append((finding.name, finding.status, finding.message))
-    if absent:
-        rows.append(("not in use", "ok", "; ".join(absent)))
-    return rows
+def _is_told(finding: "Finding") -> bool:
+    """Everything but features that are refused and not in use; --json has them."""
+    return finding.topic != "features" or finding.status != "ok"

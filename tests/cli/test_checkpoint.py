@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rkv_vllm.cli.checkpoint import find_config, read_config, read_decoder, weight_bytes
 from rkv_vllm.cli.errors import CommandError
-from tests import checkpoint_configs
+from tests import checkpoint_configs, model_configs
 from tests.checkpoint_configs import LLAMA, write_config
 
 SHAPE = {
@@ -70,6 +70,16 @@ def test_heads_that_are_not_stated_follow_from_the_others():
 def test_the_text_part_of_a_multimodal_model_is_read():
     fields = {"model_type": "x", "text_config": LLAMA, "vision_config": {}}
     assert read_decoder(fields) == read_decoder(LLAMA)
+
+
+def test_what_the_text_part_leaves_to_its_family_is_transformers():
+    decoder = read_decoder(model_configs.GEMMA3_4B)
+    shape = (decoder.num_layers, decoder.num_heads, decoder.num_kv_heads, decoder.head_size)
+    assert shape == (34, 8, 4, 256)
+    assert decoder.layers.num_full == 5
+    unknown = {**model_configs.GEMMA3_4B, "model_type": "no-such-family"}
+    with pytest.raises(CommandError, match="'num_attention_heads': got nothing"):
+        read_decoder(unknown)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,19 @@
 """`doctor` and a start never disagree: both ask the same code, and the tests hold them together."""
 
 import json
+import logging
 import subprocess
 import sys
+from logging.handlers import BufferingHandler
 
 import pytest
 from typer.testing import CliRunner
 
 from rkv_vllm.cli import app, diagnosis
 from rkv_vllm.cli.diagnosis import examine
+from rkv_vllm.cli.doctor import _print
 from rkv_vllm.cli.errors import CommandError
+from rkv_vllm.cli.inspection import inspection_failures
 from rkv_vllm.fit.refusals import REFUSALS
 from rkv_vllm.kernels import native
 from tests import checkpoint_configs
@@ -169,3 +173,39 @@ def test_json_is_all_that_stands_on_standard_output(model):
     messages = [f["message"] for f in document["findings"] if f["status"] == "refused"]
     assert len(messages) == 1
     assert "wanted auto, fp8, fp8_e4m3, fp8_e5m2; pass one of these" in messages[0]
+
+
+def test_the_table_is_silent_about_what_is_refused_and_not_in_use(model, capsys):
+    _print(list(examine(model, ["--kv-cache-dtype", "nvfp4"])), model, refused=True)
+    table = capsys.readouterr().out
+    assert "features" in table
+    assert "does not support this KV" in " ".join(table.split())
+    assert "not in use" not in table
+    assert "micro-batching" not in table
+    _print(list(examine(model, ())), model, refused=False)
+    assert "features" not in capsys.readouterr().out
+
+
+IMPORTS = {
+    "No module named 'torchvision'": "pip install torchvision",
+    "No module named 'PIL.Image'": "pip install pillow",
+}
+
+
+@pytest.mark.parametrize(("why", "cure"), IMPORTS.items(), ids=IMPORTS)
+def test_a_class_that_vllm_cannot_import_is_one_sentence_and_no_log(why, cure):
+    logger = logging.getLogger("vllm.model_executor.models.registry")
+    logged = BufferingHandler(100)
+    logger.addHandler(logged)
+    with inspection_failures() as failures:
+        try:
+            raise RuntimeError(f"Error raised:\nTraceback\n  File x\nModuleNotFoundError: {why}\n")
+        except RuntimeError:
+            logger.exception("Error in inspecting model architecture '%s'", "SomeModel")
+        logger.error("something else")
+    logger.removeHandler(logged)
+    assert [record.getMessage() for record in logged.buffer] == ["something else"]
+    (sentence,) = failures
+    assert sentence.startswith("vLLM cannot import SomeModel, this model's class: Module")
+    assert why in sentence
+    assert sentence.endswith(cure)

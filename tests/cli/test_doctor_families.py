@@ -1,5 +1,9 @@
 """`doctor` for the models that people serve: what is compacted, what not, what a start refuses."""
 
+import subprocess
+import sys
+from importlib.util import find_spec
+
 import pytest
 
 from rkv_vllm.cli.diagnosis import examine
@@ -68,3 +72,19 @@ def test_a_budget_below_a_state_is_refused_with_the_number_that_works(tmp_path):
 def test_a_latent_cache_is_refused_by_name(tmp_path):
     _, refused = diagnosed(tmp_path, model_configs.DEEPSEEK_V3)
     assert any("multi-head latent attention (MLA)" in sentence for sentence in refused)
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="it is the package that lacks")
+def test_a_vision_part_that_lacks_a_package_is_one_sentence_and_the_text_part_is_judged(tmp_path):
+    model = write_config(tmp_path / "model", model_configs.GEMMA3_4B)
+    command = [sys.executable, "-m", "rkv_vllm.cli", "doctor", model, "--", "--dtype=bfloat16"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = " ".join(done.stdout.split())
+    assert "5 of full attention are compacted; as vLLM has them: 29 with a window of 1024" in said
+    assert "Gemma3ForConditionalGeneration, this model's class: ModuleNotFoundError: No module" in (
+        said
+    )
+    assert "pip install torchvision A start of " in said
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.returncode == 1
