@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from rkv_vllm.cli.checkpoint import find_config, read_config, read_decoder
 from rkv_vllm.cli.errors import CommandError
 from rkv_vllm.cli.inspection import inspection_failures
+from rkv_vllm.fit import code_table
 from rkv_vllm.fit.overrides import check_overrides
 from rkv_vllm.fit.refusals import ATTENTION_BACKENDS, REFUSALS
 from rkv_vllm.fit.state_blocks import check_budget, state_block_size
@@ -77,7 +78,7 @@ def examine(folder: str | None, engine_flags: Sequence[str]) -> Iterator[Finding
     for name in DISTRIBUTIONS:
         yield Finding("versions", name, *_installed(name))
     try:
-        import vllm  # noqa: F401
+        import vllm
     # A library that does not fit shows as any of these.
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         why = f"{type(error).__name__}: {error}; install vLLM and its requirements again"
@@ -87,6 +88,8 @@ def examine(folder: str | None, engine_flags: Sequence[str]) -> Iterator[Finding
     yield Finding("versions", "vLLM's version", *known)
     functions = _passes(lambda: check_overrides(SCHEDULER_CLS), "as expected")
     yield Finding("versions", "vLLM's functions", *functions)
+    if (compared := code_table.compare(vllm.__version__)) is not None:
+        yield Finding("versions", "vLLM's code", *_code(compared))
     yield Finding("plugin", "entry point", *_plugin())
     yield from _platform()
     yield Finding("kernels", "C++ (CPU)", *_cpp_kernels())
@@ -139,6 +142,13 @@ def _passes(check: Callable[[], object], otherwise: str) -> Verdict:
     except ValueError as error:
         return Verdict("refused", str(error))
     return Verdict("ok", otherwise)
+
+
+def _code(compared: code_table.Comparison) -> Verdict:
+    """Whether vLLM's functions do what they did when we were tested; reads its source text."""
+    if compared.changed:
+        return Verdict("note", code_table.describe(compared))
+    return Verdict("ok", f"{compared.num_functions} functions as in {compared.release}")
 
 
 def _plugin() -> Verdict:

@@ -130,7 +130,9 @@ def load_table(version: str) -> dict[str, str]:
     """
     path = table_path(version)
     if not path.is_file():
-        known = sorted(found.stem.removeprefix("vllm-") for found in path.parent.glob("*.json"))
+        known = sorted(
+            found.stem.removeprefix("vllm-") for found in path.parent.glob("vllm-*.json")
+        )
         raise ValueError(
             f"KV cache compression has no signature table for this vLLM: got {version}, wanted "
             f'one of {", ".join(known)}; run: pip install "vllm=={known[-1]}.*"'

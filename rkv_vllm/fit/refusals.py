@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 
 from rkv_vllm.cache_owners import NONE, owners_of_readers
+from rkv_vllm.fit.code_table import warn_of_changed_code
 from rkv_vllm.fit.overrides import check_overrides
 from rkv_vllm.fit.state_blocks import check_budget, state_block_size
 from rkv_vllm.fit.versions import SCHEDULER_CLS, check_vllm_version, platform_worker_cls
@@ -71,11 +72,14 @@ class Refusal(NamedTuple):
 def check_engine_args(engine_args: "EngineArgs") -> None:
     """Raises ValueError for what must be refused before vLLM makes its config.
 
+    Logs a warning where a release that we were not tested with has changed what we rest on.
+
     Args:
         engine_args: as the user gave them.
     """
     check_vllm_version()
     check_overrides(SCHEDULER_CLS)
+    warn_of_changed_code()
     platform_worker_cls()
     early = [rule._replace(got=rule.got_early) for rule in REFUSALS if rule.got_early is not None]
     _raise_if_any(rule.find(engine_args) for rule in early)

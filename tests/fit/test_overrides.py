@@ -1,5 +1,6 @@
 """Every vLLM function that ours stand in for is named, and compared before anything starts."""
 
+import ast
 import functools
 import importlib
 import inspect
@@ -25,16 +26,19 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 import rkv_vllm
-from rkv_vllm.fit import overrides
+from rkv_vllm.fit import code_table, overrides, source
+from rkv_vllm.fit.code_hash import FUNCTIONS
 from rkv_vllm.fit.overrides import check_overrides, describe, load_table, table_path
+from rkv_vllm.fit.source import Source
 from rkv_vllm.fit.versions import SCHEDULER_CLS, SUPPORTED_VLLM
+from rkv_vllm.fit.watched import WATCHED_SYMBOLS
 from rkv_vllm.frontend.stat_logger import CompressionStatLogger
 from rkv_vllm.patches import PATCHES, generate, process_inputs
 from rkv_vllm.worker import attention_hook
 from rkv_vllm.worker.runner import compression_runner
 from rkv_vllm.worker.runner_v1 import CompressionRunnerV1
 from rkv_vllm.worker.runner_v2 import CompressionRunnerV2
-from scripts.vllm_signatures import Source, make_table, named_symbols
+from scripts.vllm_signatures import make_code_table, make_table, named_symbols
 from tests.fit.conftest import OFF
 
 PACKAGE = Path(rkv_vllm.__file__).parent
@@ -49,6 +53,39 @@ RUNNERS = {
 
 # Read from the source text alone: these import what a CPU installation may lack.
 NOT_IMPORTED = ("vllm.v1.attention.backends.flashinfer:", "vllm.v1.attention.backends.flash_attn:")
+
+
+def overriding_functions():
+    """Every (symbol, parameters of ours without types) of an `@overrides`."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            for mark in node.decorator_list:
+                if not (isinstance(mark, ast.Call) and ast.unparse(mark.func) == "overrides"):
+                    continue
+                for symbol in map(ast.literal_eval, mark.args):
+                    # What is marked may make the function, or the class that has it.
+                    name = symbol.rpartition(":")[2].rpartition(".")[2]
+                    (ours, *_) = (
+                        each
+                        for each in ast.walk(node)
+                        if isinstance(each, FUNCTIONS) and each.name == name
+                    )
+                    yield symbol, source._spell(ours).replace("(cls, ", "(")
+
+
+def calls_that(signature):
+    """The ways to call a function: all by place, all by name, as little as possible."""
+    first, *others = [
+        each for each in signature.parameters.values() if each.kind < each.VAR_KEYWORD
+    ]
+    listed = [each for each in others if each.kind == each.POSITIONAL_OR_KEYWORD]
+    by_name = [each for each in others if each.kind == each.KEYWORD_ONLY]
+    needed = [each for each in listed if each.default is each.empty]
+    yield [first, *listed], by_name
+    yield [first], [*listed, *by_name]
+    yield [first, *needed], [each for each in by_name if each.default is each.empty]
 
 
 def our_modules():
@@ -105,6 +142,10 @@ def overridden(each):
                     break
 
 
+def code_releases():
+    return [path.stem.removeprefix("code-") for path in code_table.FOLDER.glob("code-*.json")]
+
+
 # Nothing is forgotten
 
 
@@ -129,6 +170,22 @@ def test_every_override_names_the_function_it_overrides():
     assert forgotten == [], 'mark it with @overrides("...") and run scripts/vllm_signatures.py'
 
 
+@pytest.mark.parametrize("path", sorted(table_path("0.32.0").parent.glob("vllm-*.json")), ids=str)
+def test_what_overrides_a_function_can_be_called_as_every_version_calls_it(path):
+    table = json.loads(path.read_text())
+    found = dict(overriding_functions())
+    assert len(found) > 50
+    for symbol, spelled in found.items():
+        ours, theirs = (
+            inspect.signature(eval(f"lambda {each[1:-1]}: 0")) for each in (spelled, table[symbol])
+        )
+        for by_place, by_name in calls_that(theirs):
+            try:
+                ours.bind(*by_place, **{each.name: each for each in by_name})
+            except TypeError as error:
+                pytest.fail(f"{symbol}: {error}: ours {spelled}, theirs {table[symbol]}")
+
+
 def test_every_replaced_function_is_named():
     assert {patch.symbol for patch in PATCHES} <= NAMED
 
@@ -148,7 +205,12 @@ def test_what_stands_in_the_text_is_what_an_import_registers():
 def test_every_supported_version_has_a_table_of_every_named_function_and_no_other():
     minors = [f"0.{minor}.0" for minor in range(28, 40)]
     supported = {table_path(minor) for minor in SpecifierSet(SUPPORTED_VLLM).filter(minors)}
-    assert set(table_path("0.32.0").parent.glob("*.json")) == supported
+    assert set(table_path("0.32.0").parent.glob("vllm-*.json")) == supported
+    assert {table_path(each) for each in code_releases()} == supported
+    for each in code_releases():
+        code = json.loads(code_table.table_path(each).read_text())
+        assert code.keys() == NAMED | set(WATCHED_SYMBOLS), "run scripts/vllm_signatures.py"
+        assert {symbol for symbol in NAMED if code[symbol] == overrides.MISSING} == set()
     for path in supported:
         table = json.loads(path.read_text())
         assert table.keys() == NAMED, "run scripts/vllm_signatures.py for every supported version"
@@ -156,8 +218,10 @@ def test_every_supported_version_has_a_table_of_every_named_function_and_no_othe
 
 
 def test_installed_vllm_is_as_the_table_says():
-    table = load_table(vllm.__version__)
-    assert make_table(Source(SITE_PACKAGES)) == table
+    table, source = load_table(vllm.__version__), Source(SITE_PACKAGES)
+    assert make_table(source) == table
+    code = code_table.table_path(vllm.__version__)
+    assert make_code_table(source) == json.loads(code.read_text())
     for symbol in NAMED:
         if not symbol.startswith(NOT_IMPORTED):
             importlib.import_module(symbol.partition(":")[0])
