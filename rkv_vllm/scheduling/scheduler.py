@@ -362,8 +362,16 @@ class CompressionSchedulerMixin:
         "vllm.v1.core.kv_cache_manager:KVCacheManager.prefix_cache_lookup_enabled",
         "vllm.v1.core.kv_cache_manager:KVCacheManager.create_kv_cache_blocks",
     )
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
-        """What a request need not compute: what it was swapped out with, else a cached prefix."""
+    def _get_local_prefix_cache_hit(
+        self, request: Request, max_cache_hit_length: int | None = None
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
+        """What a request need not compute: what it was swapped out with, else a cached prefix.
+
+        Args:
+            request: that is to be scheduled for the first time, or again.
+            max_cache_hit_length: most tokens of a hit; vLLM 0.32 knows none, 0.33 gives one where
+                it returns the experts of each token.
+        """
         num_computed = None if self._swap is None else self._swap.ask(request.request_id)
         if num_computed is not None:
             return self.kv_cache_manager.empty_kv_cache_blocks, num_computed, 0, False
@@ -379,7 +387,8 @@ class CompressionSchedulerMixin:
                     0,
                     False,
                 )
-        hit = super()._get_local_prefix_cache_hit(request)
+        limit = () if max_cache_hit_length is None else (max_cache_hit_length,)
+        hit = super()._get_local_prefix_cache_hit(request, *limit)
         if self._prompts is None or not hit[1]:
             return hit
         blocks, num_tokens = hit[:2]

@@ -212,12 +212,12 @@ class CompressionRunner(ABC):
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner.initialize_kv_cache",
     )
     def initialize_kv_cache(
-        self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs
+        self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, *args, **kwargs
     ) -> None:
         """Allocate the cache, then view it and make slots and lengths follow physical positions."""
         # Views would keep an older cache alive beside the new one.
         self.compactor = self._host_cache = None
-        super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
+        super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
         block_sizes = {
             group_id: group.kv_cache_spec.block_size
             for group_id, group in enumerate(self.kv_cache_config.kv_cache_groups)
