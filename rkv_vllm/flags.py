@@ -11,14 +11,14 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rkv_vllm.option_field import OptionError
 from rkv_vllm.options import (
     CONFIG_KEY,
     FORMER_NAMES,
-    METHOD_KEY,
     OPTIONS,
     check_options,
     flagged_method_options,
+    merge,
+    read_pairs,
 )
 
 # What was given as flags, beside where it goes: `AdditionalConfigFlag` must not override it.
@@ -95,16 +95,6 @@ class AdditionalConfigFlag(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def merge(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns checked options with all of the method's own; of equal names the last one holds."""
-    merged: dict[str, Any] = {}
-    own: dict[str, Any] = {}
-    for part in parts:
-        merged.update(part)
-        own.update(part.get(METHOD_KEY, {}))
-    return {**merged, METHOD_KEY: own} if own else merged
-
-
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flag group to a parser that already has vLLM's engine options.
 
@@ -137,7 +127,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         )
     add(
         OPTION_FLAG,
-        _read_pairs,
+        lambda texts: read_pairs(OPTION_FLAG, texts),
         nargs="+",
         metavar="NAME=VALUE",
         help="Options of the method by name, also of one that is not built in; may be repeated. An "
@@ -151,13 +141,3 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         )
     # The stock action keeps its help, type and default; only what it does on a match changes.
     parser._option_string_actions["--additional-config"].__class__ = AdditionalConfigFlag
-
-
-def _read_pairs(texts: list[str]) -> dict[str, dict[str, str]]:
-    own = {}
-    for text in texts:
-        name, is_pair, value = text.partition("=")
-        if not is_pair or not name:
-            raise OptionError(OPTION_FLAG, text, "name=value", "write it without blanks")
-        own[name] = value
-    return {METHOD_KEY: own}

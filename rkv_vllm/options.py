@@ -6,7 +6,7 @@ JSON, the checks of requests and the README's rows are made from it. The options
 Next: flags.py, request_options.py, patches/create_engine_config.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
@@ -392,6 +392,35 @@ def check_options(options: object) -> dict[str, Any]:
                 f"or {METHOD_KEY} with the method's own; correct its name or remove it"
             )
     return {**checked, METHOD_KEY: own} if own else checked
+
+
+def merge(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns checked options with all of the method's own; of equal names the last one holds."""
+    merged: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    for part in parts:
+        merged.update(part)
+        own.update(part.get(METHOD_KEY, {}))
+    return {**merged, METHOD_KEY: own} if own else merged
+
+
+def read_pairs(key: str, texts: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Reads options of a method that are written as name=value.
+
+    Args:
+        key: where they stand, as the user spells it.
+        texts: one for each option.
+
+    Raises:
+        OptionError: a text of another form.
+    """
+    own = {}
+    for text in texts:
+        name, is_pair, value = text.partition("=")
+        if not is_pair or not name:
+            raise OptionError(key, text, "name=value", "write it without blanks")
+        own[name] = value
+    return {METHOD_KEY: own}
 
 
 def _require_object(key: str, value: object, example: str) -> None:

@@ -252,6 +252,42 @@ def test_yaml_file_and_command_line_combine(cli, tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kv-budget: many", "--kv-budget (budget): got 'many', wanted a whole number of tokens"),
+        ("kv-budget:", "--kv-budget (budget): got 'None', wanted a whole number of tokens"),
+        ("kv-bugdet: 9", "unrecognized arguments: --kv-bugdet 9"),
+        # YAML reads it as true.
+        ("kv-compression: on", "argument --kv-compression: expected one argument"),
+        ("additional-config: {kv_compression: {pool: 4}}", "--kv-pool (pool): got 4, wanted an"),
+    ],
+)
+def test_a_bad_yaml_file_ends_with_code_2_and_the_reason(cli, capsys, tmp_path, text, message):
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    with pytest.raises(SystemExit) as end:
+        parse(cli, "--config", str(file))
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("kv-compression: off", None),
+        ("kv-compress-prompt: false\nkv-protect: none", {"protect": "none"}),
+        # "kv-threshold: -0.5" is taken for a dotted option by vLLM's parser.
+        ("kv-option: [threshold=-0.5]", {"options": {"threshold": "-0.5"}}),
+    ],
+)
+def test_yaml_has_words_of_its_own(cli, tmp_path, text, expected):
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    made = parse(cli, "--config", str(file)).additional_config
+    assert made.get("kv_compression") == expected
+
+
 def test_all_routes_make_the_same_engine(cli, model, tmp_path):
     flat, nested = tmp_path / "flat.yaml", tmp_path / "nested.yaml"
     parts = [flag.removeprefix("--").partition("=") for flag in FLAGS]

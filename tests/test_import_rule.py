@@ -24,7 +24,7 @@ FLOORS = (
     {"methods", "model_file", "limits", "log", "policy"},
     {"cache_owners", "layer_budgets"},
     {"options"},
-    {"flags", "request_options", "fit"},
+    {"flags", "request_options", "variables", "fit"},
     {"scheduling"},
     {"worker"},
     {"frontend"},
@@ -49,6 +49,7 @@ WITHOUT_VLLM = (
     "options",
     "flags",
     "request_options",
+    "variables",
     "policy",
 )
 

@@ -417,9 +417,17 @@ def test_compiled_and_behind_two_api_servers_it_says_the_same(other_server, refe
 
 
 @pytest.fixture(scope="module")
-def limited_server(model):
-    with serving(model, *FLAGS, "--kv-max-request-tokens=400") as server:
+def limited_server(model, tmp_path_factory):
+    """Started without a flag of ours, as in a container."""
+    file = tmp_path_factory.mktemp("config") / "serve.yaml"
+    file.write_text("kv-budget: 64\nkv-max-request-tokens: 400\n")
+    env = {"RKV_COMPRESSION": "rkv", "RKV_BUDGET": "96", "RKV_BUFFER": "32"}
+    with serving(model, "--config", str(file), env=env) as server:
         yield server
+
+
+def test_a_file_and_the_environment_start_what_flags_start(limited_server, reference):
+    assert_says_what_the_reference_says(limited_server, reference)
 
 
 @pytest.mark.parametrize("stream", [False, True])

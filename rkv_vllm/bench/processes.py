@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from rkv_vllm.variables import OFF, SWITCH
+
 LOG_TAIL_LINES = 30
 STOP_SECONDS = 15
 # As the last line of a traceback has it, with or without a prefix of vLLM's.
@@ -169,6 +171,8 @@ def child_environment(**changes: str) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "PYTHONUNBUFFERED": "1",
         **os.environ,
+        # The child's command line says what it compresses, and a baseline nothing.
+        SWITCH: OFF,
         # Whatever the user exported: a download would be measured with the start.
         "HF_HUB_OFFLINE": "1",
         "no_proxy": unproxied,

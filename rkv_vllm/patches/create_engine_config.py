@@ -1,12 +1,14 @@
 """Replaces `EngineArgs.create_engine_config`: the one place where compression is switched on.
 
-All routes end here: flags, `--additional-config`, a YAML file, `LLM(...)`, in every process that
-makes an engine config. Without "kv_compression" in `additional_config` the original is called and
-nothing else. With it the options are checked first, scheduler and worker are filled in, and the
-finished config is searched for what is not supported (`rkv_vllm/fit/refusals.py`).
+All routes end here: flags, `--additional-config`, a YAML file, `LLM(...)`, the environment
+(`rkv_vllm/variables.py`), in every process that makes an engine config. Without "kv_compression" in
+`additional_config`, which the environment may add, the original is called and nothing else. With it
+the options are checked first, scheduler and worker are filled in, and the finished config is
+searched for what is not supported (`rkv_vllm/fit/refusals.py`).
 """
 
 import functools
+import os
 from typing import TYPE_CHECKING, Any
 
 from rkv_vllm.cache_owners import inline
@@ -16,6 +18,7 @@ from rkv_vllm.fit.versions import SCHEDULER_CLS, WORKER_CLS, platform_worker_cls
 from rkv_vllm.frontend.discovery import show_stat_logger
 from rkv_vllm.options import CONFIG_KEY, ServerOptions
 from rkv_vllm.patches import generate, process_inputs
+from rkv_vllm.variables import OFF, SWITCH, complete
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -31,6 +34,7 @@ def apply() -> None:
 
     @functools.wraps(original)
     def create_engine_config(self: "EngineArgs", *args: Any, **kwargs: Any) -> "VllmConfig":
+        add_variables(self)
         switched_on = is_switched_on(self)
         # Otherwise it stays as it is, for an earlier config whose engine is not made yet.
         if switched_on or self.disable_log_stats:
@@ -45,6 +49,25 @@ def apply() -> None:
         return vllm_config
 
     EngineArgs.create_engine_config = create_engine_config
+
+
+def add_variables(engine_args: "EngineArgs") -> None:
+    """Adds the options that the environment sets, in place.
+
+    Raises:
+        ValueError: they are bad, or the arguments have no room for options.
+    """
+    additional = engine_args.additional_config
+    given = additional.get(CONFIG_KEY, {}) if isinstance(additional, dict) else {}
+    options = complete(given, os.environ)
+    if options == given:
+        return
+    if not isinstance(additional, dict):
+        raise ValueError(
+            f"additional_config: got a {type(additional).__name__}, wanted a dict, to which "
+            f"{SWITCH} of the environment can be added; set {SWITCH}={OFF}"
+        )
+    engine_args.additional_config = {**additional, CONFIG_KEY: options}
 
 
 def is_switched_on(engine_args: "EngineArgs") -> bool:

@@ -21,6 +21,7 @@ from tests.checkpoint_configs import LLAMA, write_config
 
 ROOT = Path(rkv_vllm.__file__).parents[1]
 DASHBOARD = ROOT / "examples" / "grafana.json"
+OPERATIONS = ROOT / "docs" / "operations.md"
 ADVICE = ROOT / "docs" / "operations.md"
 OURS = "vllm:kv_compression_"
 FAMILIES = {
@@ -177,6 +178,9 @@ def test_dashboard_asks_for_metrics_that_exist_and_for_all_of_ours(model):
             assert name in samples, query
             assert labels <= samples[name] | {"le"}, query
         asked.update(names)
+    advised = re.findall(r"vllm:\w+", OPERATIONS.read_text())
+    assert f"{OURS}looping_requests_total" in advised
+    assert set(advised) <= samples.keys()
     ours = {name for name in samples if name.startswith(OURS) and not name.endswith("_created")}
     histogram = {name for name in ours if "per_compaction" in name}
     assert ours - histogram <= asked
