@@ -1,7 +1,7 @@
 """The options of KV cache compression: the server's and each method's, checked, as plain JSON.
 
 An option is a dataclass field (`option_field.py`) whose metadata is the only table: flags, help,
-JSON, the checks of requests and the README's rows are made from it. The options travel in
+JSON, the checks of requests and the rows of docs/options.md are made from it. The options travel in
 `vllm_config.additional_config["kv_compression"]` to every process. Knows neither vLLM nor argparse.
 Next: flags.py, request_options.py, patches/create_engine_config.py.
 """

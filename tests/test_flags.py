@@ -365,8 +365,9 @@ def test_json_example_of_the_help_is_accepted(cli):
     assert options(cli, "--additional-config", example) == {"method": "rkv", "budget": 1024}
 
 
-def test_the_readme_says_what_the_fields_say():
-    rows = (Path(rkv_vllm.__file__).parents[1] / "README.md").read_text().splitlines()
+def test_the_docs_say_what_the_fields_say():
+    page = Path(rkv_vllm.__file__).parents[1] / "docs" / "options.md"
+    rows = page.read_text().splitlines()
     for option in {**OPTIONS, **flagged_method_options()}.values():
         default = "off" if option.name == "method" or option.kinds == (bool,) else option.default
         assert f"| `{option.flag}` | {default} | {option.meaning} |" in rows
