@@ -4,13 +4,18 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTEST_ARGS ?=
 
 BIN := .venv/bin
+# Engines, groups, preemption, prefixes, pressure, swap, drafts, a server, and what needs no engine.
+NEXT_TESTS := $(addprefix tests/, fit scheduling worker test_abort.py test_draft_models.py test_equality.py \
+	test_families.py test_fp8.py test_groups.py test_never_due.py test_off_is_off.py test_preemption.py \
+	test_prefix_caching.py test_pressure.py test_prompts.py test_protect.py test_request_options.py \
+	test_served.py test_speculation.py test_swap.py test_windows.py)
 # Of `make demo`; scripts/fetch_model.py --help lists the names.
 MODEL := SmolLM2-135M-Instruct
 # Progress must show live, also through a pipe.
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv gpu-lab model model-1.5b demo test test-all lint bench clean
+.PHONY: help venv gpu-lab model model-1.5b demo test test-all next test-next lint bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9.-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 12
@@ -36,6 +41,12 @@ test: model  ## run the tests; PYTEST_ARGS="-n 0 -k name -x" narrows them down
 
 test-all: model  ## run the tests and those that a daily run has no time for
 	@$(BIN)/python -m pytest -v -n 2 --dist loadfile --no-loadscope-reorder -m "nightly or not nightly" $(PYTEST_ARGS)
+
+next: venv  ## put vLLM 0.33.0 over the compiled libraries of 0.32.0 into .next: 100 MB
+	@$(BIN)/python scripts/install_next.py
+
+test-next: model next  ## run a choice of the tests on .next, for the night; docs/versions.md says why
+	@.next/venv/bin/python -m pytest -v -n 2 --dist loadfile --no-loadscope-reorder $(NEXT_TESTS) $(PYTEST_ARGS)
 
 lint: venv  ## check format and style
 	@$(BIN)/ruff format --check .

@@ -406,6 +406,14 @@ def _latent_by_accident(vllm_config: "VllmConfig") -> str | None:
     return _named(model)
 
 
+def _beside_routed_experts(vllm_config: "VllmConfig") -> str | None:
+    if not vllm_config.aux_output_config.enable_return_routed_experts:
+        return None
+    options = vllm_config.additional_config[CONFIG_KEY]
+    flags = {"swap_space": "--kv-swap-space", "compress_prompt": "--kv-compress-prompt"}
+    return ", ".join(flag for name, flag in flags.items() if options.get(name)) or None
+
+
 def _beside_latents(vllm_config: "VllmConfig") -> str | None:
     from vllm.platforms import current_platform
 
@@ -477,6 +485,13 @@ REFUSALS: tuple[Refusal, ...] = (
         _state_beside_drafts,
         "a model without one",
         "remove --speculative-config and --spec-...",
+    ),
+    # vLLM looks them up for computed tokens only, and caps its own prefix hits by what it has.
+    Refusal(
+        "returned routed experts together with this",
+        _beside_routed_experts,
+        "none of it",
+        "leave it out, or remove --enable-return-routed-experts",
     ),
     # A connector takes the content of a block for the tokens it was hashed for.
     Refusal(

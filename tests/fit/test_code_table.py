@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 import vllm
+from packaging.version import Version
 
 from rkv_vllm.cli import diagnosis
 from rkv_vllm.fit import code_table
@@ -92,18 +93,20 @@ def test_fields_of_a_class_are_code_and_their_types_are_not():
     assert hashed(FIELD) not in [hashed(text) for text in OTHER_FIELD.values()]
 
 
-# What a start says. Most of a table of 0.32.0 is as installed.
+# What a start says. Most of the table of the installed release is as installed.
 
+TESTED = Version(vllm.__version__).public
+MINOR = TESTED.rpartition(".")[0]
 CHANGED = "vllm.v1.core.block_pool:BlockPool.touch"
 GONE = "vllm.v1.core.block_pool:BlockPool.no_such_function"
 
 
 @pytest.fixture
 def tables(tmp_path, monkeypatch):
-    """A folder with a table of 0.32.0, two of whose functions the installed vLLM has not so."""
-    table = json.loads(code_table.table_path("0.32.0").read_text())
+    """A folder with a table, two of whose functions the installed vLLM has not so."""
+    table = json.loads(code_table.table_path(TESTED).read_text())
     few = dict(list(table.items())[:3]) | {CHANGED: "0" * 16, GONE: "1" * 16}
-    (tmp_path / "code-0.32.0.json").write_text(json.dumps(few))
+    (tmp_path / f"code-{TESTED}.json").write_text(json.dumps(few))
     (tmp_path / "code-0.31.9.json").write_text(json.dumps({GONE: MISSING}))
     monkeypatch.setattr(code_table, "FOLDER", tmp_path)
     code_table.compare.cache_clear()
@@ -123,30 +126,31 @@ def warnings(monkeypatch):
     logger.removeHandler(handler)
 
 
-@pytest.mark.parametrize("version", ["0.32.1", "0.32.3.dev7+g123", "0.32.1rc1"])
+@pytest.mark.parametrize("patch", ["1", "3.dev7+g123", "1rc1"])
 def test_a_patch_release_with_other_code_is_a_warning_that_names_it(
-    arguments, monkeypatch, tables, warnings, version
+    arguments, monkeypatch, tables, warnings, patch
 ):
-    monkeypatch.setattr(vllm, "__version__", version)
+    monkeypatch.setattr(vllm, "__version__", f"{MINOR}.{patch}")
     arguments().create_engine_config()
     (warning,) = warnings
-    assert warning.startswith(f"vLLM {version}: 2 of 5 functions")
-    assert f"have other code than in 0.32.0, with which it was tested: {CHANGED}, {GONE}" in warning
-    assert 'docs/versions.md), or run: pip install "vllm==0.32.0"' in warning
+    assert warning.startswith(f"vLLM {MINOR}.{patch}: 2 of 5 functions")
+    told = f"have other code than in {TESTED}, with which it was tested: {CHANGED}, {GONE}"
+    assert told in warning
+    assert f'docs/versions.md), or run: pip install "vllm=={TESTED}"' in warning
 
 
 def test_a_patch_release_with_the_same_code_is_no_warning_and_doctor_says_so(
     arguments, monkeypatch, warnings
 ):
-    monkeypatch.setattr(vllm, "__version__", "0.32.7")
+    monkeypatch.setattr(vllm, "__version__", f"{MINOR}.7")
     arguments().create_engine_config()
     assert warnings == []
-    verdict = diagnosis._code(code_table.compare("0.32.7"))
+    verdict = diagnosis._code(code_table.compare(f"{MINOR}.7"))
     assert verdict.status == "ok"
-    assert verdict.message.endswith(" functions as in 0.32.0")
+    assert verdict.message.endswith(f" functions as in {TESTED}")
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu"])
+@pytest.mark.parametrize("version", [TESTED, f"{TESTED}+cpu"])
 def test_a_release_that_has_a_table_costs_no_start_anything(
     arguments, monkeypatch, tables, warnings, version
 ):
@@ -161,19 +165,19 @@ def test_a_release_that_has_a_table_costs_no_start_anything(
 
 
 def test_nothing_is_compared_while_compression_is_off(arguments, monkeypatch, tables, warnings):
-    monkeypatch.setattr(vllm, "__version__", "0.32.1")
+    monkeypatch.setattr(vllm, "__version__", f"{MINOR}.1")
     monkeypatch.setattr(code_table, "Source", None)
     arguments(**OFF).create_engine_config()
     assert warnings == []
 
 
 def test_the_nearest_older_release_of_the_minor_version_is_compared(tables):
-    for release in ("0.32.4", "0.33.1"):
+    for release in (f"{MINOR}.4", "0.41.1"):
         (tables / f"code-{release}.json").write_text(json.dumps({GONE: MISSING}))
-    assert code_table.compare("0.32.3").release == "0.32.0"
-    assert code_table.compare("0.32.5") == ("0.32.4", 1, ())
-    assert code_table.compare("0.33.0").release == "0.33.1"
-    assert code_table.compare("0.34.0") is None
+    assert code_table.compare(f"{MINOR}.3").release == TESTED
+    assert code_table.compare(f"{MINOR}.5") == (f"{MINOR}.4", 1, ())
+    assert code_table.compare("0.41.0").release == "0.41.1"
+    assert code_table.compare("0.42.0") is None
 
 
 def test_doctor_shows_what_a_build_has_changed_whatever_it_calls_itself(tables):

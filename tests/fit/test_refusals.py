@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import vllm
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -92,7 +93,6 @@ REFUSED = [
     ("micro-batching: got --enable-dbo or --ubatch-size above 1", {"enable_dbo": True}),
     ("micro-batching", {"ubatch_size": 2}),
     ("this KV cache dtype: got nvfp4 with a bfloat16 model", {"kv_cache_dtype": "nvfp4"}),
-    ("this KV cache dtype: got float16 with a bfloat16 model", {"kv_cache_dtype": "float16"}),
     (
         "layers whose KV cache has a dtype of its own: got --kv-cache-dtype-skip-layers 0 1",
         {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0", "1"]},
@@ -286,8 +286,27 @@ def test_drafts_beside_a_state_or_latent_rows_are_refused(arguments, monkeypatch
         check(vllm_config)
 
 
+@pytest.mark.skipif(not vllm.__version__.startswith("0.32."), reason="vLLM 0.33 refuses it itself")
+def test_a_cache_in_another_dtype_than_the_models_is_refused(arguments):
+    with pytest.raises(ValueError, match="this KV cache dtype: got float16 with a bfloat16 model"):
+        arguments(kv_cache_dtype="float16").create_engine_config()
+
+
+ROUTED_EXPERTS = "returned routed experts together with this: got --kv-compress-prompt"
+
+
+def test_returned_experts_are_refused_beside_hits_that_vllm_does_not_know_of(arguments):
+    # vLLM takes the flag on its V2 runner only.
+    vllm_config = arguments().create_engine_config()
+    vllm_config.aux_output_config.enable_return_routed_experts = True
+    check(vllm_config)
+    vllm_config.additional_config["kv_compression"]["compress_prompt"] = True
+    with pytest.raises(ValueError, match=f"does not support {ROUTED_EXPERTS}, wanted none of it"):
+        check(vllm_config)
+
+
 def test_every_rule_has_a_test():
-    cases = (*REFUSED, *PATCHED, *BESIDE_DRAFTS, (STATE_BESIDE_DRAFTS,))
+    cases = (*REFUSED, *PATCHED, *BESIDE_DRAFTS, (STATE_BESIDE_DRAFTS,), (ROUTED_EXPERTS,))
     tested = "\n".join(sentence for sentence, *_ in cases)
     assert [rule.feature for rule in REFUSALS if rule.feature not in tested] == []
 
