@@ -51,6 +51,10 @@ WATCHED = {
         f"{_CORE}.kv_cache_utils:get_kv_cache_groups",
         f"{_CORE}.kv_cache_utils:get_kv_cache_config_from_groups",
         f"{_CORE}.kv_cache_utils:check_enough_kv_cache_memory",
+        # Where vLLM 0.33 has them.
+        f"{_CORE}.kv_cache_planning:get_kv_cache_groups",
+        f"{_CORE}.kv_cache_planning:get_kv_cache_config_from_groups",
+        f"{_CORE}.kv_cache_planning:check_enough_kv_cache_memory",
         "vllm.v1.kv_cache_interface:UniformTypeKVCacheSpecs",
     ),
     "rows of the worker's batch": (
