@@ -43,6 +43,7 @@ VARYING = (
     "num_layers",
     "max_len",
     "num_tiles",
+    "num_parts",
     "max_candidates",
     "rows_per_request",
     "first_member",
@@ -132,6 +133,19 @@ def add_up_layout(states: PagedStates) -> dict[str, int]:
     """The part of `layout_of` for kernels that read no keys."""
     layout = layout_of(states)
     return {key: layout[key] for key in ("HEAD_SIZE", "BLOCK_D", "GRAIN")}
+
+
+def register_limit(states: PagedStates, most: int) -> dict[str, int]:
+    """Registers of a thread as an option of a launch, where fewer than it would like are worth it.
+
+    Products in float32 and wider heads need what they ask for; AMD's compiler knows no such limit.
+
+    Args:
+        states: what is read.
+        most: registers.
+    """
+    few = states.dtype.itemsize <= 2 and states.head_size <= 128 and torch.version.hip is None
+    return {"maxnreg": most} if few else {}
 
 
 def fp8_of(dtype: torch.dtype, device: torch.device) -> int:

@@ -16,8 +16,6 @@ from rkv_vllm.kernels.tiles import TILE, VARYING, add_up_layout
 LOGITS_AT_ONCE = 4096
 # Tiles that are added up at once.
 TILES_AT_ONCE = tl.constexpr(16)
-# A program per head: few, so of many warps.
-NUM_WARPS = 8
 
 
 def launch_combine(
@@ -64,7 +62,6 @@ def launch_combine(
         BLOCK_W=block_w,
         TOKENS=max(LOGITS_AT_ONCE // block_w, 64),
         **add_up_layout(keys),
-        num_warps=NUM_WARPS,
     )
 
 

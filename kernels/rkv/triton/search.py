@@ -8,7 +8,6 @@ atomic and come in any order, so they are made on integers of 2**-40, where the 
 matter: ranks of tensor parallelism that hold copies of one head, and repeated runs, choose alike.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,10 +23,14 @@ from rkv_vllm.kernels.tiles import (
     load_tile,
     place_of_row,
     product,
+    register_limit,
     strides_of,
     tile_of_program,
 )
 
+# Of a thread. Programs wait for memory most of the time: an H100 holds four of these at a time, not
+# three, at 24 spilled bytes.
+REGISTERS = 128
 # Column sums are below 2**20 tokens in any context length, so a sum stays below 2**61.
 FIXED_POINT = tl.constexpr(float(2**40))
 
@@ -69,18 +72,8 @@ def launch_search(
         threshold,
         CENTER=norms.means is not None,
         **layout_of(keys),
-        **_register_limit(keys, norms.means is not None),
+        **(register_limit(keys, REGISTERS) if norms.means is None else {}),
     )
-
-
-def _register_limit(keys: PagedStates, center: bool) -> dict[str, int]:
-    """Registers of a thread, where fewer than it would like are worth it.
-
-    Programs wait for memory most of the time. With 128 registers an H100 holds four at a time, not
-    three, at 24 spilled bytes. Products in float32 need more; AMD's compiler knows no such limit.
-    """
-    few = keys.dtype.itemsize <= 2 and not center and keys.head_size <= 128
-    return {"maxnreg": 128} if few and torch.version.hip is None else {}
 
 
 @triton.jit(do_not_specialize=VARYING)

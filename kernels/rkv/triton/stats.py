@@ -21,12 +21,17 @@ from rkv_vllm.kernels.tiles import (
     most_tiles,
     place_of_row,
     product,
+    register_limit,
     strides_of,
     tile_of_program,
 )
 
 # Query rows that are multiplied at once, of several members of a group.
 QUERY_ROWS = 32
+# Tiles that one program goes through; while it judges one, the next is on its way. An H100 holds
+# three programs of that many registers per thread at a time, not two.
+TILES_AT_A_TIME = 6
+REGISTERS = 168
 
 NORM_EPSILON = tl.constexpr(1e-8)
 LEAST_SQUARE = tl.constexpr(LEAST_CENTRED**2)
@@ -105,7 +110,10 @@ def launch_stats(
     block_w = triton.next_power_of_2(batch.window)
     members = window.members if window else range(0)
     at_once = min(max(QUERY_ROWS // block_w, 1), triton.next_power_of_2(max(len(members), 1)))
-    stats_kernel[(num_rows * num_tiles,)](
+    # At least what tensor cores multiply.
+    at_once = max(at_once, 16 // block_w)
+    num_parts = triton.cdiv(num_tiles, TILES_AT_A_TIME)
+    stats_kernel[(num_rows * num_parts,)](
         elements(keys.cells, keys.dtype),
         strides_of(keys),
         window.queries if window else None,
@@ -126,6 +134,7 @@ def launch_stats(
         keys.num_layers,
         batch.max_judged,
         num_tiles,
+        num_parts,
         batch.max_candidates,
         window.queries.shape[2] if window else 0,
         members.start,
@@ -136,11 +145,14 @@ def launch_stats(
         GROUP=window.queries.shape[3] // keys.num_heads if window else 1,
         WINDOW=batch.window,
         BLOCK_W=block_w,
-        # At least what tensor cores multiply.
-        AT_ONCE=max(at_once, 16 // block_w),
+        AT_ONCE=at_once,
+        STEPS=TILES_AT_A_TIME,
+        ONE_ROUND=len(members) <= at_once,
+        ALL_MEMBERS=len(members) % at_once == 0,
         **layout_of(keys),
-        # The loop over members has one round as a rule: nothing to load ahead.
+        # Loads ahead are written out.
         num_stages=1,
+        **(register_limit(keys, REGISTERS) if norms is None or norms.means is None else {}),
     )
 
 
@@ -170,46 +182,66 @@ def has_no_direction(b_square, b_mean):
 
 
 @triton.jit
-def _largest_logits(
-    b_keys,
+def _query_places(
     p_ring,
     query_strides,
     window_end,
     ring_len,
-    scale,
-    first_member,
-    stop_member,
     WINDOW: tl.constexpr,
     BLOCK_W: tl.constexpr,
     AT_ONCE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    IN_FLOAT32: tl.constexpr,
 ):
-    """Logits [tokens, BLOCK_W], the largest of some members; NaN where a product is not finite."""
+    """Where the window's queries of a group's first members lie, and which of them there are."""
     o_window = tl.arange(0, BLOCK_W)
-    o_member = tl.arange(0, AT_ONCE)
     o_dim = tl.arange(0, BLOCK_D)
     ring_idx = (window_end - WINDOW) % ring_len + o_window
     ring_idx = tl.where(ring_idx >= ring_len, ring_idx - ring_len, ring_idx)
     p_rows = p_ring + ring_idx[None, :, None].to(tl.int64) * query_strides.ring
-    p_rows += o_member[:, None, None].to(tl.int64) * query_strides.head + o_dim[None, None, :]
-    m_rows = (o_window < WINDOW)[None, :, None] & (o_dim < HEAD_SIZE)[None, None, :]
-    b_logits = tl.full((TILE, BLOCK_W), float("-inf"), tl.float32)
-    b_bad = tl.zeros((TILE, BLOCK_W), tl.int32)
-    for first in range(first_member, stop_member, AT_ONCE):
-        m_member = first + o_member < stop_member
-        p_members = p_rows + first * query_strides.head
-        b_queries = tl.load(p_members, mask=m_rows & m_member[:, None, None], other=0.0)
-        b_queries = tl.reshape(b_queries, (AT_ONCE * BLOCK_W, BLOCK_D)).to(b_keys.dtype)
-        b_part = product(b_keys, tl.trans(b_queries), IN_FLOAT32) * scale
-        b_part = tl.reshape(b_part, (TILE, AT_ONCE, BLOCK_W))
-        # Maximum and cap would hide what is not finite. False for NaN as well.
-        is_bad = ((tl.abs(b_part) < float("inf")) == 0) & m_member[None, :, None]
-        b_bad += tl.sum(is_bad.to(tl.int32), axis=1)
+    o_member = tl.arange(0, AT_ONCE)[:, None, None].to(tl.int64)
+    p_rows += o_member * query_strides.head + o_dim[None, None, :]
+    return p_rows, (o_window < WINDOW)[None, :, None] & (o_dim < HEAD_SIZE)[None, None, :]
+
+
+@triton.jit
+def _queries(
+    p_rows,
+    m_rows,
+    head_stride,
+    first,
+    stop_member,
+    BLOCK_W: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Queries [AT_ONCE * BLOCK_W, BLOCK_D] of the members from `first` on, and who is a member."""
+    m_member = first + tl.arange(0, AT_ONCE) < stop_member
+    m_queries = m_rows & m_member[:, None, None]
+    b_queries = tl.load(p_rows + first * head_stride, mask=m_queries, other=0.0)
+    return tl.reshape(b_queries, (AT_ONCE * BLOCK_W, BLOCK_D)), m_member
+
+
+@triton.jit
+def _largest_logits(
+    b_keys,
+    b_queries,
+    m_member,
+    scale,
+    BLOCK_W: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    ALL_MEMBERS: tl.constexpr,
+    IN_FLOAT32: tl.constexpr,
+):
+    """Logits [tokens, BLOCK_W], the largest of some members; NaN where a product is not finite."""
+    b_part = product(b_keys, tl.trans(b_queries.to(b_keys.dtype)), IN_FLOAT32) * scale
+    b_part = tl.reshape(b_part, (TILE, AT_ONCE, BLOCK_W))
+    # Maximum and cap would hide what is not finite; zero times that is NaN. Who is no member has
+    # queries of zeros, and finite products wherever the members have.
+    b_nan = tl.sum(b_part * 0.0, axis=1)
+    if not ALL_MEMBERS:
         b_part = tl.where(m_member[None, :, None], b_part, float("-inf"))
-        b_logits = tl.maximum(b_logits, tl.max(b_part, axis=1))
-    return tl.where(b_bad > 0, float("nan"), b_logits)
+    return tl.max(b_part, axis=1) + b_nan
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -234,6 +266,7 @@ def stats_kernel(
     num_layers,
     max_len,
     num_tiles,
+    num_parts,
     max_candidates,
     ring_len,
     first_member,
@@ -245,6 +278,9 @@ def stats_kernel(
     WINDOW: tl.constexpr,
     BLOCK_W: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    STEPS: tl.constexpr,
+    ONE_ROUND: tl.constexpr,
+    ALL_MEMBERS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -254,23 +290,26 @@ def stats_kernel(
     FP8: tl.constexpr,
     IN_FLOAT32: tl.constexpr,
 ):
-    """Logits [WINDOW, tokens of a tile] of one head, inverse norms, and the sum of unit keys."""
-    i_row, i_tile = tile_of_program(num_tiles)
+    """Logits [WINDOW, tokens of some tiles] of one head, inverse norms, sums of unit keys."""
+    i_row, i_part = tile_of_program(num_parts)
     i_request, i_layer, i_head = place_of_row(i_row, num_layers, NUM_HEADS)
     prefix_len = tl.load(p_prefix_lens + i_request)
     settled_len = tl.load(p_settled_lens + i_request)
     lead = prefix_len % GRAIN
+    start = prefix_len - lead
     n = settled_len - prefix_len
-    first_row = i_tile * TILE
-    if first_row >= n + lead:
+    first_tile = i_part * STEPS
+    stop_tile = tl.minimum(first_tile + STEPS, tl.cdiv(n + lead, TILE))
+    if first_tile >= stop_tile:
         return
-    o_tile = tl.arange(0, TILE)
-    o_token = first_row + o_tile - lead
+    stop = tl.minimum(start + stop_tile * TILE, settled_len)
+    p_head = p_keys + i_layer.to(tl.int64) * strides.layer + i_head.to(tl.int64) * strides.head
+    p_row = p_block_table + i_request.to(tl.int64) * table_stride
     b_keys = load_tile(
-        p_keys + i_layer.to(tl.int64) * strides.layer + i_head.to(tl.int64) * strides.head,
-        p_block_table + i_request.to(tl.int64) * table_stride,
-        prefix_len - lead + first_row,
-        settled_len,
+        p_head,
+        p_row,
+        start + first_tile * TILE,
+        stop,
         strides,
         TILE,
         HEAD_SIZE,
@@ -283,57 +322,103 @@ def stats_kernel(
         REDUNDANCY,
     )
     o_row = i_row.to(tl.int64)
+    o_tile = tl.arange(0, TILE)
+    o_window = tl.arange(0, BLOCK_W)
+    o_dim = tl.arange(0, BLOCK_D)
+    m_dim = o_dim < HEAD_SIZE
     if IMPORTANCE:
         seat = tl.load(p_seats + i_request).to(tl.int64)
-        p_ring = (
-            p_queries
-            + seat * query_strides.seat
-            + i_layer.to(tl.int64) * query_strides.layer
-            + (i_head * GROUP).to(tl.int64) * query_strides.head
-        )
-        # Numbers of fp8 fit either float of two bytes; queries may be beyond float16.
-        b_judged = b_keys if FP8 == 0 else b_keys.to(p_queries.dtype.element_ty)
-        b_logits = _largest_logits(
-            b_judged,
-            p_ring,
+        p_ring = p_queries + seat * query_strides.seat + i_layer.to(tl.int64) * query_strides.layer
+        p_rows, m_rows = _query_places(
+            p_ring + (i_head * GROUP).to(tl.int64) * query_strides.head,
             query_strides,
             tl.load(p_window_ends + i_request),
             ring_len,
-            tl.load(p_scale + i_layer * NUM_HEADS + i_head),
-            first_member,
-            stop_member,
             WINDOW,
             BLOCK_W,
             AT_ONCE,
             HEAD_SIZE,
             BLOCK_D,
-            IN_FLOAT32,
         )
+        if ONE_ROUND:
+            b_queries, m_member = _queries(
+                p_rows,
+                m_rows,
+                query_strides.head,
+                first_member,
+                stop_member,
+                BLOCK_W,
+                AT_ONCE,
+                BLOCK_D,
+            )
+        scale = tl.load(p_scale + i_layer * NUM_HEADS + i_head)
         soft_cap = tl.load(p_soft_cap + i_layer)
-        if soft_cap > 0.0:
-            # It keeps the order, so the largest of the group is still the largest.
-            b_logits = _soft_capped(b_logits, soft_cap)
-        o_window = tl.arange(0, BLOCK_W)
-        p_out = p_logits + (o_row * WINDOW + o_window[None, :]) * max_candidates + o_token[:, None]
-        m_out = (o_token >= 0) & (o_token < n - WINDOW)
-        tl.store(p_out, b_logits, mask=m_out[:, None] & (o_window < WINDOW)[None, :])
-    if REDUNDANCY:
-        m_token = (o_token >= 0) & (o_token < n)
-        o_dim = tl.arange(0, BLOCK_D)
-        m_dim = o_dim < HEAD_SIZE
-        if CENTER:
-            b_mean = tl.load(p_means + o_row * HEAD_SIZE + o_dim, mask=m_dim, other=0.0)
-            b_wide = centred(b_keys, b_mean, m_token)
-        else:
-            b_wide = b_keys.to(tl.float32)
-        b_square = tl.sum(b_wide * b_wide, axis=1)
-        b_inverse = 1.0 / (tl.sqrt(b_square) + NORM_EPSILON)
-        if CENTER:
-            b_inverse = tl.where(has_no_direction(b_square, b_mean), 0.0, b_inverse)
-        b_sum = tl.sum(b_wide * b_inverse[:, None], axis=0)
-        # NaN is no hit of the search, whatever the threshold.
-        b_inverse = tl.where(m_token, b_inverse, float("nan"))
-        o_rows = o_row * num_tiles + i_tile
-        tl.store(p_inverse_norms + o_rows * TILE + o_tile, b_inverse)
-        tl.store(p_tile_sums + o_rows * HEAD_SIZE + o_dim, b_sum, mask=m_dim)
-        tl.store(p_shielded + o_row * max_len + o_token, tl.zeros((TILE,), tl.int64), mask=m_token)
+    if CENTER:
+        b_mean = tl.load(p_means + o_row * HEAD_SIZE + o_dim, mask=m_dim, other=0.0)
+    for i_tile in range(first_tile, stop_tile):
+        first_row = i_tile * TILE
+        o_token = first_row + o_tile - lead
+        b_next = load_tile(
+            p_head,
+            p_row,
+            start + first_row + TILE,
+            stop,
+            strides,
+            TILE,
+            HEAD_SIZE,
+            BLOCK_D,
+            BLOCK_SIZE,
+            KERNEL_BLOCK_SIZE,
+            GRAIN,
+            FP8,
+            prefix_len,
+            REDUNDANCY,
+        )
+        if IMPORTANCE:
+            # Numbers of fp8 fit either float of two bytes; queries may be beyond float16.
+            b_judged = b_keys if FP8 == 0 else b_keys.to(p_queries.dtype.element_ty)
+            if ONE_ROUND:
+                b_logits = _largest_logits(
+                    b_judged, b_queries, m_member, scale, BLOCK_W, AT_ONCE, ALL_MEMBERS, IN_FLOAT32
+                )
+            else:
+                b_logits = tl.full((TILE, BLOCK_W), float("-inf"), tl.float32)
+                for first in range(first_member, stop_member, AT_ONCE):
+                    b_some, m_some = _queries(
+                        p_rows,
+                        m_rows,
+                        query_strides.head,
+                        first,
+                        stop_member,
+                        BLOCK_W,
+                        AT_ONCE,
+                        BLOCK_D,
+                    )
+                    b_part = _largest_logits(
+                        b_judged, b_some, m_some, scale, BLOCK_W, AT_ONCE, ALL_MEMBERS, IN_FLOAT32
+                    )
+                    # A maximum of NaN may be the other number.
+                    b_logits = tl.maximum(b_logits, b_part) + b_part * 0.0
+            if soft_cap > 0.0:
+                # It keeps the order, so the largest of the group is still the largest.
+                b_logits = _soft_capped(b_logits, soft_cap)
+            p_out = p_logits + (o_row * WINDOW + o_window[None, :]) * max_candidates
+            m_out = (o_token >= 0) & (o_token < n - WINDOW)
+            m_out = m_out[:, None] & (o_window < WINDOW)[None, :]
+            tl.store(p_out + o_token[:, None], b_logits, mask=m_out)
+        if REDUNDANCY:
+            m_token = (o_token >= 0) & (o_token < n)
+            b_wide = centred(b_keys, b_mean, m_token) if CENTER else b_keys.to(tl.float32)
+            b_square = tl.sum(b_wide * b_wide, axis=1)
+            b_inverse = 1.0 / (tl.sqrt(b_square) + NORM_EPSILON)
+            if CENTER:
+                b_inverse = tl.where(has_no_direction(b_square, b_mean), 0.0, b_inverse)
+            b_sum = tl.sum(b_wide * b_inverse[:, None], axis=0)
+            # NaN is no hit of the search, whatever the threshold.
+            b_inverse = tl.where(m_token, b_inverse, float("nan"))
+            o_rows = o_row * num_tiles + i_tile
+            tl.store(p_inverse_norms + o_rows * TILE + o_tile, b_inverse)
+            tl.store(p_tile_sums + o_rows * HEAD_SIZE + o_dim, b_sum, mask=m_dim)
+            p_sums = p_shielded + o_row * max_len + o_token
+            tl.store(p_sums, tl.zeros((TILE,), tl.int64), mask=m_token)
+        b_keys = b_next
