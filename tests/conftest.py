@@ -73,7 +73,12 @@ RUNNERS = {
 @pytest.fixture
 def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Runner:
     """Makes the engines of a test use one model runner: parametrise it indirectly by name."""
+    from vllm.platforms import current_platform
+
     chosen = RUNNERS[request.param]
+    if current_platform.is_cuda():
+        # The only one there that compression knows.
+        chosen = chosen._replace(use_v2=True)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(chosen.use_v2)))
     if chosen.unprocessed_steps:
         _schedule_asynchronously(monkeypatch)
@@ -82,6 +87,13 @@ def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> R
 
 def _schedule_asynchronously(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undo what vLLM's CPU platform forces off; the V2 runner itself knows no difference."""
+    from vllm.platforms import current_platform
+
+    from tests.engine import GPU_OPTIONS
+
+    if current_platform.is_cuda():
+        monkeypatch.setitem(GPU_OPTIONS, "async_scheduling", True)
+        return
     from vllm.platforms.cpu import CpuPlatform
 
     check = CpuPlatform.check_and_update_config.__func__

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.scheduler import Scheduler
 
 import rkv_vllm
@@ -15,6 +16,13 @@ from tests.models import kv_cache_bytes
 from tests.worker.rows import assert_rows_agree
 
 BLOCK_SIZE = 32
+# What engines on a GPU get as well: several share it, and all of a step is one captured graph.
+GPU_OPTIONS: dict[str, Any] = {
+    "gpu_memory_utilization": 0.05,
+    "async_scheduling": False,
+    "enforce_eager": False,
+    "compilation_config": {"mode": 0, "cudagraph_mode": "FULL"},
+}
 
 
 @dataclass
@@ -155,6 +163,7 @@ def running_engine(
         "max_num_seqs": 16,
         "block_size": BLOCK_SIZE,
         "seed": 0,
+        **(GPU_OPTIONS if current_platform.is_cuda() else {}),
     }
     llm = LLM(str(model), **{**defaults, **options})
     try:

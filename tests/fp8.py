@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from vllm import _custom_ops as ops
+from vllm.platforms import current_platform
 
 SUPPORTED = torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
 needs_fp8_on_cpu = pytest.mark.skipif(
-    not SUPPORTED, reason="vLLM's fp8 cache on a CPU needs AVX-512 or AMX"
+    not (SUPPORTED or current_platform.is_cuda()),
+    reason="vLLM's fp8 cache on a CPU needs AVX-512 or AMX",
 )
 # Values of --kv-cache-dtype and the float that CPU_ATTN takes a byte for.
 DTYPES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
@@ -36,6 +38,9 @@ class Fp8Store:
     def __call__(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """What attention reads of keys and values [heads, tokens, d]."""
         scales = self.scales[layer] if self.scales else (1.0, 1.0)
+        if current_platform.is_cuda():
+            dtype, numbers = DTYPES[self.cache_dtype], zip((keys, values), scales, strict=True)
+            return tuple((part / scale).to(dtype).to(part.dtype) * scale for part, scale in numbers)
         heads, tokens, size = keys.shape
         num_blocks = math.ceil(tokens / _BLOCK_SIZE)
         cache = torch.zeros(num_blocks, heads, 2 * _BLOCK_SIZE, size, dtype=torch.uint8)

@@ -107,7 +107,7 @@ class DenseRKV(DenseMethod):
         return Need(queries=True)
 
     def score_dense(self, keys, values, queries, layer, eviction):
-        return dense.scores(keys, queries)
+        return dense.scores(keys.cpu(), queries.cpu()).to(keys.device)
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2-async"], indirect=True)

@@ -4,6 +4,7 @@ from random import Random
 
 import pytest
 import torch
+from vllm.platforms import current_platform
 
 import rkv_vllm
 from rkv_vllm.options import ServerOptions
@@ -54,7 +55,8 @@ def speculate_with(monkeypatch, speculator: type) -> None:
 def test_ngram_drafts_accepted_and_rejected_leave_the_text_of_explicit_eviction(
     random_model_dir, monkeypatch, runner, num_tokens
 ):
-    speculate_with(monkeypatch, InterpretedNgram)
+    if not current_platform.is_cuda():
+        speculate_with(monkeypatch, InterpretedNgram)
     model = random_model_dir("llama", 3, vocab=VOCAB)
     config = ServerOptions(budget=48, buffer=16)
     prompts = {f"r{i}": random_prompt(40 + 7 * i, seed=i, vocab=VOCAB) for i in range(4)}
