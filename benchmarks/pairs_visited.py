@@ -11,17 +11,15 @@ class Tile(NamedTuple):
 
     Attributes:
         rows: keys that are served together; they stop together.
-        columns: keys per step, from the newest backwards.
-        is_aligned: whether steps end at multiples of `columns`, else at the newest key.
+        columns: keys per step, from the newest backwards; steps end at multiples of it.
     """
 
     rows: int
     columns: int
-    is_aligned: bool
 
 
 # Those of csrc/cpu/rkv.cpp and of kernels/rkv/triton/; tests/kernels/test_early_stop.py compares.
-TILES = {"cpu": Tile(4, 32, False), "triton": Tile(64, 64, True)}
+TILES = {"cpu": Tile(4, 32), "triton": Tile(64, 64)}
 _ROWS_AT_ONCE = 512
 _NORM_EPSILON = 1e-8
 
@@ -67,16 +65,14 @@ def tiles_visited(newest: Tensor, tile: Tile, lead: int = 0) -> Tensor:
     newest = torch.cat([newest.new_full((lead,), newest.max()), newest])
     n = len(newest)
     farthest = torch.stack([part.min() for part in newest.split(tile.rows)])
-    if tile.is_aligned:
-        return (n - 1) // tile.columns - farthest // tile.columns + 1
-    return (n - farthest + tile.columns - 1) // tile.columns
+    return (n - 1) // tile.columns - farthest // tile.columns + 1
 
 
 def share_visited(newest: Tensor, tile: Tile) -> float:
     """Share of all pairs that a search in tiles visits before its last row is served."""
     n = len(newest)
-    # The newest tile of an aligned search is not full.
-    start = n % tile.columns - tile.columns if tile.is_aligned and n % tile.columns else 0
+    # The newest tile is not full.
+    start = n % tile.columns - tile.columns if n % tile.columns else 0
     visited = (start + tiles_visited(newest, tile) * tile.columns).clamp(max=n)
     sizes = torch.tensor([len(part) for part in newest.split(tile.rows)], device=newest.device)
     return float((visited * sizes).sum()) / n**2

@@ -140,13 +140,11 @@ def test_pairs_visited_are_counted_per_tile():
     assert newest.tolist() == [-1, -1, -1, -1, -1, 7, -1, 5]
     assert similar == pytest.approx(2 / 56)
     # Rows 0 to 3 find nothing; rows 4 and 6 make rows 5 and 7 go on to the end.
-    assert share_visited(newest, Tile(4, 2, is_aligned=False)) == 1.0
+    assert share_visited(newest, Tile(4, 2)) == 1.0
     # Alone, row 5 sees columns 6 and 7, row 7 sees 4 to 7.
-    assert share_visited(newest, Tile(1, 2, is_aligned=False)) == pytest.approx(
-        (6 * 8 + 2 + 4) / 64
-    )
+    assert share_visited(newest, Tile(1, 2)) == pytest.approx((6 * 8 + 2 + 4) / 64)
     # In steps of three from token 0 the newest one has two columns.
-    assert share_visited(newest, Tile(1, 3, is_aligned=True)) == pytest.approx((6 * 8 + 5 + 2) / 64)
+    assert share_visited(newest, Tile(1, 3)) == pytest.approx((6 * 8 + 5 + 2) / 64)
 
 
 def new_output(token_ids: list[int], logprobs: list[float], compactions: int = 3) -> dict:

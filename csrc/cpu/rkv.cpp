@@ -122,24 +122,28 @@ struct RedundancyArgs {
   bool center;
 };
 
+// Unit keys lie in tiles of kColumns of them, transposed: what goes through a tile stays in the
+// first-level cache. Columns behind the last key are zeros.
 struct RedundancyScratch {
-  int64_t columns;           // n plus one tile of slack, padded to kColumns
-  std::vector<float> unit;   // [head_size][columns], unit keys, transposed
-  std::vector<float> norms;  // [n], later each key divided by its norm, then the inverse norms
-  std::vector<float> sums;   // [n]
-  std::vector<float> rows;   // [kRows][head_size]
-  int64_t num_tiles = 0;     // micro tiles that the searches of this thread looked at
+  int64_t tile_size;           // head_size * kColumns
+  std::vector<float> unit;     // [tiles][head_size][kColumns]
+  std::vector<float> sums;     // [tiles * kColumns]
+  std::vector<double> totals;  // [head_size]
+  std::vector<float> rows;     // [kRows][head_size]
+  int64_t num_tiles = 0;       // micro tiles that the searches of this thread looked at
 
   static int64_t num_floats(const RedundancyArgs& a) {
-    return (a.keys.paged.head_size + 2) * (round_up(a.keys.n, kColumns) + kColumns);
+    return (a.keys.paged.head_size + 1) * round_up(a.keys.n, kColumns);
   }
 
   explicit RedundancyScratch(const RedundancyArgs& a)
-      : columns(round_up(a.keys.n, kColumns) + kColumns),
-        unit(a.keys.paged.head_size * columns),
-        norms(columns),
-        sums(columns),
+      : tile_size(a.keys.paged.head_size * kColumns),
+        unit(a.keys.paged.head_size * round_up(a.keys.n, kColumns)),
+        sums(round_up(a.keys.n, kColumns)),
+        totals(a.keys.paged.head_size),
         rows(kRows * a.keys.paged.head_size) {}
+
+  float* tile(int64_t first) { return &unit[first / kColumns * tile_size]; }
 };
 
 // The newest other key similar to each of kRows rows from `row` on, 0 without any, and the cosine
@@ -151,14 +155,12 @@ RKV_INLINE void newest_similar(const RedundancyArgs& a, RedundancyScratch& s, in
   int64_t open = num_rows;
   std::fill(newest, newest + kRows, -1);
   float products[kRows][kColumns];
-  for (int64_t stop = n; stop > 0 && open > 0; stop -= kColumns) {
-    // The last tile may reach below the first key; its columns start at 0 and overlap.
-    const int64_t first = std::max<int64_t>(stop - kColumns, 0);
-    micro_tile(s.rows.data(), &s.unit[first], s.columns, head_size, products);
+  for (int64_t first = (n - 1) / kColumns * kColumns; first >= 0 && open > 0; first -= kColumns) {
+    micro_tile(s.rows.data(), s.tile(first), kColumns, head_size, products);
     ++s.num_tiles;
     for (int64_t r = 0; r < num_rows; ++r) {
       if (newest[r] >= 0) continue;
-      for (int64_t c = std::min(kColumns, stop - first) - 1; c >= 0; --c) {
+      for (int64_t c = std::min(kColumns, n - first) - 1; c >= 0; --c) {
         if (products[r][c] > a.threshold && first + c != row + r) {
           newest[r] = first + c;
           cosine[r] = products[r][c];
@@ -173,69 +175,95 @@ RKV_INLINE void newest_similar(const RedundancyArgs& a, RedundancyScratch& s, in
     newest[r] = 0;
     cosine[r] = 0;
     for (int64_t k = 0; k < head_size; ++k)
-      cosine[r] += s.rows[r * head_size + k] * s.unit[k * s.columns];
+      cosine[r] += s.rows[r * head_size + k] * s.unit[k * kColumns];
   }
+}
+
+RKV_INLINE float row_sum(const float* values) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t c = 0; c < kColumns; ++c) sum += values[c];
+  return sum;
 }
 
 // Takes the mean key off all keys in s.unit; returns its norm.
 RKV_INLINE float center(const RedundancyArgs& a, RedundancyScratch& s) {
+  const int64_t n = a.keys.n, head_size = a.keys.paged.head_size;
+  std::fill(s.totals.begin(), s.totals.end(), 0.0);
+  for (int64_t first = 0; first < n; first += kColumns)
+    for (int64_t k = 0; k < head_size; ++k) s.totals[k] += row_sum(s.tile(first) + k * kColumns);
   double square = 0;
-  for (int64_t k = 0; k < a.keys.paged.head_size; ++k) {
-    float* key = &s.unit[k * s.columns];
-    double sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < a.keys.n; ++i) sum += key[i];
-    const double mean = sum / static_cast<double>(a.keys.n);
-    square += mean * mean;
-    const float rounded = static_cast<float>(mean);
-#pragma omp simd
-    for (int64_t i = 0; i < a.keys.n; ++i) key[i] -= rounded;
+  for (double& total : s.totals) {
+    total /= static_cast<double>(n);
+    square += total * total;
+  }
+  for (int64_t first = 0; first < n; first += kColumns) {
+    for (int64_t k = 0; k < head_size; ++k) {
+      float* key = s.tile(first) + k * kColumns;
+      const float mean = static_cast<float>(s.totals[k]);
+      for (int64_t c = 0; c < std::min(kColumns, n - first); ++c) key[c] -= mean;
+    }
   }
   return static_cast<float>(std::sqrt(square));
+}
+
+// Makes unit keys of a tile and adds them to the totals; minus the square of each one's norm, 1 or
+// 0, goes to s.sums.
+RKV_INLINE void normalise(int64_t head_size, float least, float* tile, float* sums,
+                          std::vector<double>& totals) {
+  float norms[kColumns] = {}, inverse[kColumns];
+  for (int64_t k = 0; k < head_size; ++k) {
+    const float* key = tile + k * kColumns;
+#pragma omp simd
+    for (int64_t c = 0; c < kColumns; ++c) norms[c] += key[c] * key[c];
+  }
+  for (int64_t c = 0; c < kColumns; ++c) {
+    const float norm = std::sqrt(norms[c]);
+    inverse[c] = norm <= least ? 0.0f : 1.0f / (norm + kNormEpsilon);
+    const float own = norm * inverse[c];
+    sums[c] = -own * own;
+  }
+  for (int64_t k = 0; k < head_size; ++k) {
+    float* key = tile + k * kColumns;
+#pragma omp simd
+    for (int64_t c = 0; c < kColumns; ++c) key[c] *= inverse[c];
+    totals[k] += row_sum(key);
+  }
 }
 
 // How much each key repeats the others, as a distribution over all n, in s.sums.
 RKV_CLONES bool redundancy(const RedundancyArgs& a, int64_t head, RedundancyScratch& s) {
   const int64_t n = a.keys.n, head_size = a.keys.paged.head_size;
-  for (int64_t first = 0; first < n; first += kColumns)
-    load_columns(a.keys, head, first, std::min(kColumns, n - first), &s.unit[first], s.columns);
-  const float least = a.center ? kLeastCentred * center(a, s) : -1.0f;
-  std::fill(s.norms.begin(), s.norms.end(), 0.0f);
-  for (int64_t k = 0; k < head_size; ++k) {
-    const float* key = &s.unit[k * s.columns];
+  float least = -1.0f;
+  if (a.center) {
+    for (int64_t first = 0; first < n; first += kColumns)
+      load_columns(a.keys, head, first, std::min(kColumns, n - first), s.tile(first), kColumns);
+    least = kLeastCentred * center(a, s);
+  }
+  std::fill(s.totals.begin(), s.totals.end(), 0.0);
+  for (int64_t first = 0; first < n; first += kColumns) {
+    const int64_t count = std::min(kColumns, n - first);
+    if (!a.center) load_columns(a.keys, head, first, count, s.tile(first), kColumns);
+    normalise(head_size, least, s.tile(first), &s.sums[first], s.totals);
+  }
+  for (int64_t first = 0; first < n; first += kColumns) {
+    float sums[kColumns] = {};
+    for (int64_t k = 0; k < head_size; ++k) {
+      const float* key = s.tile(first) + k * kColumns;
+      const float total = static_cast<float>(s.totals[k]);
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) s.norms[i] += key[i] * key[i];
-  }
-  // Until the column sums are there, s.sums holds the inverse norms.
-  for (int64_t i = 0; i < n; ++i) {
-    s.norms[i] = std::sqrt(s.norms[i]);
-    s.sums[i] = s.norms[i] <= least ? 0.0f : 1.0f / (s.norms[i] + kNormEpsilon);
-  }
-  for (int64_t k = 0; k < head_size; ++k) {
-    float* key = &s.unit[k * s.columns];
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) key[i] *= s.sums[i];
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    const float own = s.norms[i] * s.sums[i];
-    s.sums[i] = -own * own;
-  }
-  for (int64_t k = 0; k < head_size; ++k) {
-    const float* key = &s.unit[k * s.columns];
-    double exact = 0;
-#pragma omp simd reduction(+ : exact)
-    for (int64_t i = 0; i < n; ++i) exact += key[i];
-    const float total = static_cast<float>(exact);
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) s.sums[i] += key[i] * total;
+      for (int64_t c = 0; c < kColumns; ++c) sums[c] += key[c] * total;
+    }
+    for (int64_t c = 0; c < kColumns; ++c) s.sums[first + c] += sums[c];
   }
   int64_t newest[kRows];
   float cosine[kRows];
+  static_assert(kColumns % kRows == 0, "rows of one micro tile lie in one tile of columns");
   for (int64_t row = 0; row < n; row += kRows) {
     // Rows behind the last one are the zeros of the padding.
     for (int64_t r = 0; r < kRows; ++r)
       for (int64_t k = 0; k < head_size; ++k)
-        s.rows[r * head_size + k] = s.unit[k * s.columns + row + r];
+        s.rows[r * head_size + k] = s.tile(row)[k * kColumns + row % kColumns + r];
     newest_similar(a, s, row, newest, cosine);
     for (int64_t r = 0; r < std::min(kRows, n - row); ++r)
       // Row 0 points to itself when nothing is similar; its own cosine was never in the sum.

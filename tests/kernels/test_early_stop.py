@@ -51,7 +51,7 @@ def test_as_many_tiles_are_looked_at_as_the_newest_similar_keys_ask_for(
     for eviction, dense in zip(case.batch.evictions, case.dense, strict=True):
         n = eviction.num_judged
         # Triton's tiles begin where blocks do.
-        lead = eviction.prefix_len % BLOCK_SIZE if tile.is_aligned else 0
+        lead = eviction.prefix_len % BLOCK_SIZE if version == "triton" else 0
         # Every other token on the other side of the mean.
         dense[:, :, ::2] += opposite
         dense[:, :, 1::2] -= opposite
