@@ -12,6 +12,7 @@ from vllm.platforms import current_platform
 from vllm.v1.core.sched.scheduler import Scheduler
 
 import rkv_vllm
+from tests.leftovers import assert_nothing_is_left, container_sizes
 from tests.models import kv_cache_bytes
 from tests.worker.rows import assert_rows_agree
 
@@ -49,6 +50,14 @@ class Engine:
         self.compacted_rows_checked = 0
         self._count_preemptions()
         self._count_computed_tokens()
+        self._sizes_at_start = container_sizes(*self._roots)
+
+    @property
+    def _roots(self) -> tuple[object, ...]:
+        """Where state of requests is kept; other processes' is out of reach."""
+        if not self._is_one_process:
+            return (self.scheduler,)
+        return self.scheduler, self.model_runner
 
     @property
     def scheduler(self) -> Scheduler:
@@ -113,6 +122,11 @@ class Engine:
         return rkv_vllm.stats(self.llm)
 
     def assert_pool_is_empty(self) -> None:
+        """Nothing is held any longer: no block, and no entry in a container of ours."""
+        while self.scheduler.has_requests():
+            # The workers learn with one more step who has gone.
+            self.llm.llm_engine.step()
+        assert_nothing_is_left(self._sizes_at_start, *self._roots)
         assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1
 
     def _count_preemptions(self) -> None:

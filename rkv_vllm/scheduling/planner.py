@@ -9,7 +9,7 @@ Next: booking.py.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
 from rkv_vllm.policy import Policy, Terms
@@ -50,6 +50,9 @@ class _Progress:
     waits: set[str] = field(default_factory=set)
 
 
+_Entry = tuple[int, int, str, _Progress]
+
+
 class GroupPlanner:
     """Turns the steps of one group into directives.
 
@@ -73,8 +76,9 @@ class GroupPlanner:
         self._max_advance = max_advance
         self._step = 0
         self._progress: dict[str, _Progress] = {}
-        # (step, tie, request, progress): when to look at a request again; it may have left by then.
-        self._calendar: list[tuple[int, int, str, _Progress]] = []
+        # (step, tie, request, progress): when to look at a request again. It may have left by then;
+        # such entries are never more than half of them.
+        self._calendar: list[_Entry] = []
         self._num_entries = 0
         # Those to look at in every step, first come first.
         self._near: dict[str, _Progress] = {}
@@ -167,6 +171,9 @@ class GroupPlanner:
         progress = self._progress.pop(req_id, None)
         if progress is not None and progress.seat is not None:
             self._free_seats.append(progress.seat)
+        if len(self._calendar) > 2 * len(self._progress):
+            self._calendar = [entry for entry in self._calendar if self._is_current(entry)]
+            heapify(self._calendar)
 
     def _look_again(self, req_id: str, progress: _Progress, num_computed: int) -> None:
         """Note in the calendar when the request can first compute a token of its next window."""
@@ -177,9 +184,14 @@ class GroupPlanner:
 
     def _wake(self) -> None:
         while self._calendar and self._calendar[0][0] <= self._step:
-            _, _, req_id, progress = heappop(self._calendar)
-            if self._progress.get(req_id) is progress:
+            entry = heappop(self._calendar)
+            if self._is_current(entry):
+                _, _, req_id, progress = entry
                 self._near[req_id] = progress
+
+    def _is_current(self, entry: _Entry) -> bool:
+        _, _, req_id, progress = entry
+        return self._progress.get(req_id) is progress
 
     def _if_near(self, req_id: str, lookup: Lookup) -> ScheduledRequest | None:
         """The request, if this step computes a token of its next window or a later one."""

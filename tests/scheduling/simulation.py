@@ -46,6 +46,7 @@ from rkv_vllm.scheduling.directive import (
 )
 from rkv_vllm.scheduling.scheduler import make_scheduler
 from rkv_vllm.scheduling.spec import CompressedAttentionSpec
+from tests.leftovers import assert_nothing_is_left, container_sizes
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 256
@@ -572,6 +573,7 @@ class SimulatedEngine:
         self.num_rejected = 0
         self.prompt_compactions = 0
         self.directives: list[EvictionDirective] = []
+        self.sizes_at_start = container_sizes(self.scheduler)
         self.last_output: SchedulerOutput | None = None
         self.last_plan: StepPlan | None = None
         # Set by tests that take blocks away from the pool themselves.
@@ -592,23 +594,8 @@ class SimulatedEngine:
     def assert_nothing_is_left(self) -> None:
         """No state of requests that are gone."""
         assert self.num_seats_in_use == 0
-        assert not self.scheduler._known
-        assert not self.scheduler._prefilling
-        assert not self.scheduler._loop_watch._has_looped
-        for track in self.tracks.values():
-            assert not track.books.num_evicted
-            if self.setting.when == "pressure":
-                assert not track.planner._terms
-                assert not len(track.planner._armed)
-                assert not track.planner._short_of_blocks
-                continue
-            assert not track.planner._progress
-            assert not track.planner._near
-            assert not track.planner._seat_queue
+        assert_nothing_is_left(self.sizes_at_start, self.scheduler)
         if not self.setting.stock and (swap := self.scheduler._swap):
-            assert not swap._absent
-            assert not swap._saved
-            assert not swap._settling
             assert swap.bytes_in_use == 0
 
     def add(

@@ -6,6 +6,7 @@ from rkv_vllm.policy import EveryBuffer, Terms
 from rkv_vllm.scheduling.booking import ScheduledRequest
 from rkv_vllm.scheduling.directive import StepPlan
 from rkv_vllm.scheduling.planner import GroupPlanner, Seats
+from tests.leftovers import container_sizes
 from tests.models import random_model
 from tests.scheduling.simulation import Setting, SimulatedEngine
 
@@ -103,6 +104,22 @@ def test_a_step_looks_at_no_request_that_is_far_from_due():
     for _ in range(490):
         planner.plan_step(lookup, StepPlan())
     assert looked_at == []
+
+
+def test_the_calendar_forgets_requests_that_left_and_no_others():
+    planner = GroupPlanner(0, Books(), EveryBuffer(WINDOW), Seats(64, WINDOW))
+    stays = [f"stays-{number}" for number in range(10)]
+    for number in range(500):
+        if number % 50 == 0:
+            planner.begin(stays[number // 50], Terms(16, 500), 10)
+        planner.begin("leaves", Terms(16, 10**6), 10)
+        planner.forget("leaves")
+        entries = container_sizes(planner)["GroupPlanner._calendar"]
+        assert number // 50 < entries <= 2 * (number // 50 + 1)
+    looked_at = set()
+    for _ in range(510):
+        planner.plan_step(lambda req_id: looked_at.add(req_id), StepPlan())
+    assert looked_at == set(stays)
 
 
 def test_a_compaction_that_waits_for_a_seat_and_then_for_blocks_counts_as_both(model):
