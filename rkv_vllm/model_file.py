@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rkv_vllm.model_name import is_same_model
+from rkv_vllm.whole_file import whole_file
 
 
 def write_model_file(path: Path, document: dict[str, Any]) -> None:
@@ -18,12 +19,8 @@ def write_model_file(path: Path, document: dict[str, Any]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    half = path.with_name(f".{path.name}.half")
-    try:
+    with whole_file(path) as half:
         half.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)
 
 
 def check_model(

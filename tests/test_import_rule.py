@@ -20,7 +20,7 @@ FOLDERS = {"rkv_vllm": PACKAGE, "rkv_vllm.kernels": PACKAGE.parent / "kernels"}
 
 # From the ground up. A room is a file or folder of the package; "" is the package itself.
 FLOORS = (
-    {"kernels", "option_field", "model_name"},
+    {"kernels", "option_field", "model_name", "whole_file"},
     {"methods", "model_file", "limits", "log", "policy"},
     {"cache_owners", "layer_budgets"},
     {"options"},
@@ -51,6 +51,7 @@ WITHOUT_VLLM = (
     "request_options",
     "variables",
     "policy",
+    "whole_file",
 )
 
 

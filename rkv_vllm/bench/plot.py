@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rkv_vllm.bench.report import grouped, in_words
+from rkv_vllm.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,9 @@ def draw(path: Path, document: dict[str, Any]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    make_figure(document).savefig(path, dpi=150)
+    figure = make_figure(document)
+    with whole_file(path) as half:
+        figure.savefig(half, dpi=150)
 
 
 def make_figure(document: dict[str, Any]) -> "Figure":

@@ -5,7 +5,6 @@ Reads the options, shows progress and writes the file; what is measured stands i
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -23,6 +22,7 @@ from rkv_vllm.cli.options import DTYPE_BYTES, ModelArgument
 from rkv_vllm.cli.progress import progress, status
 from rkv_vllm.layer_budgets import require_classes, write_classes
 from rkv_vllm.model_name import model_name
+from rkv_vllm.whole_file import what_is_missing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -196,12 +196,9 @@ def _check_outputs(paths: dict[str, Path | None]) -> None:
     for flag, path in paths.items():
         if path is None:
             continue
-        target = path if path.exists() else path.parent
-        if path.is_dir() or not path.parent.is_dir() or not os.access(target, os.W_OK):
-            raise CommandError(
-                f"{flag}: got {str(path)!r}, wanted a file that can be written, in a folder that "
-                "exists; change the path"
-            )
+        wanted = what_is_missing(path)
+        if wanted is not None:
+            raise CommandError(f"{flag}: got {str(path)!r}, wanted {wanted}; change the path")
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """How a command ends when it cannot do what was asked: one line on stderr and an exit code."""
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 
 import typer
+
+from rkv_vllm.whole_file import what_is_missing
 
 REFUSED = 1
 USAGE = 2
@@ -76,11 +77,8 @@ def check_plot(path: Path | None) -> None:
     """Raise CommandError unless the plot, if one is wanted, can be drawn and written."""
     if path is None:
         return
-    target = path if path.exists() else path.parent
-    is_png = path.suffix.lower() == ".png" and not path.is_dir()
-    if not is_png or not path.parent.is_dir() or not os.access(target, os.W_OK):
-        raise CommandError(
-            f"--plot: got {str(path)!r}, wanted a file that ends in .png and can be written, in a "
-            "folder that exists; change the path"
-        )
+    is_png = path.suffix.lower() == ".png"
+    wanted = what_is_missing(path) if is_png else "a file that ends in .png"
+    if wanted is not None:
+        raise CommandError(f"--plot: got {str(path)!r}, wanted {wanted}; change the path")
     require_package("matplotlib", "--plot")

@@ -16,7 +16,7 @@ from rkv_vllm.cli.bench_input import usage_errors
 from rkv_vllm.cli.errors import REFUSED, check_plot, one_line_errors, plot_errors
 from rkv_vllm.cli.options import DTYPES, RKV, ModelArgument, option, tokens
 from rkv_vllm.eval.plan import EvalPlan
-from rkv_vllm.eval.store import CARD, ResultStore
+from rkv_vllm.eval.store import CARD, ResultStore, StoreError
 from rkv_vllm.options import ServerOptions
 
 _PROBLEMS = "Problems"
@@ -200,7 +200,7 @@ def run_evaluation(
             hint = "; its log ends as above" if error.log_tail else ""
             typer.echo("\n".join([*error.log_tail, f"Error: {error}{hint}"]), err=True)
             failure, exit_code = str(error), REFUSED
-        except ServerError as error:
+        except (ServerError, StoreError) as error:
             typer.echo(f"Error: {error}", err=True)
             failure, exit_code = str(error), REFUSED
         except InterruptedBySignal as interruption:

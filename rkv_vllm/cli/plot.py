@@ -5,6 +5,7 @@ from pathlib import Path
 from rkv_vllm.cli.capacity import Capacity
 from rkv_vllm.cli.errors import REFUSED, CommandError
 from rkv_vllm.cli.footprint import stock_life
+from rkv_vllm.whole_file import whole_file
 
 # Distinguishable without colour vision, on paper, and by their dashes.
 _COLOURS = {"stock": "#d55e00", "stock_fp8": "#0072b2", "rkv": "#009e73", "rkv_fp8": "#cc79a7"}
@@ -42,7 +43,8 @@ def draw(
     axes.grid(which="major", alpha=0.3)
     axes.legend()
     try:
-        figure.savefig(path, dpi=150)
+        with whole_file(path) as half:
+            figure.savefig(half, dpi=150)
     except OSError as error:
         raise CommandError(
             f"--plot: got {error}, wanted a file that can be written; change the path", REFUSED

@@ -5,7 +5,6 @@ stands in `trace_input.py`; what is recorded and how it is drawn, in `rkv_vllm/t
 """
 
 import json
-import os
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from rkv_vllm.cli.progress import progress, status
 from rkv_vllm.cli.version import VERSIONED_DISTRIBUTIONS
 from rkv_vllm.fit.versions import installed_version
 from rkv_vllm.options import OPTIONS, ServerOptions
+from rkv_vllm.whole_file import whole_file
 
 if TYPE_CHECKING:
     from rkv_vllm.trace.capture import Capture, TracedRequest
@@ -239,14 +239,11 @@ def _write(path: Path, trace: "Trace") -> int:
     from rkv_vllm.trace.page import render
 
     page = render(trace)
-    half = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        half.write_bytes(page)
-        half.replace(path)
+        with whole_file(path) as half:
+            half.write_bytes(page)
     except OSError as error:
         raise CommandError(
-            f"--output: got {error}, wanted a file that can be written; change the path"
+            f"--output: got {error}, wanted a file that can be written; change the path", REFUSED
         ) from error
-    finally:
-        half.unlink(missing_ok=True)
     return len(page)

@@ -3,8 +3,6 @@
 Runs before the engine is loaded. Next: `rkv_vllm/trace/capture.py`.
 """
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from rkv_vllm.cli.errors import REFUSED, CommandError
 from rkv_vllm.options import ServerOptions
 from rkv_vllm.policy import EveryBuffer, Terms
 from rkv_vllm.trace.capture import TracedRequest
+from rkv_vllm.whole_file import what_is_missing
 
 # Output tokens beyond the due date within which a compaction is carried out: the step that
 # compacts, one more in flight with asynchronous scheduling, the next one, which moves the
@@ -24,17 +23,8 @@ def check_output(path: Path) -> None:
     wanted = None
     if path.suffix.lower() not in (".html", ".htm"):
         wanted = "a file that ends in .html"
-    elif path.is_dir():
-        wanted = "a file, not a folder"
-    elif not path.parent.is_dir():
-        wanted = "a file in a folder that exists"
-    elif path.exists() and not os.access(path, os.W_OK):
-        wanted = "a file that may be replaced"
     else:
-        try:
-            tempfile.TemporaryFile(dir=path.parent).close()
-        except OSError as error:
-            wanted = f"a folder that can be written to ({error.strerror})"
+        wanted = what_is_missing(path)
     if wanted is not None:
         raise CommandError(f"--output: got {str(path)!r}, wanted {wanted}; change the path")
 

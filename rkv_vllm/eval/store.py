@@ -6,8 +6,9 @@ tell one result from another, nothing else of what a line says. Next: report.py.
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 CARD, RUN, FORCED, SPEED = "card", "run", "forced", "speed"
 # Compactions of a side of a server, which has them in sums only.
@@ -20,6 +21,10 @@ _KEY = ("kind", "side", "set", "problem", "sample")
 def key_of(line: Line) -> tuple[Any, ...]:
     """What tells a result from all others of a file."""
     return tuple(line[name] for name in _KEY)
+
+
+class StoreError(Exception):
+    """A result cannot be kept."""
 
 
 class ResultStore:
@@ -51,24 +56,42 @@ class ResultStore:
         self.cards = [line for line in found if line["kind"] == CARD] + [{"kind": CARD, **card}]
         self.lines = [line for line in found[1:] if line["kind"] != CARD]
         self._done = {key_of(line): line for line in self.lines if line["kind"] in (RUN, FORCED)}
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
         # When and with what it went on is part of the results.
         self._write(self.cards[-1])
 
     def append(self, line: Line) -> None:
-        """Keep a line, in the file at once."""
+        """Keep a line, in the file at once.
+
+        Raises:
+            StoreError: it cannot be written; the file ends with the line before.
+        """
+        try:
+            self._write(line)
+        except OSError as error:
+            raise StoreError(
+                f"--out: got {error.strerror} while writing {self.path}, wanted room for further "
+                "results; make some and repeat the command, which goes on from there"
+            ) from error
         self.lines.append(line)
         if line["kind"] in (RUN, FORCED):
             self._done[key_of(line)] = line
-        self._write(line)
 
     def get(self, *key: Any) -> Line | None:
         """The result of that kind, side, set, problem and sample, if there is one."""
         return self._done.get(key)
 
     def _write(self, line: Line) -> None:
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        left = (json.dumps(line, allow_nan=False) + "\n").encode()
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            # Of a line that does not fit nothing stays: another one may follow.
+            with suppress(OSError):
+                self._file.truncate(end)
+            raise
 
 
 def _read(path: Path) -> list[Line]:

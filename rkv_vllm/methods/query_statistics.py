@@ -5,7 +5,6 @@ per frequency stands as RoPE pairs elements: element f of a head is its real, el
 `f + head_size / 2` its imaginary part.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from rkv_vllm.whole_file import whole_file
 
 _FORMAT = "rkv-vllm query statistics"
 _VERSION = "1"
@@ -68,13 +69,9 @@ class QueryStatistics:
             name: getattr(self, name).float().contiguous()
             for name in ("inv_freq", "mean_query", "mean_magnitude")
         }
-        half = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with whole_file(path) as half:
             # Not `save_file`, whose files only their owner may read.
             half.write_bytes(save(tensors, metadata))
-            half.replace(path)
-        finally:
-            half.unlink(missing_ok=True)
 
 
 def load_statistics(path: str) -> QueryStatistics:

@@ -311,9 +311,10 @@ def test_models_that_cannot_be_calibrated_are_refused_by_name(tmp_path, text, ch
     ("arguments", "exit_code", "sentence"),
     [
         ([], 2, "--out, --layer-budgets, --share-layers: got none of them, wanted at least"),
-        (["--layer-budgets", "."], 2, "--layer-budgets: got '.', wanted a file that can be"),
-        (["--out", "missing/out"], 2, "--out: got 'missing/out', wanted a file that can be"),
-        (["--out", "."], 2, "--out: got '.', wanted a file that can be written"),
+        (["--layer-budgets", "."], 2, "--layer-budgets: got '.', wanted a file, not a folder"),
+        (["--out", "missing/out"], 2, "--out: got 'missing/out', wanted a file in a folder"),
+        (["--out", "."], 2, "--out: got '.', wanted a file, not a folder"),
+        (["--out", "/proc/out"], 2, "--out: got '/proc/out', wanted a folder that can be written"),
         (["--out", "out", "--text", "missing"], 1, "--text: got [Errno 2]"),
         (["--out", "out", "--text", "short"], 1, "got 'short' with 2 tokens, wanted at least 256"),
         (["--out", "out", "--text", "bytes"], 1, "--text: got 'utf-8' codec can't decode"),
