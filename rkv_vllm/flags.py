@@ -3,11 +3,13 @@
 The flags are nothing but another spelling of `--additional-config`: each writes its value into
 `namespace.additional_config["kv_compression"]` while the command line is parsed. A spawned process
 receives that namespace ready-made and turns it into engine arguments before any plugin is loaded,
-so nothing may be left to do after parsing. Whether the options fit together is checked when the
-engine config is made: read `patches/create_engine_config.py` next.
+so nothing may be left to do after parsing. The same holds for `frontend/option_check.py`, which is
+put in front of a server. Whether the options fit together is checked when the engine config is
+made: read `patches/create_engine_config.py` next.
 """
 
 import argparse
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +26,7 @@ from rkv_vllm.options import (
 # What was given as flags, beside where it goes: `AdditionalConfigFlag` must not override it.
 FLAGS_KEY = "kv_compression_flags"
 OPTION_FLAG = "--kv-option"
+MIDDLEWARE = "rkv_vllm.frontend.option_check.OptionCheck"
 GROUP_TITLE = "KV cache compression (rkv-vllm)"
 # The first paragraph is also what `vllm serve --help` says of the group.
 GROUP_DESCRIPTION = """\
@@ -62,6 +65,7 @@ class CompressionFlag(argparse.Action):
         additional = dict(namespace.additional_config)
         additional[CONFIG_KEY] = merge(additional.get(CONFIG_KEY, {}), given)
         namespace.additional_config = additional
+        _check_requests(parser, namespace)
 
 
 class AdditionalConfigFlag(argparse.Action):
@@ -92,7 +96,31 @@ class AdditionalConfigFlag(argparse.Action):
         options = merge(earlier, from_json, vars(namespace).get(FLAGS_KEY, {}))
         if options or CONFIG_KEY in values:
             values = {**values, CONFIG_KEY: options}
+            _check_requests(parser, namespace)
         setattr(namespace, self.dest, values)
+
+
+def _check_requests(parser: argparse.ArgumentParser, namespace: argparse.Namespace) -> None:
+    """Put our middleware in front of the server that this command line starts, if it starts one."""
+    if _takes_middleware(parser) and MIDDLEWARE not in namespace.middleware:
+        namespace.middleware = [*namespace.middleware, MIDDLEWARE]
+
+
+def check_requests_by_default(parser: argparse.ArgumentParser) -> None:
+    """Put our middleware in front of every server whose command line this parser reads.
+
+    Args:
+        parser: as in `add_flags`.
+    """
+    if _takes_middleware(parser):
+        parser.set_defaults(middleware=[*parser.get_default("middleware"), MIDDLEWARE])
+
+
+def _takes_middleware(parser: argparse.ArgumentParser) -> bool:
+    # vLLM takes none for a snapshot of a server, and its Rust front end runs no Python.
+    takes_none = parser.prog.endswith("snapshot create")
+    is_rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0"
+    return not takes_none and not is_rust and parser.get_default("middleware") is not None
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

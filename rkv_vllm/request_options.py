@@ -105,6 +105,26 @@ def wants_report(extra_args: Mapping[str, Any] | None) -> bool:
     return bool(extra_args) and _as_truth(extra_args.get(REPORT_KEY)) is True
 
 
+def refuse_in_beam_search(extra_args: Mapping[str, Any]) -> None:
+    """Raise for a key of ours, which vLLM's beam search would drop.
+
+    Args:
+        extra_args: of the request.
+
+    Raises:
+        RequestOptionError: names the first such key.
+    """
+    for key in _REQUEST_KEYS:
+        if key in extra_args:
+            raise RequestOptionError(
+                key,
+                extra_args[key],
+                "no value with use_beam_search: vLLM makes new requests of one token each for "
+                "every step, of which none is ever compacted",
+                "leave it out or remove use_beam_search",
+            )
+
+
 def keeps_prompt(sampling_params: Any) -> bool:
     """Whether a request needs its prompt's cache whole: logprobs of the prompt are those of it.
 

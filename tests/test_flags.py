@@ -1,6 +1,7 @@
 """Every route to the options makes the same engine; every mistake ends before a model is loaded."""
 
 import copy
+import importlib
 import json
 import pickle
 import re
@@ -15,7 +16,7 @@ from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import rkv_vllm
-from rkv_vllm.flags import GROUP_DESCRIPTION, GROUP_TITLE
+from rkv_vllm.flags import GROUP_DESCRIPTION, GROUP_TITLE, MIDDLEWARE
 from rkv_vllm.options import OPTIONS, ServerOptions, flagged_method_options
 from rkv_vllm.plugin import register
 from tests.checkpoint_configs import LLAMA, write_config
@@ -129,12 +130,58 @@ def test_the_former_flag_works_and_is_hidden(cli):
 def test_without_flags_nothing_is_left_in_the_namespace(cli):
     arguments = vars(parse(cli))
     assert arguments["additional_config"] == {}
+    assert arguments["middleware"] == []
     assert not [name for name in arguments if name in ("kv_compression", "kv_budget")]
 
 
 def test_one_parse_leaves_nothing_for_the_next(cli):
     parse(cli, *FLAGS)
     assert parse(cli).additional_config == {}
+    assert parse(cli).middleware == []
+
+
+def test_every_route_of_a_command_line_puts_the_check_of_requests_in_front_once(cli, tmp_path):
+    as_json = '--additional-config={"kv_compression": {"method": "rkv"}}'
+    file = tmp_path / "serve.yaml"
+    file.write_text("kv-compression: rkv\nmiddleware: [mine.Own]\n")
+    for arguments, expected in (
+        (["--kv-compression=rkv", "--kv-budget=64", as_json], [MIDDLEWARE]),
+        ([as_json], [MIDDLEWARE]),
+        (["--additional-config.kv_compression.method=rkv"], [MIDDLEWARE]),
+        (["--middleware=mine.Own", "--kv-budget=64"], ["mine.Own", MIDDLEWARE]),
+        (["--kv-budget=64", "--middleware=mine.Own"], [MIDDLEWARE, "mine.Own"]),
+        (["--config", str(file)], [MIDDLEWARE, "mine.Own"]),
+        (['--additional-config={"others": 1}'], []),
+    ):
+        assert parse(cli, *arguments).middleware == expected
+    module, _, name = MIDDLEWARE.rpartition(".")
+    assert isinstance(getattr(importlib.import_module(module), name), type)
+
+
+def test_the_environment_puts_the_check_of_requests_in_front_as_well(monkeypatch):
+    def parsed(*arguments):
+        parser = FlexibleArgumentParser()
+        ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
+        return parse(parser, *arguments).middleware
+
+    register()
+    monkeypatch.setenv("RKV_COMPRESSION", "rkv")
+    assert parsed() == parsed("--kv-budget=64") == [MIDDLEWARE]
+    assert parsed("--middleware=mine.Own") == [MIDDLEWARE, "mine.Own"]
+    engine_only = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    assert "middleware" not in vars(engine_only.parse_args([]))
+    for off in ("off", ""):
+        monkeypatch.setenv("RKV_COMPRESSION", off)
+        assert parsed() == []
+
+
+def test_where_a_server_takes_no_middleware_it_gets_none(cli, monkeypatch):
+    serve = cli._subparsers._group_actions[0].choices["serve"]
+    with monkeypatch.context() as patch:
+        patch.setattr(serve, "prog", "vllm snapshot create")
+        assert parse(cli, "--kv-compression=rkv").middleware == []
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    assert parse(cli, "--kv-compression=rkv").middleware == []
 
 
 @pytest.mark.parametrize(

@@ -237,33 +237,40 @@ def test_prompt_beyond_max_model_len_gets_400_and_the_server_lives_on(server):
     assert server.complete(PROMPT, 3).usage.completion_tokens == 3
 
 
+TEXTS = {
+    "completions": {"prompt": "x"},
+    "chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+    "responses": {"input": "x"},
+    "messages": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
+}
+BAD_OPTIONS = [
+    ("kv_budget", 8),
+    ("kv_budget", "64"),
+    ("kv_budget", True),
+    ("kv_buffer", 1),
+    ("kv_compression", "on"),
+    ("kv_window", 4),
+    ("kv_protect", "all"),
+    ("kv_option", "lam=2"),
+    ("kv_option", ["threshold=0", "strength=3"]),
+]
+# Each value at one endpoint, and each endpoint with one value.
+REFUSED = [("completions", *option) for option in BAD_OPTIONS]
+REFUSED += [(endpoint, "kv_budget", 8) for endpoint in TEXTS if endpoint != "completions"]
+
+
+def post(server: Server, endpoint: str, **fields: object) -> requests.Response:
+    body = {"model": server.model, **TEXTS[endpoint], **fields}
+    return requests.post(f"{server.base_url}/v1/{endpoint}", json=body, timeout=60)
+
+
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("endpoint", ["completions", "chat/completions"])
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("kv_budget", 8),
-        ("kv_budget", "64"),
-        ("kv_buffer", 1),
-        ("kv_compression", "on"),
-        ("kv_window", 4),
-        ("kv_protect", "all"),
-        ("kv_option", "lam=2"),
-        ("kv_option", ["threshold=0", "strength=3"]),
-    ],
-)
+@pytest.mark.parametrize(("endpoint", "key", "value"), REFUSED)
 def test_a_bad_request_option_gets_400_with_its_name_and_is_not_run(
-    server, endpoint, stream, key, value
+    server, endpoint, key, value, stream
 ):
-    before = server.metrics()["request_success_total"]
-    text = {"completions": {"prompt": "x"}}.get(
-        endpoint, {"messages": [{"role": "user", "content": "x"}]}
-    )
-    answer = requests.post(
-        f"{server.base_url}/v1/{endpoint}",
-        json={"model": server.model, "stream": stream, "vllm_xargs": {key: value}, **text},
-        timeout=60,
-    )
+    before, log_before = server.metrics()["request_success_total"], server.log
+    answer = post(server, endpoint, stream=stream, vllm_xargs={key: value})
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert error["param"] == key
@@ -271,6 +278,20 @@ def test_a_bad_request_option_gets_400_with_its_name_and_is_not_run(
     metrics = server.metrics()
     assert metrics["request_success_total"] == before
     assert metrics["num_requests_running"] == metrics["num_requests_waiting"] == 0
+    logged = server.log[len(log_before) :]
+    assert "400 Bad Request" in logged
+    assert "ERROR" not in logged
+    assert "Traceback" not in logged
+
+
+def test_beam_search_runs_without_options_and_refuses_them_by_name(server):
+    beams = {"use_beam_search": True, "n": 2, "max_tokens": 3}
+    answer = post(server, "completions", **beams)
+    assert len(answer.json()["choices"]) == 2
+    answer = post(server, "completions", **beams, vllm_xargs={"kv_budget": 64})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "kv_budget"
+    assert "use_beam_search" in answer.json()["error"]["message"]
 
 
 def test_a_request_sets_its_own_budget_or_keeps_its_whole_cache(server, model):

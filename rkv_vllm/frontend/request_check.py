@@ -1,18 +1,22 @@
 """Refuses what a request asks of compression and cannot have, where its sender gets the answer.
 
-Called by `patches/generate.py` and `patches/process_inputs.py`. What a request may set:
-`request_options.py`.
+Called by `option_check.py`, and by `patches/generate.py` and `patches/process_inputs.py`, which
+know the prompt's length. What a request may set: `request_options.py`.
 """
 
 import json
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rkv_vllm.fit.overrides import calls
 from rkv_vllm.frontend.pool_check import Engine, check_pool
 from rkv_vllm.options import CONFIG_KEY, ServerOptions
-from rkv_vllm.request_options import RequestOptionError, read_request_options
+from rkv_vllm.request_options import (
+    RequestOptionError,
+    read_request_options,
+    refuse_in_beam_search,
+)
 
 if TYPE_CHECKING:
     from vllm import PoolingParams, SamplingParams
@@ -57,6 +61,28 @@ def check_request(
             check_pool(params, options, server, engine, num_prompt_tokens, resumable)
     except RequestOptionError as error:
         raise VLLMValidationError(str(error), parameter=error.key, value=error.got) from error
+
+
+def find_bad_option(
+    extra_args: Mapping[str, Any], vllm_config: "VllmConfig", uses_beam_search: bool
+) -> RequestOptionError | None:
+    """Returns what is wrong with a request's options, as far as its prompt does not matter.
+
+    Args:
+        extra_args: what the request has under "vllm_xargs".
+        vllm_config: of its engine.
+        uses_beam_search: whether it asks for beam search.
+    """
+    additional = vllm_config.additional_config
+    if not isinstance(additional, dict) or CONFIG_KEY not in additional:
+        return None
+    try:
+        read_request_options(extra_args, _server_options(json.dumps(additional[CONFIG_KEY])))
+        if uses_beam_search:
+            refuse_in_beam_search(extra_args)
+    except RequestOptionError as error:
+        return error
+    return None
 
 
 def prompt_len(token_ids: Sized | None, embeds: Sized | None) -> int:

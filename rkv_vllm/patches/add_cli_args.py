@@ -1,8 +1,10 @@
 """Replaces `EngineArgs.add_cli_args`: vLLM's flags, then ours (`rkv_vllm/flags.py`)."""
 
 import functools
+import os
 
 from rkv_vllm.fit.overrides import overrides
+from rkv_vllm.variables import OFF, SWITCH
 
 
 @overrides("vllm.engine.arg_utils:EngineArgs.add_cli_args")
@@ -11,7 +13,7 @@ def apply() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from rkv_vllm.flags import add_flags
+    from rkv_vllm.flags import add_flags, check_requests_by_default
 
     original = EngineArgs.add_cli_args
 
@@ -19,6 +21,9 @@ def apply() -> None:
     def add_cli_args(parser: FlexibleArgumentParser) -> FlexibleArgumentParser:
         parser = original(parser)
         add_flags(parser)
+        # No flag need be given then.
+        if os.environ.get(SWITCH, OFF) not in ("", OFF):
+            check_requests_by_default(parser)
         return parser
 
     EngineArgs.add_cli_args = staticmethod(add_cli_args)
