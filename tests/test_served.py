@@ -358,6 +358,21 @@ def test_a_request_that_asks_gets_its_numbers_or_finds_them_in_the_log(server):
     assert [line["compactions"] for line in choices] == [num_compactions(len(PROMPT), 110)] * 2
 
 
+def test_every_route_has_a_place_for_the_report(server):
+    asks = {"model": server.model, "temperature": 0, "vllm_xargs": {"kv_report": True}}
+    chat = {"messages": [{"role": "user", "content": "tell me something"}], "max_tokens": 120}
+    for route, body in (
+        ("chat/completions", chat),
+        ("messages", chat),
+        ("responses", {"input": "tell me something", "max_output_tokens": 120}),
+    ):
+        before = server.stats()["compactions"]
+        answer = requests.post(f"{server.base_url}/v1/{route}", json={**asks, **body}, timeout=60)
+        assert answer.status_code == 200, answer.text
+        report = answer.json()["kv_transfer_params"]["kv_report"]
+        assert report["compactions"] == server.stats()["compactions"] - before >= 1, route
+
+
 def test_two_choices_of_one_prompt_are_both_compacted(server):
     before = server.stats()
     response = server.complete(PROMPT, 120, n=2, temperature=0.8, seed=5)
