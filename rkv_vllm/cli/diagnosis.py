@@ -27,6 +27,7 @@ from rkv_vllm.fit.versions import (
     platform_worker_cls,
 )
 from rkv_vllm.options import CONFIG_KEY, ServerOptions
+from rkv_vllm.variables import OFF, SWITCH
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -230,7 +231,10 @@ def _engine_args(folder: str, engine_flags: Sequence[str]) -> "AsyncEngineArgs":
 
     register()
     parser = AsyncEngineArgs.add_cli_args(Parser(prog="vllm serve", add_help=False))
-    arguments = parser.parse_args(["--kv-compression", ServerOptions.method, *engine_flags])
+    # As with compression on; the environment may name the method.
+    is_switched_on = os.environ.get(SWITCH, OFF) not in ("", OFF)
+    switch = [] if is_switched_on else ["--kv-compression", ServerOptions.method]
+    arguments = parser.parse_args([*switch, *engine_flags])
     arguments.model = folder
     # A folder with nothing but config.json is enough.
     arguments.skip_tokenizer_init = True
@@ -243,8 +247,9 @@ def _engine_config(engine_args: "AsyncEngineArgs") -> "VllmConfig":
     Raises:
         ValueError: options or features that are refused before there is a config.
     """
-    from rkv_vllm.patches.create_engine_config import switch_on
+    from rkv_vllm.patches.create_engine_config import add_variables, switch_on
 
+    add_variables(engine_args)
     switch_on(engine_args)
     # The function beneath our own replacement (patches/create_engine_config.py).
     return type(engine_args).create_engine_config.__wrapped__(engine_args)

@@ -104,6 +104,17 @@ def test_a_model_that_is_never_compacted_is_noted(model):
     assert "lower --kv-budget" in found["model", "compaction"].message
 
 
+def test_variables_count_as_in_a_start(model, monkeypatch):
+    monkeypatch.setenv("RKV_COMPRESSION", "recent")
+    monkeypatch.setenv("RKV_BUDGET", "64")
+    assert diagnosis._engine_args(model, ()).additional_config == {}
+    found = by_name(examine(model, ["--kv-buffer", "16"]))
+    assert found["model", "compaction"].message.startswith("budget 64, buffer 16,")
+    monkeypatch.setenv("RKV_BUDGET", "many")
+    (finding,) = refused(examine(model, ()))
+    assert finding.message.startswith("RKV_BUDGET=many: --kv-budget (budget): got 'many'")
+
+
 def test_a_plugin_that_vllm_will_not_load_is_refused(monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     assert "VLLM_PLUGINS: got 'other', wanted 'rkv' in it" in diagnosis._plugin().message
