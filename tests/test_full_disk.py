@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -109,6 +111,22 @@ def test_commands_say_so_before_they_begin(disk, tmp_path, arguments):
     assert line.startswith(f"Error: {arguments[-2]}: got ")
     assert "No space left on device" in line
     assert os.listdir(disk) == ["filling"]
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_output_into_a_full_disk_is_one_line_on_stderr(tmp_path, as_json):
+    model = write_config(tmp_path / "llama", LLAMA)
+    command = [sys.executable, "-m", "rkv_vllm.cli", "plan", str(model), *as_json]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command, "--gpu-memory", "80GiB", "--output-len", "900"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Error: got No space left on device, wanted room for the output")
 
 
 def test_a_plot_that_no_longer_fits_ends_plan_with_one_line(disk, tmp_path, monkeypatch):

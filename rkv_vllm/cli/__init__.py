@@ -9,6 +9,7 @@ import typer
 from rkv_vllm.cli.bench import run_benchmark
 from rkv_vllm.cli.calibrate import calibrate_model
 from rkv_vllm.cli.doctor import show_diagnosis
+from rkv_vllm.cli.errors import full_disk_errors
 from rkv_vllm.cli.eval import run_evaluation
 from rkv_vllm.cli.plan import show_plan
 from rkv_vllm.cli.trace import show_trace
@@ -33,4 +34,5 @@ app.command("trace")(show_trace)
 
 def main() -> None:
     """Run the command line; the console script `rkv-vllm` starts here."""
-    app()
+    with full_disk_errors():
+        app()

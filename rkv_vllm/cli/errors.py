@@ -1,6 +1,9 @@
 """How a command ends when it cannot do what was asked: one line on stderr and an exit code."""
 
+import errno
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -13,6 +16,8 @@ from rkv_vllm.whole_file import what_is_missing
 REFUSED = 1
 USAGE = 2
 INTERRUPTED = 130
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CommandError(Exception):
@@ -36,6 +41,25 @@ def one_line_errors() -> Iterator[None]:
     except CommandError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
+
+
+@contextmanager
+def full_disk_errors() -> Iterator[None]:
+    """End the process with one line where there is no room for what a command prints or keeps."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        where = "" if error.filename is None else f" in {error.filename}"
+        typer.echo(
+            f"Error: got {error.strerror}{where}, wanted room for the output and for temporary "
+            "files; make some, or set TMPDIR to a folder on another disk",
+            err=True,
+        )
+        # What is left in the buffer would fail once more at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(REFUSED)
 
 
 @contextmanager
