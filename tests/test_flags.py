@@ -435,24 +435,45 @@ def test_flag_group_names_meaning_unit_and_default_of_every_option(cli):
         assert f"(default: {default})" in text
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["--kv-compression", "rkv", "--kv-budget", "6"], 1, "wanted more tokens than --kv-window"),
-        (["--kv-budget", "512"], 1, "add --kv-compression rkv"),
-        (
-            ["--kv-compression", "rkv", "--kv-option", "strength=3"],
-            1,
-            "--kv-option: got 'strength', wanted an option of the method 'rkv'",
-        ),
-    ],
-    ids=str,
-)
-def test_serve_with_bad_options_exits_before_the_model_is_looked_at(
-    model, arguments, code, message
+CONNECTOR = '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'
+BAD_STARTS = {
+    # In a file of YAML.
+    "values": (
+        {"kv-compression": "rkv", "kv-budget": 6},
+        "--kv-budget (budget): got 6, wanted more tokens than --kv-window (window) = 8; raise the",
+    ),
+    "flags": (
+        ["--kv-compression=rkv", f"--kv-transfer-config={CONNECTOR}"],
+        "KV cache compression does not support KV connectors and KV cache offloading: got connec",
+    ),
+    "options": (
+        ["--kv-compression", "rkv", "--kv-option", "strength=3"],
+        "--kv-option: got 'strength', wanted an option of the method 'rkv'",
+    ),
+    "no switch": pytest.param(
+        ["--kv-budget", "512"],
+        "kv_compression: got --kv-budget but no method, wanted a method with its options; add",
+        marks=pytest.mark.nightly,
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_STARTS.values(), ids=BAD_STARTS)
+def test_a_bad_start_ends_with_our_message_before_a_model_is_looked_at(
+    model, tmp_path, arguments, message
 ):
+    if isinstance(arguments, dict):
+        file = tmp_path / "serve.yaml"
+        file.write_text(yaml.safe_dump(arguments))
+        arguments = ["--config", str(file)]
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
     run = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
-    assert run.returncode == code, run.stderr[-2000:]
-    assert message in run.stderr
-    assert "Resolved architecture" not in run.stdout + run.stderr
+    assert run.returncode == 1, run.stderr[-2000:]
+    said = run.stdout + run.stderr
+    assert "Traceback" not in said
+    assert "Resolved architecture" not in said
+    assert said.count(message) == 1
+    last, *rest = run.stderr[run.stderr.index("vllm: error: ") :].splitlines()
+    assert last.startswith(f"vllm: error: {message}")
+    # A method's options may be listed below.
+    assert not rest or (rest[0], len(rest)) == ("The method 'rkv' has these options:", 6)

@@ -21,8 +21,8 @@ from rkv_vllm.variables import OFF, SWITCH
 
 LOG_TAIL_LINES = 30
 STOP_SECONDS = 15
-# As the last line of a traceback has it, with or without a prefix of vLLM's.
-_PYTHON_ERROR = re.compile(r"\b[A-Z]\w*(?:Error|Exception): .+")
+# As the last line of a traceback has it, with or without a prefix of vLLM's, or a refused start.
+_PYTHON_ERROR = re.compile(r"(?:\b[A-Z]\w*(?:Error|Exception)|\bvllm(?: serve)?: error): .+")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 

@@ -5,6 +5,7 @@ supported. Everything here is asked only when compression is switched on, before
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
@@ -48,15 +49,15 @@ class Refusal(NamedTuple):
         got: what an engine config has set, None where it does without the feature.
         wanted: what to set instead.
         cure: the way there.
-        got_early: the same as `got` for engine arguments, where vLLM's own way from these to its
-            config hides the feature or ends in advice that would be refused next.
+        early: asked of the engine arguments already, which have the same fields: vLLM takes long
+            to make a config, and may hide the feature or advise what would be refused next.
     """
 
     feature: str
     got: "Callable[[VllmConfig], str | None]"
     wanted: str
     cure: str
-    got_early: "Callable[[EngineArgs], str | None] | None" = None
+    early: bool = False
 
     def find(self, vllm_config: "VllmConfig") -> str | None:
         """Returns the sentence that users read, None where the feature is not in use."""
@@ -81,8 +82,20 @@ def check_engine_args(engine_args: "EngineArgs") -> None:
     check_overrides(SCHEDULER_CLS)
     warn_of_changed_code()
     platform_worker_cls()
-    early = [rule._replace(got=rule.got_early) for rule in REFUSALS if rule.got_early is not None]
-    _raise_if_any(rule.find(engine_args) for rule in early)
+    asked = _as_config(engine_args)
+    _raise_if_any(rule.find(asked) for rule in REFUSALS if rule.early)
+
+
+def _as_config(engine_args: "EngineArgs") -> SimpleNamespace:
+    """The arguments where an engine config has them, as far as the early rules look."""
+    return SimpleNamespace(
+        parallel_config=engine_args,
+        scheduler_config=engine_args,
+        kv_transfer_config=engine_args.kv_transfer_config,
+        cache_config=engine_args,
+        speculative_config=engine_args.speculative_config,
+        additional_config=engine_args.additional_config,
+    )
 
 
 def check(vllm_config: "VllmConfig") -> None:
@@ -225,6 +238,16 @@ def has_limited_layers(checkpoint: Mapping[str, Any], windowed: bool) -> bool:
 
 def _named(model: "ModelConfig") -> str:
     return f"{', '.join(model.architectures)} ({model.model})"
+
+
+def _connector(vllm_config: "VllmConfig") -> str | None:
+    transfer = vllm_config.kv_transfer_config
+    if transfer is not None:
+        # Engine arguments may have it as it was given.
+        name = transfer["kv_connector"] if isinstance(transfer, dict) else transfer.kv_connector
+        return f"connector {name!r}"
+    size = vllm_config.cache_config.kv_offloading_size
+    return f"--kv-offloading-size {size}" if size else None
 
 
 def _pipeline_stages(vllm_config: "VllmConfig") -> str | None:
@@ -478,6 +501,7 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda c: _pipeline_stages(c) if c.speculative_config else None,
         "1",
         "use tensor parallelism, or remove --speculative-config",
+        early=True,
     ),
     # Nobody has looked at what rejected drafts leave there, beside a compacted cache.
     Refusal(
@@ -496,9 +520,10 @@ REFUSALS: tuple[Refusal, ...] = (
     # A connector takes the content of a block for the tokens it was hashed for.
     Refusal(
         "KV connectors and KV cache offloading",
-        lambda c: c.kv_transfer_config and f"connector {c.kv_transfer_config.kv_connector!r}",
+        _connector,
         "none",
         "remove --kv-transfer-config and --kv-offloading-size",
+        early=True,
     ),
     # HiSparse keeps the cache on the host.
     Refusal(
@@ -513,7 +538,7 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda c: _context_parallel(c.parallel_config),
         "1 and 1",
         "remove --decode-context-parallel-size and --prefill-context-parallel-size",
-        got_early=_context_parallel,
+        early=True,
     ),
     # Slices of a batch bring attention metadata of their own. (The CPU platform drops --enable-dbo
     # without a word.)
@@ -522,7 +547,7 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda c: _micro_batching(c.parallel_config),
         "neither",
         "remove both flags",
-        got_early=_micro_batching,
+        early=True,
     ),
     # Their cells hold several numbers in a byte, or factors of their own.
     Refusal(
@@ -552,6 +577,7 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda c: _pipeline_stages(c) if _layer_budgets(c) else None,
         "1",
         "use tensor parallelism, or leave --kv-layer-budgets out",
+        early=True,
     ),
     # A ladder and a file number all layers of a model, and classes want equally many.
     Refusal(
@@ -570,6 +596,7 @@ REFUSALS: tuple[Refusal, ...] = (
         ),
         "it enabled",
         "remove the flag, or leave --kv-layer-budgets out",
+        early=True,
     ),
     # Classes of layers are to be equally large, and a reader is in none.
     Refusal(
@@ -577,6 +604,7 @@ REFUSALS: tuple[Refusal, ...] = (
         _if_sharing(lambda c: f"--kv-layer-budgets {s}" if (s := _layer_budgets(c)) else None),
         "one of the two",
         "leave --kv-layer-budgets out, or --kv-share-layers",
+        early=True,
     ),
     # A reader may be on another stage than its owner.
     Refusal(
@@ -584,6 +612,7 @@ REFUSALS: tuple[Refusal, ...] = (
         _if_sharing(_pipeline_stages),
         "1",
         "use tensor parallelism, or leave --kv-share-layers out",
+        early=True,
     ),
     # A window's cache forgets what a full layer reads; some models share caches by themselves.
     Refusal(

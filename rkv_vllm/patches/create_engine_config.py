@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rkv_vllm.cache_owners import inline
 from rkv_vllm.fit import refusals
+from rkv_vllm.fit.last_line import refusals_as_last_line
 from rkv_vllm.fit.overrides import overrides
 from rkv_vllm.fit.versions import SCHEDULER_CLS, WORKER_CLS, platform_worker_cls
 from rkv_vllm.frontend.discovery import show_stat_logger
@@ -29,21 +30,30 @@ if TYPE_CHECKING:
 def apply() -> None:
     """Puts the replacement in place; `AsyncEngineArgs` inherits it."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
 
     original = EngineArgs.create_engine_config
 
+    servers = (UsageContext.OPENAI_API_SERVER, UsageContext.OPENAI_BATCH_RUNNER)
+
     @functools.wraps(original)
-    def create_engine_config(self: "EngineArgs", *args: Any, **kwargs: Any) -> "VllmConfig":
-        add_variables(self)
-        switched_on = is_switched_on(self)
+    def create_engine_config(
+        self: "EngineArgs", usage_context: UsageContext | None = None, *args: Any, **kwargs: Any
+    ) -> "VllmConfig":
+        is_server = usage_context in servers
+        with refusals_as_last_line(wanted=is_server):
+            add_variables(self)
+            switched_on = is_switched_on(self)
         # Otherwise it stays as it is, for an earlier config whose engine is not made yet.
         if switched_on or self.disable_log_stats:
             show_stat_logger(not self.disable_log_stats)
         if not switched_on:
-            return original(self, *args, **kwargs)
-        switch_on(self)
-        vllm_config = original(self, *args, **kwargs)
-        refusals.check(vllm_config)
+            return original(self, usage_context, *args, **kwargs)
+        with refusals_as_last_line(wanted=is_server):
+            switch_on(self)
+        vllm_config = original(self, usage_context, *args, **kwargs)
+        with refusals_as_last_line(wanted=is_server):
+            refusals.check(vllm_config)
         process_inputs.apply()
         generate.apply()
         return vllm_config
