@@ -207,7 +207,8 @@ def test_triton_attn_stores_e4m3_whatever_it_is_called(monkeypatch, cache_dtype,
     impl = object.__new__(TritonAttentionImpl)
     impl.attn_type, impl.kv_cache_dtype = AttentionType.DECODER, cache_dtype
     impl.head_size, impl.fp8_dtype = HEAD_SIZE, current_platform.fp8_dtype()
-    impl._is_per_token_head_quant = False
+    # The second one is new in vLLM 0.33, for another platform.
+    impl._is_per_token_head_quant = impl._set_kv_ptr_range = False
     layers = quantised_layers(impl, ONE_OF_A_LAYER, "TRITON_ATTN", order)
     views = view_caches(layers, TOKENS)
     assert views.keys.dtype == views.values.dtype == torch.float8_e4m3fn
