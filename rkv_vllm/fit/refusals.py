@@ -116,6 +116,7 @@ def check(vllm_config: "VllmConfig") -> None:
     _check_swap_space(vllm_config.parallel_config, options)
     if options.compress_prompt:
         _check_prompts(vllm_config, options)
+    _check_override(vllm_config, options)
     check_model(_model_shape(vllm_config.model_config), options)
     if (block_size := state_block_size(vllm_config)) is not None:
         check_budget(options, block_size, vllm_config.max_concurrent_batches)
@@ -131,8 +132,8 @@ def _check_swap_space(parallel: "ParallelConfig", options: ServerOptions) -> Non
 
 
 def _check_prompts(vllm_config: "VllmConfig", options: ServerOptions) -> None:
-    """Raises ValueError where prompts could never be compacted, or one request never held."""
-    scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+    """Raises ValueError where prompts could never be compacted."""
+    scheduler = vllm_config.scheduler_config
     limits = Limits.of(vllm_config)
     # Before a boundary a whole window is computed in one step, beside all that decode.
     room = limits.max_step_tokens - (scheduler.max_num_seqs - 1) * limits.max_advance
@@ -145,24 +146,41 @@ def _check_prompts(vllm_config: "VllmConfig", options: ServerOptions) -> None:
             f"--kv-window {options.window} tokens of a prompt beside all other requests; raise "
             "--max-num-batched-tokens, or leave the threshold out"
         )
-    if cache.num_gpu_blocks_override is None or not cache.user_specified_block_size:
+
+
+def _check_override(vllm_config: "VllmConfig", options: ServerOptions) -> None:
+    """Raises ValueError where the blocks that the user wants could never hold one request."""
+    cache, limits = vllm_config.cache_config, Limits.of(vllm_config)
+    is_known = cache.num_gpu_blocks_override is not None and cache.user_specified_block_size
+    # By -1 vLLM makes of it what the pool can hold.
+    if not is_known or vllm_config.model_config.original_max_model_len == -1:
         return
-    max_model_len = limits.max_model_len
+    max_model_len, block_size = limits.max_model_len, cache.block_size
     terms = Terms(
         options.budget,
         options.buffer,
         prefix_len(options.protect, max_model_len),
         options.prompt_chunk,
     )
-    slack = options.slack(cache.block_size, limits.max_advance)
-    longest = longest_cache(terms, max_model_len, limits.in_flight, slack)
-    needed, total = -(-longest // cache.block_size), cache.num_gpu_blocks_override - 1
-    if options.layer_budgets == METHOD and needed > total:
+    slack = options.slack(block_size, limits.max_advance)
+    compressed = -(-longest_cache(terms, max_model_len, limits.in_flight, slack) // block_size)
+    whole = -(-max_model_len // block_size)
+    total = cache.num_gpu_blocks_override - 1
+    of_options = (
+        f"--kv-budget {options.budget}, --kv-prompt-chunk {options.prompt_chunk}, --kv-buffer "
+        f"{options.buffer} and --kv-protect {options.protect} one request takes up to {compressed}"
+    )
+    if not options.compress_prompt and whole > total:
         raise ValueError(
-            f"--num-gpu-blocks-override: got {total + 1}, wanted at least {needed + 1}: with "
-            f"--kv-budget {options.budget}, --kv-prompt-chunk {options.prompt_chunk}, --kv-buffer "
-            f"{options.buffer} and --kv-protect {options.protect} one request takes up to {needed} "
-            "blocks, and one stays empty; raise it or lower one of these"
+            f"--num-gpu-blocks-override: got {total + 1}, wanted at least {whole + 1}: prompts and "
+            f"preempted texts are cached whole, so one request of --max-model-len {max_model_len} "
+            f"takes up to {whole} blocks, and one stays empty; raise it, lower --max-model-len to "
+            f"{total * block_size}, or add --kv-compress-prompt: with {of_options}"
+        )
+    if options.compress_prompt and options.layer_budgets == METHOD and compressed > total:
+        raise ValueError(
+            f"--num-gpu-blocks-override: got {total + 1}, wanted at least {compressed + 1}: with "
+            f"{of_options} blocks, and one stays empty; raise it or lower one of these"
         )
 
 

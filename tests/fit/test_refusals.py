@@ -483,3 +483,23 @@ def test_a_pool_or_a_step_too_small_for_compressed_prompts_is_refused_before_loa
         arguments(**ours, max_num_batched_tokens=38, max_num_seqs=32).create_engine_config()
     with pytest.raises(ValueError, match="--long-prefill-token-threshold 7, wanted room"):
         arguments(**ours, long_prefill_token_threshold=7).create_engine_config()
+
+
+def test_a_pool_that_holds_no_whole_text_is_refused_before_loading(arguments):
+    """It fitted max_model_len and not the pool, and the scheduler hung.
+
+    https://github.com/vllm-project/vllm/issues/39734
+    """
+    ours = rkv_vllm.engine_args(budget=64, buffer=16, prompt_chunk=96)
+    pool = {"block_size": 16, "num_gpu_blocks_override": 33}
+    arguments(**ours, **pool, max_model_len=512).create_engine_config()
+    refused = arguments(**ours, **pool, max_model_len=1024)
+    with pytest.raises(ValueError, match="override: got 33, wanted at least 65") as error:
+        refused.create_engine_config()
+    # R-KV's bound: budget, chunk and buffer, and what is in flight.
+    assert "lower --max-model-len to 512, or add --kv-compress-prompt: with" in str(error.value)
+    assert "--kv-buffer 16 and --kv-protect none one request takes up to 12" in str(error.value)
+    ours = rkv_vllm.engine_args(budget=64, buffer=16, prompt_chunk=96, compress_prompt=True)
+    arguments(**ours, **pool, max_model_len=1024).create_engine_config()
+    # vLLM makes of it what the pool can hold.
+    arguments(**pool, max_model_len=-1).create_engine_config()
