@@ -116,6 +116,8 @@ class Setting:
     compress_prompt: bool = False
     prompt_chunk: int = 2048
     when: str = "always"
+    # False: vLLM's --no-scheduler-reserve-full-isl; requests crowd in, and are preempted.
+    reserves_prompts: bool = True
     # vLLM's own scheduler and spec.
     stock: bool = False
 
@@ -185,6 +187,7 @@ def _engine_config(model: Path, setting: Setting):
         enforce_eager=True,
         dtype="float32",
         scheduling_policy=setting.policy,
+        scheduler_reserve_full_isl=setting.reserves_prompts,
         speculative_config=_speculation(setting.drafts),
     ).create_engine_config()
     if not setting.stock:
