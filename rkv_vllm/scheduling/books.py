@@ -27,6 +27,8 @@ class GroupBooks(FullAttentionManager):
         total_evicted: their sum.
         required_at_admission: turns the blocks that a newcomer needs into those that must be free;
             set by the scheduler for one group of an engine (admission.py).
+        resumed_len: tokens of a preempted request that vLLM would resume for its first chunk alone,
+            0 for others; set by the scheduler.
         longest_prefill: most physical tokens of a request's prefill; set where prompts are
             compacted (prompts.py).
         kept_at: the tokens [first, stop) that a request's survivors take when its prompt is
@@ -38,6 +40,7 @@ class GroupBooks(FullAttentionManager):
         self.num_evicted: dict[str, int] = {}
         self.total_evicted = 0
         self.required_at_admission: Callable[[str, int], int] | None = None
+        self.resumed_len: Callable[[str], int] | None = None
         self.longest_prefill: Callable[[str], int] | None = None
         self.kept_at: Callable[[str, int], tuple[int, int] | None] | None = None
         self._emptied: list[KVCacheBlock] = []
@@ -95,7 +98,8 @@ class GroupBooks(FullAttentionManager):
 
         When vLLM asks whether to admit a request (`apply_admission_cap`), the blocks that the
         running requests will grow into are asked for as well. Where a prompt is compacted after
-        this step, so are private copies of what it shares.
+        this step, so are private copies of what it shares. A preempted request that vLLM would
+        resume for its first chunk is asked for whole.
         """
         num_evicted = self.num_evicted.get(request_id, 0)
         is_running = num_evicted or request_id in self.num_cached_block
@@ -128,7 +132,12 @@ class GroupBooks(FullAttentionManager):
                 prefill_end,
             )
         num_blocks += num_copies
-        if apply_admission_cap and self.required_at_admission is not None:
+        is_gated = apply_admission_cap
+        if self.resumed_len is not None and not (is_running or is_gated):
+            whole = self.held_len(request_id, self.resumed_len(request_id))
+            num_blocks += max(cdiv(whole, self.block_size) - cdiv(num_tokens, self.block_size), 0)
+            is_gated = whole > 0
+        if is_gated and self.required_at_admission is not None:
             return self.required_at_admission(request_id, num_blocks)
         return num_blocks
 

@@ -117,6 +117,8 @@ class CompressionSchedulerMixin:
             self._pool_size.check_bound(server_terms)
         self._admission = self._make_admission(server_terms)
         self._tracks[0].books.required_at_admission = self._required_at_admission
+        for track in self._tracks:
+            track.books.resumed_len = self._resumed_len
         self._swap = self._make_swap_space()
         logger.info("KV cache compression is on: %s", self._server.to_dict())
         if self._server.when != "pressure":
@@ -544,6 +546,16 @@ class CompressionSchedulerMixin:
         return self._admission.required(
             newcomer, num_blocks, self._not_displaced(newcomer), self._num_free_blocks()
         )
+
+    def _resumed_len(self, req_id: str) -> int:
+        """Tokens of a preempted request that must fit before it is resumed, else 0.
+
+        Without its gate on whole prompts vLLM would resume it for a chunk, preempt it again, and so
+        on until those that run are compacted: whoever was preempted passes our gate.
+        """
+        request = self.requests[req_id]
+        is_asked = self.scheduler_reserve_full_isl or not request.num_preemptions
+        return 0 if is_asked else request.num_tokens
 
     def _rank(self, request: Request) -> int:
         """Whom pressure hits first: those that vLLM would preempt first."""

@@ -291,17 +291,17 @@ def test_each_preemption_returns_blocks_in_its_own_step(model, steps_ahead, host
 
 @STEPS_AHEAD
 @pytest.mark.parametrize("when", ["always", "pressure"])
-@pytest.mark.parametrize("num_blocks", [48, 53])
-def test_nobody_is_preempted_again_and_again_in_his_prefill(model, steps_ahead, when, num_blocks):
+@pytest.mark.parametrize("buffer", [4, 16])
+def test_nobody_is_preempted_again_and_again_in_his_prefill(model, steps_ahead, when, buffer):
     """Resumed, a chunk prefilled, preempted again, for ever.
 
-    https://github.com/vllm-project/vllm/issues/25538 and 37307. Stock never ends here with 48
-    blocks, in which not even one of these requests fits whole.
+    https://github.com/vllm-project/vllm/issues/25538 and 37307. Stock never ends here: not even one
+    of these requests fits whole.
     """
     setting = Setting(
         budget=16,
-        buffer=4,
-        num_blocks=num_blocks,
+        buffer=buffer,
+        num_blocks=48,
         max_num_batched_tokens=16,
         max_num_seqs=3,
         steps_ahead=steps_ahead,
@@ -313,7 +313,7 @@ def test_nobody_is_preempted_again_and_again_in_his_prefill(model, steps_ahead, 
     wanted = {f"r{i}": 75 for i in range(3)}
     for number, req_id in enumerate(wanted):
         engine.add(req_id, [number] * 128, 75)
-    engine.run(max_steps=130)
+    engine.run(max_steps=200)
     assert_all_said(engine, wanted)
     assert preemptions.most_per_request() <= 2
     assert engine.worker.compactions >= 4
@@ -323,11 +323,11 @@ def test_nobody_is_preempted_again_and_again_in_his_prefill(model, steps_ahead, 
 def test_stock_is_preempted_more_often_with_room_for_one(model, stock):
     """The same load, where stock gets through: 12 preemptions of a request against 2.
 
-    https://github.com/vllm-project/vllm/issues/25538
+    https://github.com/vllm-project/vllm/issues/25538 and 37307.
     """
     setting = Setting(
         budget=16,
-        buffer=4,
+        buffer=16,
         num_blocks=53,
         max_num_batched_tokens=16,
         max_num_seqs=3,
@@ -342,7 +342,7 @@ def test_stock_is_preempted_more_often_with_room_for_one(model, stock):
     engine.run()
     assert len(engine.finished) == 3
     assert (preemptions.most_per_request() > 5) == stock
-    assert (engine.worker.compactions > 40) != stock
+    assert (engine.worker.compactions >= 9) != stock
 
 
 @STEPS_AHEAD
