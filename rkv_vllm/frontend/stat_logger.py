@@ -12,7 +12,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from rkv_vllm.fit.overrides import check_overrides, overrides
-from rkv_vllm.options import CONFIG_KEY
+from rkv_vllm.options import CONFIG_KEY, ServerOptions
 from rkv_vllm.scheduling.directive import REASONS
 from rkv_vllm.scheduling.step_stats import FALLBACKS, StepStats
 
@@ -48,8 +48,10 @@ class CompressionStatLogger(AggregateStatLoggerBase):
         self._make_counters()
         self._make_gauges()
         self._make_histogram()
+        server = ServerOptions.from_dict(additional[CONFIG_KEY])
         for engine in self._engine_indexes:
             self._show(StepStats(), engine)
+            self._of("first_due_tokens", engine).set(server.least_room)
 
     @overrides("vllm.v1.metrics.loggers:AggregateStatLoggerBase.record")
     def record(
@@ -131,6 +133,11 @@ class CompressionStatLogger(AggregateStatLoggerBase):
             ("physical_tokens", "Tokens that the running requests hold in the KV cache."),
             ("seats_in_use", "Seats of the query ring that belong to a request."),
             ("swap_bytes", "Host memory that holds swapped requests, over all ranks, in bytes."),
+            (
+                "first_due_tokens",
+                "Tokens of a request from which on it is compacted, by the server's own options: "
+                "where requests stay shorter, nothing is.",
+            ),
         ):
             self._add(
                 Gauge,

@@ -38,6 +38,7 @@ FAMILIES = {
     "logical_tokens": "gauge",
     "physical_tokens": "gauge",
     "seats_in_use": "gauge",
+    "first_due_tokens": "gauge",
     "evicted_tokens_per_compaction": "histogram",
 }
 STEP = StepStats(
@@ -101,6 +102,18 @@ def test_page_has_every_metric_from_the_start(model):
         "evicted_tokens_per_compaction_count",
     ):
         assert sample(name) == 0
+
+
+def test_page_without_compactions_says_from_where_on_there_are_any(model):
+    """Nothing was compacted, and nothing said so.
+
+    https://github.com/WeianMao/triattention/issues/24
+    """
+    manager = manager_of(engine_config(model), [0, 1])
+    report(manager, StepStats(logical_tokens=100, physical_tokens=100), 1)
+    assert sample("compactions_total", engine="1", reason="buffer") == 0
+    # Budget and buffer; requests shorter than that keep their whole cache.
+    assert sample("first_due_tokens", engine="1") == 96 + 32 > sample("logical_tokens", engine="1")
 
 
 def test_steps_add_up_and_gauges_show_the_last(model):
