@@ -1,11 +1,12 @@
 """Public failures of eviction engines, and of vLLM under pressure, on the simulated worker.
 
-Lengths are those of the report where blocks of 4 tokens allow it, else a quarter of them, with
-blocks of 16. What each report said went wrong is in docs/tests.md; the same on engines is in
-tests/test_bugs_of_ports.py and tests/test_bugs_of_vllm.py.
+Lengths are those of the report where blocks of 4 tokens allow it, else a quarter of them. What each
+report said went wrong is in docs/tests.md; some of it on engines in tests/test_bugs_of_ports.py.
 """
 
 import pytest
+from vllm import SamplingParams
+from vllm.v1.request import Request
 
 from tests.models import random_model
 from tests.scheduling.simulation import (
@@ -360,3 +361,53 @@ def test_a_request_that_fills_the_pool_ends_beside_another(model, steps_ahead, b
     engine.run(max_steps=800)
     assert_all_said(engine, {"fills": 245, "second": 245})
     assert bool(engine.worker.compactions) == (budget == 64)
+
+
+def send(engine: SimulatedEngine, token_ids: list[int], resumable: bool = True) -> None:
+    """One input of a streaming session, or its end; steps until it is answered."""
+    params = SamplingParams(max_tokens=1, ignore_eos=True, temperature=0)
+    params.update_from_generation_config({}, 0)
+    hasher = engine.hasher
+    request = Request("session", token_ids, params, None, block_hasher=hasher, resumable=resumable)
+    engine.scheduler.add_request(request)
+    num_said = len(engine.outputs["session"])
+    for _ in range(6):
+        engine.step()
+    assert len(engine.outputs["session"]) == num_said + resumable
+
+
+@STEPS_AHEAD
+def test_a_session_leaves_no_stale_hash_and_neither_does_a_compaction(model, steps_ahead):
+    """A rebuilt session published its block under what it had said before.
+
+    https://github.com/vllm-project/vllm/issues/49449. Whoever hits a block reads every cell of it.
+    """
+    engine = SimulatedEngine(model, Setting(budget=8, buffer=4, steps_ahead=steps_ahead))
+    prompt, second, third = [10] * 3, 11, 13
+    engine.outputs["session"] = []
+    engine.take_for_granted("session")
+    engine.is_off["session"] = True
+    send(engine, prompt)
+    first = engine.outputs["session"][0]
+    send(engine, [second])
+    send(engine, [0], resumable=False)
+
+    def num_computed(req_id: str, text: list[int]) -> int:
+        engine.add(req_id, text, 1)
+        engine.step()
+        scheduled = engine.last_output.num_scheduled_tokens[req_id]
+        engine.run()
+        return scheduled
+
+    assert first != second
+    assert num_computed("stale", [*prompt, first, third]) == 5
+    assert num_computed("right", [*prompt, second, third]) == 1
+    assert engine.directives == []
+
+    engine.add("compacted", [20] * 5, 40)
+    engine.run()
+    text = [20] * 5 + engine.outputs["compacted"]
+    # Three full blocks at the first compaction, of 12 settled tokens.
+    assert num_computed("behind", [*text[:36], third]) == 37 - 12
+    assert engine.directives[0].settled_len == 12
+    assert len(engine.directives_of("compacted")) >= 7
