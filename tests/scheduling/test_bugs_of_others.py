@@ -387,7 +387,7 @@ def test_a_session_leaves_no_stale_hash_and_neither_does_a_compaction(model, ste
     engine.outputs["session"] = []
     engine.take_for_granted("session")
     engine.is_off["session"] = True
-    send(engine, prompt)
+    send(engine, [*prompt])
     first = engine.outputs["session"][0]
     send(engine, [second])
     send(engine, [0], resumable=False)
