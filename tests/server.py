@@ -28,6 +28,8 @@ DEFAULT_FLAGS = (
     f"--block-size={BLOCK_SIZE}",
     "--seed=0",
 )
+# A server closes idle connections, and a request may just have taken one.
+ONE_REQUEST_EACH = {"Connection": "close"}
 DEFAULT_ENVIRONMENT = {
     # POST /collective_rpc, the only way to the workers' counters, is a development endpoint.
     "VLLM_SERVER_DEV_MODE": "1",
@@ -60,7 +62,11 @@ class Server:
 
     def async_client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(
-            base_url=f"{self.base_url}/v1", api_key="none", max_retries=0, timeout=240
+            base_url=f"{self.base_url}/v1",
+            api_key="none",
+            max_retries=0,
+            timeout=240,
+            default_headers=ONE_REQUEST_EACH,
         )
 
     def health(self) -> int:
@@ -129,8 +135,7 @@ def serving(
                     api_key="none",
                     max_retries=0,
                     timeout=240,
-                    # A server closes idle connections, and a request may just have taken one.
-                    default_headers={"Connection": "close"},
+                    default_headers=ONE_REQUEST_EACH,
                 ) as client,
             ):
                 yield Server(running, str(model), client)

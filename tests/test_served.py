@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from random import Random
 
 import openai
 import pytest
@@ -14,6 +15,7 @@ import requests
 
 from rkv_vllm.bench.samples import Scrape
 from rkv_vllm.options import ServerOptions
+from tests import medley
 from tests.models import assert_varied, random_prompt
 from tests.reference import ReferenceResult, generate_reference
 from tests.server import BLOCK_SIZE, Server, serving
@@ -454,11 +456,12 @@ def test_compiled_and_behind_two_api_servers_it_says_the_same(other_server, refe
 
 @pytest.fixture(scope="module")
 def limited_server(model, tmp_path_factory):
-    """Started without a flag of ours, as in a container."""
+    """Started without a flag of ours, as in a container; a crowd does not fit into its pool."""
     file = tmp_path_factory.mktemp("config") / "serve.yaml"
     file.write_text("kv-budget: 64\nkv-max-request-tokens: 400\n")
     env = {"RKV_COMPRESSION": "rkv", "RKV_BUDGET": "96", "RKV_BUFFER": "32"}
-    with serving(model, "--config", str(file), env=env) as server:
+    flags = ("--config", str(file), *medley.FLAGS, *medley.BY_PRIORITY)
+    with serving(model, *flags, num_blocks=medley.NUM_BLOCKS, env=env) as server:
         yield server
 
 
@@ -484,3 +487,16 @@ def test_a_protected_prompt_counts_against_the_servers_limit(limited_server, num
     if answer.status_code == 400:
         assert answer.json()["error"]["param"] == "kv_protect"
         assert "not 305 protected + 64 + 32; lower it" in answer.json()["error"]["message"]
+
+
+def test_two_hundred_requests_of_all_kinds_are_each_right(limited_server):
+    random, alone = Random(1), medley.Alone(limited_server)
+    found = medley.serve_crowd(
+        limited_server, 200, alone, medley.texts(16, random, 44), random
+    ).found
+    assert found["whole"] + found["restarted"] > 200
+    assert found["restarted"] >= 5, "the pool was meant to be too small"
+    assert min(found["left"], found["sampled"], found["json"]) > 10
+    assert found["stopped"] > 2
+    assert found["tie"] <= 2
+    assert found["late"] == 0
