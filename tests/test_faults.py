@@ -1,0 +1,155 @@
+"""What users see when a client, the engine, a worker or the server is killed amid its work."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+
+from rkv_vllm.bench.processes import living
+from tests.models import random_prompt
+from tests.server import Server, serving
+from tests.test_pressure_served import settled_metrics
+
+pytestmark = [pytest.mark.engine, pytest.mark.nightly, pytest.mark.timeout(1200)]
+
+FLAGS = ("--kv-compression=rkv", "--kv-budget=32", "--kv-buffer=16", "--max-model-len=1024")
+NUM_CLIENTS = 4
+# Of a machine that does other things as well.
+PATIENCE = 120
+# Reads an answer of a thousand tokens as it comes.
+CLIENT = """
+import json, sys, urllib.request
+url, body = sys.argv[1:]
+request = urllib.request.Request(url, body.encode(), {"Content-Type": "application/json"})
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+for line in opener.open(request):
+    print(line, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(random_model_dir) -> Path:
+    return random_model_dir("qwen3", 3)
+
+
+def asking_processes(server: Server) -> list[subprocess.Popen]:
+    """Clients that read endless answers, each in a process of its own."""
+
+    clients = []
+    for number in range(NUM_CLIENTS):
+        body = {
+            "model": server.model,
+            "prompt": random_prompt(20, seed=number),
+            "max_tokens": 1000,
+            "ignore_eos": True,
+            "stream": True,
+            "temperature": 0,
+        }
+        command = [sys.executable, "-c", CLIENT, f"{server.base_url}/v1/completions"]
+        clients.append(subprocess.Popen([*command, json.dumps(body)], stdout=subprocess.DEVNULL))
+    return clients
+
+
+def wait_for_load(server: Server) -> None:
+    """Return once all clients run and some are compacted."""
+    before, deadline = server.stats()["compactions"], time.monotonic() + PATIENCE
+    while (
+        server.metrics()["num_requests_running"] < NUM_CLIENTS
+        or server.stats()["compactions"] <= before
+    ):
+        assert time.monotonic() < deadline, server.metrics()
+        time.sleep(0.05)
+
+
+def under_load(server: Server, pool: ThreadPoolExecutor) -> list[Future]:
+    """Long answers on their way, half of them streamed; what becomes of each is its future's."""
+
+    def ask(number: int) -> int:
+        streams = number % 2 == 0
+        answer = server.complete(random_prompt(20, seed=number), 1000, stream=streams)
+        if not streams:
+            return answer.usage.completion_tokens
+        return sum(len(choice.token_ids or ()) for chunk in answer for choice in chunk.choices)
+
+    asked = [pool.submit(ask, number) for number in range(NUM_CLIENTS)]
+    wait_for_load(server)
+    return asked
+
+
+def assert_nobody_is_left(server: Server) -> None:
+    """Every process of the server is gone, by itself."""
+    deadline = time.monotonic() + PATIENCE
+    while found := living(server.running.process.pid):
+        assert time.monotonic() < deadline, f"still there: {found}"
+        time.sleep(0.1)
+
+
+def assert_nobody_hangs(asked: list[Future]) -> None:
+    """Every client hears that its answer breaks off; none takes a part for the whole."""
+    for each in asked:
+        error = each.exception(timeout=PATIENCE)
+        # A stream that ends early and silently would be a short answer.
+        assert error is not None or each.result() < 1000
+        assert (
+            error is None or isinstance(error, (openai.APIError, OSError)) or "peer" in str(error)
+        )
+
+
+def test_killed_clients_leave_an_empty_pool_and_a_server_that_answers(model):
+    with serving(model, *FLAGS) as server:
+        clients = asking_processes(server)
+        try:
+            wait_for_load(server)
+        finally:
+            for client in clients:
+                client.kill()
+                client.wait()
+        metrics = settled_metrics(server)
+        for gauge in ("kv_cache_usage_perc", "kv_compression_logical_tokens"):
+            assert metrics[gauge] == 0
+        before = server.stats()["compactions"]
+        assert server.complete(random_prompt(20, seed=9), 100).usage.completion_tokens == 100
+        # At 48 settled tokens and every 16 from there on; the last token is never computed.
+        assert server.stats()["compactions"] - before == (20 + 100 - 2 - 32) // 16
+        assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("victim", ["VLLM::EngineCore", "VLLM::Worker", "server"])
+def test_whoever_is_killed_the_server_ends_and_says_so(model, victim):
+    with serving(model, *FLAGS) as server, ThreadPoolExecutor(NUM_CLIENTS) as pool:
+        asked = under_load(server, pool)
+        (killed,) = (
+            process
+            for process in living(server.running.process.pid)
+            if (
+                process.pid == server.running.process.pid
+                if victim == "server"
+                else "".join(process.cmdline()).startswith(victim)
+            )
+        )
+        killed.send_signal(signal.SIGKILL)
+        assert_nobody_hangs(asked)
+        # vLLM 0.32 takes a dead engine for a reason to end in good order.
+        wanted = -signal.SIGKILL if victim == "server" else 0
+        assert server.running.process.wait(PATIENCE) == wanted
+        assert_nobody_is_left(server)
+        if victim != "server":
+            assert "died" in server.log
+        # Nothing of ours is what failed.
+        assert "rkv_vllm" not in server.log[server.log.rfind("Traceback") :]
+
+
+def test_sigterm_under_load_ends_everything_in_time(model):
+    with serving(model, *FLAGS) as server, ThreadPoolExecutor(NUM_CLIENTS) as pool:
+        asked = under_load(server, pool)
+        server.running.process.terminate()
+        assert_nobody_hangs(asked)
+        assert server.running.process.wait(PATIENCE) == 0
+        assert_nobody_is_left(server)
+        assert "rkv_vllm" not in server.log[server.log.rfind("Traceback") :]
