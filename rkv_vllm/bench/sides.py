@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any, NoReturn
 
 from rkv_vllm.bench.workload import Workload
-from rkv_vllm.fit.refusals import FP8_CACHES
+from rkv_vllm.fit.refused_models import FP8_CACHES
 from rkv_vllm.flags import FLAGS_KEY, OPTION_FLAG, add_flags
 from rkv_vllm.options import CONFIG_KEY, METHOD_KEY, OPTIONS, ServerOptions
 

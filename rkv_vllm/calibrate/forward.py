@@ -20,7 +20,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from rkv_vllm.fit.refusals import has_limited_layers
+from rkv_vllm.fit.refused_models import has_limited_layers
 
 _ATTENTION_NAME = "rkv_vllm_observed"
 

@@ -16,7 +16,7 @@ from rkv_vllm.bench.sides import AUTO
 from rkv_vllm.bench.workload import Scenario, Workload
 from rkv_vllm.cli.checkpoint import Decoder, check_dtype, find_config, read_config, read_decoder
 from rkv_vllm.cli.errors import CommandError, check_plot, require_package
-from rkv_vllm.fit.refusals import FP8_CACHES
+from rkv_vllm.fit.refused_models import FP8_CACHES
 from rkv_vllm.options import ServerOptions
 
 

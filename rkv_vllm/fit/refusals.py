@@ -1,18 +1,22 @@
 """What compression does not support: refused at start by name, with the cure.
 
-One row of `REFUSALS` per feature; delete the row and its case in the tests when the feature is
-supported. Everything here is asked only when compression is switched on, before a model is loaded.
+One row of `REFUSALS` per feature, those of models and of drafts in files of their own; delete the
+row and its case in the tests when the feature is supported. Everything here is asked only when
+compression is switched on, before a model is loaded.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import psutil
 
 from rkv_vllm.cache_owners import NONE, owners_of_readers
 from rkv_vllm.fit.code_table import warn_of_changed_code
 from rkv_vllm.fit.overrides import check_overrides
+from rkv_vllm.fit.refusal import Refusal, layer_budgets, pipeline_stages
+from rkv_vllm.fit.refused_drafts import DRAFTS
+from rkv_vllm.fit.refused_models import FP8_CACHES, MODELS, other_layers
 from rkv_vllm.fit.state_blocks import check_budget, state_block_size
 from rkv_vllm.fit.versions import SCHEDULER_CLS, check_vllm_version, platform_worker_cls
 from rkv_vllm.layer_budgets import METHOD, budgets_of_layers
@@ -29,45 +33,6 @@ if TYPE_CHECKING:
 
 # Those whose cache layouts are known (worker/cache_views.py).
 ATTENTION_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "CPU_MLA")
-
-# Values of --kv-cache-dtype: bytes that are floats, times a factor of a layer or of a head.
-FP8_CACHES = ("fp8", "fp8_e4m3", "fp8_e5m2")
-
-# Methods of speculative decoding whose drafts come without a cache of their own, and those of draft
-# models, whose layers are compacted beside the target's.
-DRAFTERS = ("ngram", "ngram_gpu", "suffix", "medusa", "custom_class")
-DRAFT_MODELS = ("draft_model", "eagle", "eagle3", "mtp")
-
-_FULL_ATTENTION_LAYERS = {"full_attention", "attention"}
-
-
-class Refusal(NamedTuple):
-    """One unsupported feature.
-
-    Attributes:
-        feature: what users know it by.
-        got: what an engine config has set, None where it does without the feature.
-        wanted: what to set instead.
-        cure: the way there.
-        early: asked of the engine arguments already, which have the same fields: vLLM takes long
-            to make a config, and may hide the feature or advise what would be refused next.
-    """
-
-    feature: str
-    got: "Callable[[VllmConfig], str | None]"
-    wanted: str
-    cure: str
-    early: bool = False
-
-    def find(self, vllm_config: "VllmConfig") -> str | None:
-        """Returns the sentence that users read, None where the feature is not in use."""
-        got = self.got(vllm_config)
-        if got is None:
-            return None
-        return (
-            f"KV cache compression does not support {self.feature}: got {got}, "
-            f"wanted {self.wanted}; {self.cure}"
-        )
 
 
 def check_engine_args(engine_args: "EngineArgs") -> None:
@@ -243,21 +208,6 @@ def _warn_of_priorities(vllm_config: "VllmConfig") -> None:
         )
 
 
-def has_limited_layers(checkpoint: Mapping[str, Any], windowed: bool) -> bool:
-    """Tells whether some layers see less than all tokens.
-
-    Args:
-        checkpoint: the fields of the text model in a `config.json`.
-        windowed: what its other fields say, where it does not name the kind of each layer.
-    """
-    layer_types = checkpoint.get("layer_types")
-    return not _FULL_ATTENTION_LAYERS.issuperset(layer_types) if layer_types else windowed
-
-
-def _named(model: "ModelConfig") -> str:
-    return f"{', '.join(model.architectures)} ({model.model})"
-
-
 def _connector(vllm_config: "VllmConfig") -> str | None:
     transfer = vllm_config.kv_transfer_config
     if transfer is not None:
@@ -266,11 +216,6 @@ def _connector(vllm_config: "VllmConfig") -> str | None:
         return f"connector {name!r}"
     size = vllm_config.cache_config.kv_offloading_size
     return f"--kv-offloading-size {size}" if size else None
-
-
-def _pipeline_stages(vllm_config: "VllmConfig") -> str | None:
-    number = vllm_config.parallel_config.pipeline_parallel_size
-    return f"--pipeline-parallel-size {number}" if number > 1 else None
 
 
 def _context_parallel(parallel: "ParallelConfig | EngineArgs") -> str | None:
@@ -297,49 +242,6 @@ def _skipped_layers(vllm_config: "VllmConfig") -> str | None:
     return f"--kv-cache-dtype-skip-layers {' '.join(skipped)}" if skipped else None
 
 
-def _has_no_full_layer(vllm_config: "VllmConfig") -> bool:
-    """As far as a config tells; what remains is found when the cache is specified (runner.py)."""
-    model = vllm_config.model_config
-    # The config of the checkpoint, not of vLLM: each model family has other fields.
-    checkpoint = model.hf_text_config.to_dict()
-    if layer_types := checkpoint.get("layer_types"):
-        has_bound = model.get_sliding_window() is not None or model.attention_chunk_size is not None
-        return has_bound and _FULL_ATTENTION_LAYERS.isdisjoint(layer_types)
-    # vLLM sets it where it knows of no other layers; MiMo names them in a field of its own.
-    in_all = vllm_config.cache_config.sliding_window is not None
-    return in_all and "hybrid_layer_pattern" not in checkpoint
-
-
-def _bounded_layers_as_full(vllm_config: "VllmConfig") -> str | None:
-    """What makes vLLM keep every token of layers with a window or chunks, in one block table."""
-    model = vllm_config.model_config
-    checkpoint = model.hf_text_config.to_dict()
-    chunked = model.attention_chunk_size is not None
-    windowed = model.get_sliding_window() is not None
-    if not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager or not (
-        chunked or has_limited_layers(checkpoint, windowed)
-    ):
-        return None
-    variable = "VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE=0"
-    return f"--disable-hybrid-kv-cache-manager or {variable}"
-
-
-def _sees_pieces(model: "ModelConfig") -> bool:
-    checkpoint = model.hf_text_config.to_dict()
-    is_dual = checkpoint.get("dual_chunk_attention_config") is not None
-    return is_dual or model.rswa_window is not None
-
-
-def _is_bidirectional(vllm_config: "VllmConfig") -> bool:
-    model = vllm_config.model_config
-    return (
-        model.is_mm_prefix_lm
-        or model.is_diffusion
-        or vllm_config.diffusion_config is not None
-        or vllm_config.attention_config.use_non_causal
-    )
-
-
 def _v1_runner_on_gpu(vllm_config: "VllmConfig") -> str | None:
     from vllm.platforms import current_platform
 
@@ -350,13 +252,6 @@ def _v1_runner_on_gpu(vllm_config: "VllmConfig") -> str | None:
 def _attention_backend(vllm_config: "VllmConfig") -> str | None:
     backend = vllm_config.attention_config.backend
     return None if backend is None or backend.name in ATTENTION_BACKENDS else backend.name
-
-
-def _layer_budgets(vllm_config: "VllmConfig") -> str | None:
-    """The setting, where layers have budgets of their own."""
-    options = vllm_config.additional_config[CONFIG_KEY]
-    setting = options.get("layer_budgets", METHOD)
-    return None if setting == METHOD else setting
 
 
 def _if_sharing(
@@ -371,82 +266,6 @@ def _if_sharing(
     return found
 
 
-def _other_layers(vllm_config: "VllmConfig") -> str | None:
-    """The model, where not all layers are of full attention with a cache of their own."""
-    model = vllm_config.model_config
-    is_mixed = model.use_mla or model.is_hybrid or _has_limited_layers(model)
-    if not is_mixed and not model.hf_text_config.to_dict().get("num_kv_shared_layers"):
-        return None
-    return _named(model)
-
-
-def _speculation(vllm_config: "VllmConfig") -> str | None:
-    speculation = vllm_config.speculative_config
-    if speculation is None or speculation.method in DRAFTERS:
-        return None
-    if speculation.method in DRAFT_MODELS:
-        # Theirs reads the target's cache, or has several heads that look ahead.
-        if speculation.use_gemma4_mtp() or speculation.use_step3p5_mtp():
-            return f"method 'mtp' of {speculation.draft_model_config.model}"
-        if not speculation.use_multi_module_mtp():
-            return None
-        return f"method 'mtp' with {speculation.num_speculative_tokens} tokens of as many modules"
-    return f"method {speculation.method!r}"
-
-
-def _has_draft_model(vllm_config: "VllmConfig") -> bool:
-    speculation = vllm_config.speculative_config
-    return speculation is not None and speculation.method in DRAFT_MODELS
-
-
-def _has_limited_layers(model: "ModelConfig") -> bool:
-    windowed = model.get_sliding_window() is not None or model.attention_chunk_size is not None
-    return has_limited_layers(model.hf_text_config.to_dict(), windowed)
-
-
-def _draft_model_on_v1(vllm_config: "VllmConfig") -> str | None:
-    if not _has_draft_model(vllm_config) or vllm_config.use_v2_model_runner:
-        return None
-    return f"method {vllm_config.speculative_config.method!r} on the V1 runner"
-
-
-def _beside_a_draft_model(vllm_config: "VllmConfig") -> str | None:
-    """What keeps a draft model's layers from standing in the group of the target's."""
-    if not _has_draft_model(vllm_config):
-        return None
-    speculation = vllm_config.speculative_config
-    options = vllm_config.additional_config[CONFIG_KEY]
-    used = {
-        "layers of other kinds in target or draft model": _other_layers(vllm_config)
-        or _has_limited_layers(speculation.draft_model_config),
-        "--kv-layer-budgets": _layer_budgets(vllm_config),
-        "--kv-share-layers": options.get("share_layers", NONE) != NONE,
-        "--kv-swap-space": options.get("swap_space"),
-        "a cache dtype of its own": speculation.kv_cache_dtype,
-        "adaptive verification": speculation.enable_adaptive_verification,
-        "a method that knows each layer (triattention)": options.get("method") == "triattention",
-    }
-    return ", ".join(name for name, is_used in used.items() if is_used) or None
-
-
-def _state_beside_drafts(vllm_config: "VllmConfig") -> str | None:
-    model = vllm_config.model_config
-    in_use = vllm_config.speculative_config and (model.is_hybrid or model.use_mla)
-    return _named(model) if in_use else None
-
-
-def _has_indexer(vllm_config: "VllmConfig") -> bool:
-    return vllm_config.model_config.hf_text_config.to_dict().get("index_topk") is not None
-
-
-def _latent_by_accident(vllm_config: "VllmConfig") -> str | None:
-    model = vllm_config.model_config
-    asked = vllm_config.additional_config[CONFIG_KEY].get("experimental_mla")
-    if not model.use_mla or asked:
-        return None
-    return _named(model)
-
-
 def _beside_routed_experts(vllm_config: "VllmConfig") -> str | None:
     if not vllm_config.aux_output_config.enable_return_routed_experts:
         return None
@@ -455,79 +274,8 @@ def _beside_routed_experts(vllm_config: "VllmConfig") -> str | None:
     return ", ".join(flag for name, flag in flags.items() if options.get(name)) or None
 
 
-def _beside_latents(vllm_config: "VllmConfig") -> str | None:
-    from vllm.platforms import current_platform
-
-    options = vllm_config.additional_config[CONFIG_KEY]
-    found = {
-        "a GPU": current_platform.device_type != "cpu",
-        "--speculative-config": vllm_config.speculative_config is not None,
-        "an fp8 --kv-cache-dtype": vllm_config.cache_config.cache_dtype in FP8_CACHES,
-        "--kv-compress-prompt": options.get("compress_prompt"),
-        "--kv-swap-space": options.get("swap_space"),
-        "layers of other kinds": vllm_config.model_config.is_hybrid,
-    }
-    if not vllm_config.model_config.use_mla or not any(found.values()):
-        return None
-    return ", ".join(feature for feature, is_there in found.items() if is_there)
-
-
-def _runner(vllm_config: "VllmConfig") -> str | None:
-    runner = vllm_config.model_config.runner_type
-    return None if runner == "generate" else f"runner {runner!r}"
-
-
-def _model(
-    feature: str,
-    is_used: "Callable[[VllmConfig], bool]",
-    wanted: str = "a decoder whose attention keeps keys and values of every token",
-) -> Refusal:
-    """A row about what a checkpoint is, whatever the flags."""
-
-    def got(vllm_config: "VllmConfig") -> str | None:
-        model = vllm_config.model_config
-        shown = _named(model)
-        return shown if is_used(vllm_config) else None
-
-    return Refusal(feature, got, wanted, "remove --kv-compression or serve another model")
-
-
 REFUSALS: tuple[Refusal, ...] = (
-    # Drafters that read the target's cache, or draft in other shapes than the target's.
-    Refusal(
-        "this method of speculative decoding",
-        _speculation,
-        f"one of {', '.join((*DRAFTERS, *DRAFT_MODELS))}, mtp with one module",
-        "choose one of these, or remove --speculative-config and --spec-...",
-    ),
-    # There drafters compute slots from logical positions.
-    Refusal(
-        "draft models on this runner",
-        _draft_model_on_v1,
-        "the V2 runner, or a method without a cache of its own",
-        "unset VLLM_USE_V2_MODEL_RUNNER, choose ngram, or remove --speculative-config",
-    ),
-    Refusal(
-        "a draft model beside",
-        _beside_a_draft_model,
-        "none of these",
-        "remove them, draft without a model (ngram), or remove --speculative-config",
-    ),
-    # The first stages learn of rejections late.
-    Refusal(
-        "speculative decoding with pipeline parallelism",
-        lambda c: _pipeline_stages(c) if c.speculative_config else None,
-        "1",
-        "use tensor parallelism, or remove --speculative-config",
-        early=True,
-    ),
-    # Nobody has looked at what rejected drafts leave there, beside a compacted cache.
-    Refusal(
-        "speculative decoding of models that keep a state or latent rows",
-        _state_beside_drafts,
-        "a model without one",
-        "remove --speculative-config and --spec-...",
-    ),
+    *DRAFTS,
     # vLLM looks them up for computed tokens only, and caps its own prefix hits by what it has.
     Refusal(
         "returned routed experts together with this",
@@ -592,7 +340,7 @@ REFUSALS: tuple[Refusal, ...] = (
     # A stage would hold some classes of layers only, and every block of the others be empty there.
     Refusal(
         "layer budgets (--kv-layer-budgets) with pipeline parallelism",
-        lambda c: _pipeline_stages(c) if _layer_budgets(c) else None,
+        lambda c: pipeline_stages(c) if layer_budgets(c) else None,
         "1",
         "use tensor parallelism, or leave --kv-layer-budgets out",
         early=True,
@@ -600,7 +348,7 @@ REFUSALS: tuple[Refusal, ...] = (
     # A ladder and a file number all layers of a model, and classes want equally many.
     Refusal(
         "layer budgets (--kv-layer-budgets) with layers of other kinds",
-        lambda c: _other_layers(c) if _layer_budgets(c) else None,
+        lambda c: other_layers(c) if layer_budgets(c) else None,
         "a model with full attention and a cache of its own in every layer",
         "leave --kv-layer-budgets out",
     ),
@@ -609,7 +357,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "layer budgets (--kv-layer-budgets) without vLLM's hybrid KV cache manager",
         lambda c: (
             "--disable-hybrid-kv-cache-manager"
-            if _layer_budgets(c) and c.scheduler_config.disable_hybrid_kv_cache_manager
+            if layer_budgets(c) and c.scheduler_config.disable_hybrid_kv_cache_manager
             else None
         ),
         "it enabled",
@@ -619,7 +367,7 @@ REFUSALS: tuple[Refusal, ...] = (
     # Classes of layers are to be equally large, and a reader is in none.
     Refusal(
         "shared caches (--kv-share-layers) with layer budgets",
-        _if_sharing(lambda c: f"--kv-layer-budgets {s}" if (s := _layer_budgets(c)) else None),
+        _if_sharing(lambda c: f"--kv-layer-budgets {s}" if (s := layer_budgets(c)) else None),
         "one of the two",
         "leave --kv-layer-budgets out, or --kv-share-layers",
         early=True,
@@ -627,7 +375,7 @@ REFUSALS: tuple[Refusal, ...] = (
     # A reader may be on another stage than its owner.
     Refusal(
         "shared caches (--kv-share-layers) with pipeline parallelism",
-        _if_sharing(_pipeline_stages),
+        _if_sharing(pipeline_stages),
         "1",
         "use tensor parallelism, or leave --kv-share-layers out",
         early=True,
@@ -635,65 +383,11 @@ REFUSALS: tuple[Refusal, ...] = (
     # A window's cache forgets what a full layer reads; some models share caches by themselves.
     Refusal(
         "shared caches (--kv-share-layers) in models with other layers than full attention",
-        _if_sharing(_other_layers),
+        _if_sharing(other_layers),
         "a model whose layers all see all tokens and have caches of their own",
         "leave --kv-share-layers out",
     ),
-    # Nothing is decoded, so nothing is ever compacted.
-    Refusal(
-        "models that do not generate text",
-        _runner,
-        "'generate'",
-        "pass --runner generate or remove --kv-compression",
-    ),
-    # Its indexer has a cache of its own, which would have to keep the same tokens.
-    _model(
-        "sparse attention with an indexer (DSA: DeepSeek-V3.2, GLM-5)",
-        _has_indexer,
-        "a model whose layers attend to all tokens",
-    ),
-    # One latent serves all heads of a layer, so one choice does; nobody has measured what it costs.
-    Refusal(
-        "multi-head latent attention (MLA) unless it is asked for",
-        _latent_by_accident,
-        "--kv-experimental-mla with it",
-        "pass that flag to try it (its effect on the answers of real models is unknown), or remove "
-        "--kv-compression",
-    ),
-    # Not tried yet.
-    Refusal(
-        "multi-head latent attention (MLA) together with this",
-        _beside_latents,
-        "none of it",
-        "leave it out, or remove --kv-compression",
-    ),
-    # A window or a chunk bounds a cache by itself; only other layers are compacted.
-    _model(
-        "models without a layer of full attention",
-        _has_no_full_layer,
-        "one layer or more that keeps every token",
-    ),
-    # Then vLLM has one block table for all layers, and compaction would shorten those with a
-    # window as well, which find their tokens by logical position.
-    Refusal(
-        "sliding-window or chunked layers without vLLM's hybrid KV cache manager",
-        _bounded_layers_as_full,
-        "it enabled",
-        "remove the flag and unset the variable",
-    ),
-    # Both take the place in the cache for the place in the text.
-    _model(
-        "dual chunk attention and reference windows (R-SWA)",
-        lambda c: _sees_pieces(c.model_config),
-    ),
-    # A recurrent state is no list of tokens; beside layers of full attention it stays as it is.
-    _model("models without attention", lambda c: c.model_config.is_attention_free),
-    # ALiBi takes the place in the cache for the place in the text.
-    _model("ALiBi position biases", lambda c: c.model_config.uses_alibi),
-    # Cross-attention has a cache of its own.
-    _model("encoder-decoder models", lambda c: c.model_config.is_encoder_decoder),
-    # A token that is seen by earlier ones is not settled when it is computed.
-    _model("bidirectional attention and diffusion", _is_bidirectional),
+    *MODELS,
     # On GPUs only the V2 runner, vLLM's default there, has an adapter.
     Refusal(
         "the V1 model runner on a GPU",
