@@ -13,8 +13,17 @@ from typing import Any
 from rkv_vllm.scheduling.step_stats import FALLBACKS
 
 # What may stay, and how much of it: the reports of the last requests that finished, of nine values
-# each; an empty dictionary for each KV-cache group; a counter for each reason.
-BOUNDED = {"finished_reports": 256, "_watched": 4, "recomputed": len(FALLBACKS)}
+# each; an empty dictionary for each KV-cache group; a counter for each reason. The others are what
+# vLLM's runner remembers of its last step.
+BOUNDED = {
+    "finished_reports": 256,
+    "_watched": 4,
+    "recomputed": len(FALLBACKS),
+    "_draft_token_ids": 4,
+    "_draft_token_req_ids": 4,
+    "mamba_state_idx": 4,
+    "_mamba_state_copy_funcs": 4,
+}
 
 _SEQUENCES = (list, tuple, set, frozenset, deque)
 

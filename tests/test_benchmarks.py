@@ -92,7 +92,7 @@ def test_the_n_by_n_version_that_does_not_fit_is_reported_with_its_bytes():
     assert case["released_bytes_per_head"] == 96 * 96 * 9
 
 
-@pytest.mark.parametrize("in_flight", ["1", "2"])
+@pytest.mark.parametrize("in_flight", [pytest.param("1", marks=pytest.mark.nightly), "2"])
 def test_the_scheduler_benchmark_wants_every_due_compaction_booked(in_flight):
     options = ["--requests", "9", "--steps", "70", "--round", "7", "--buffer", "16"]
     script = str(BENCHMARKS / "bench_scheduler.py")

@@ -275,6 +275,7 @@ def test_demo_without_a_compaction_fails(model, tmp_path):
     assert "no compaction happened" in demo.printed
 
 
+@pytest.mark.nightly
 def test_demo_shows_the_log_of_a_server_that_does_not_come_up(model, tmp_path):
     with running_demo(model, tmp_path, "--buffer=4") as demo:
         assert demo.process.wait(WAIT_SECONDS) == 1

@@ -446,9 +446,10 @@ BAD_STARTS = {
         ["--kv-compression=rkv", f"--kv-transfer-config={CONNECTOR}"],
         "KV cache compression does not support KV connectors and KV cache offloading: got connec",
     ),
-    "options": (
+    "options": pytest.param(
         ["--kv-compression", "rkv", "--kv-option", "strength=3"],
         "--kv-option: got 'strength', wanted an option of the method 'rkv'",
+        marks=pytest.mark.nightly,
     ),
     "no switch": pytest.param(
         ["--kv-budget", "512"],

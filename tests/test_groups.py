@@ -32,10 +32,10 @@ class Ladder(RKV):
 @pytest.mark.parametrize(
     ("runner", "layer_types", "num_groups", "num_tokens"),
     [
-        ("v1", (SLIDING, FULL) * 3, 2, 150),
+        pytest.param("v1", (SLIDING, FULL) * 3, 2, 150, marks=pytest.mark.nightly),
         # Twice as many full layers as sliding ones: vLLM makes two groups of one spec of them.
         ("v1", (FULL, SLIDING, FULL) * 2, 3, 150),
-        ("v2", (SLIDING, FULL) * 2, 2, 80),
+        pytest.param("v2", (SLIDING, FULL) * 2, 2, 80, marks=pytest.mark.nightly),
         ("v2-async", (FULL, SLIDING, FULL), 3, 80),
     ],
     indirect=["runner"],
@@ -83,7 +83,10 @@ def test_every_class_of_layer_budgets_is_compacted_for_itself(
 
 @pytest.mark.parametrize(
     ("runner", "num_layers", "ladder", "num_tokens"),
-    [("v1", 6, (64, 64, 40, 40, 16, 16), 120), ("v2-async", 3, (70, 40, 10), 90)],
+    [
+        ("v1", 6, (64, 64, 40, 40, 16, 16), 120),
+        pytest.param("v2-async", 3, (70, 40, 10), 90, marks=pytest.mark.nightly),
+    ],
     indirect=["runner"],
 )
 def test_a_pyramid_is_compacted_class_by_class_and_each_holds_only_its_own_blocks(

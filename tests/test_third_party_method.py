@@ -166,6 +166,7 @@ def test_an_option_without_a_spelling_on_the_command_line_is_refused(folder):
         ServerOptions(method="bad_type.Bad")
 
 
+@pytest.mark.nightly
 def test_serve_with_a_bad_option_exits_before_the_model_is_looked_at(folder, tmp_path):
     model = write_config(tmp_path / "model", LLAMA)
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]

@@ -189,6 +189,7 @@ ROOMS = {
         "rkv_vllm.methods",
         "rkv_vllm.model_name",
         "rkv_vllm.option_field",
+        "rkv_vllm.whole_file",
     ),
 }
 
