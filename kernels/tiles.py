@@ -199,6 +199,25 @@ def place_of_row(i_row, num_layers, NUM_HEADS: tl.constexpr):
 
 
 @triton.jit
+def judged_span(p_prefix_lens, p_settled_lens, i_request, GRAIN: tl.constexpr):
+    """Protected and settled tokens of a request, and where its first tile begins.
+
+    That is with the grain of the first judged token: `lead` tokens before it, at position `start`.
+    """
+    prefix_len = tl.load(p_prefix_lens + i_request)
+    settled_len = tl.load(p_settled_lens + i_request)
+    lead = prefix_len % GRAIN
+    return prefix_len, settled_len, lead, prefix_len - lead
+
+
+@triton.jit
+def states_of_head(p_states, strides, p_block_table, table_stride, i_request, i_layer, i_head):
+    """One head of one layer, and the block ids of a request."""
+    p_head = p_states + i_layer.to(tl.int64) * strides.layer + i_head.to(tl.int64) * strides.head
+    return p_head, p_block_table + i_request.to(tl.int64) * table_stride
+
+
+@triton.jit
 def token_places(
     p_row,
     o_token,

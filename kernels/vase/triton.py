@@ -26,9 +26,11 @@ from rkv_vllm.kernels.tiles import (
     VARYING,
     elements,
     grain_of,
+    judged_span,
     layout_of,
     load_tile,
     place_of_row,
+    states_of_head,
     strides_of,
     tile_of_program,
 )
@@ -158,16 +160,18 @@ def range_kernel(
     """Largest minus smallest element of each value of a tile of tokens; 0 behind the candidates."""
     i_row, i_tile = tile_of_program(num_tiles)
     i_request, i_layer, i_head = place_of_row(i_row, num_layers, NUM_HEADS)
-    prefix_len = tl.load(p_prefix_lens + i_request)
-    settled_len = tl.load(p_settled_lens + i_request)
-    lead = prefix_len % GRAIN
-    start = prefix_len - lead
+    prefix_len, settled_len, lead, start = judged_span(
+        p_prefix_lens, p_settled_lens, i_request, GRAIN
+    )
     m = settled_len - prefix_len - WINDOW
     o_token = i_tile * TILE + tl.arange(0, TILE) - lead
     m_token = (o_token >= 0) & (o_token < m)
+    p_head, p_row = states_of_head(
+        p_values, strides, p_block_table, table_stride, i_request, i_layer, i_head
+    )
     b_values = load_tile(
-        p_values + i_layer.to(tl.int64) * strides.layer + i_head.to(tl.int64) * strides.head,
-        p_block_table + i_request.to(tl.int64) * table_stride,
+        p_head,
+        p_row,
         start + i_tile * TILE,
         settled_len,
         strides,

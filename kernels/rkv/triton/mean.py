@@ -13,9 +13,11 @@ from rkv_vllm.kernels.tiles import (
     VARYING,
     add_up_layout,
     elements,
+    judged_span,
     layout_of,
     load_tile,
     place_of_row,
+    states_of_head,
     strides_of,
     tile_of_program,
 )
@@ -73,18 +75,20 @@ def sums_kernel(
     """Sum of the keys of a tile of tokens."""
     i_row, i_tile = tile_of_program(num_tiles)
     i_request, i_layer, i_head = place_of_row(i_row, num_layers, NUM_HEADS)
-    prefix_len = tl.load(p_prefix_lens + i_request)
-    settled_len = tl.load(p_settled_lens + i_request)
-    lead = prefix_len % GRAIN
-    start = prefix_len - lead
+    prefix_len, settled_len, lead, start = judged_span(
+        p_prefix_lens, p_settled_lens, i_request, GRAIN
+    )
     n = settled_len - prefix_len
     if i_tile * TILE >= n + lead:
         return
     o_token = i_tile * TILE + tl.arange(0, TILE) - lead
     m_token = (o_token >= 0) & (o_token < n)
+    p_head, p_row = states_of_head(
+        p_keys, strides, p_block_table, table_stride, i_request, i_layer, i_head
+    )
     b_keys = load_tile(
-        p_keys + i_layer.to(tl.int64) * strides.layer + i_head.to(tl.int64) * strides.head,
-        p_block_table + i_request.to(tl.int64) * table_stride,
+        p_head,
+        p_row,
         start + i_tile * TILE,
         settled_len,
         strides,

@@ -19,11 +19,13 @@ from rkv_vllm.kernels.tiles import (
     TILE,
     VARYING,
     elements,
+    judged_span,
     layout_of,
     load_tile,
     place_of_row,
     product,
     register_limit,
+    states_of_head,
     strides_of,
     tile_of_program,
 )
@@ -106,16 +108,16 @@ def search_kernel(
     """Column sum and newest similar key of each token of a tile."""
     i_row, i_tile = tile_of_program(num_tiles)
     i_request, i_layer, i_head = place_of_row(i_row, num_layers, NUM_HEADS)
-    prefix_len = tl.load(p_prefix_lens + i_request)
-    settled_len = tl.load(p_settled_lens + i_request)
-    lead = prefix_len % GRAIN
-    start = prefix_len - lead
+    prefix_len, settled_len, lead, start = judged_span(
+        p_prefix_lens, p_settled_lens, i_request, GRAIN
+    )
     n = settled_len - prefix_len
     first_row = i_tile * TILE
     if first_row >= n + lead:
         return
-    p_head = p_keys + i_layer.to(tl.int64) * strides.layer + i_head.to(tl.int64) * strides.head
-    p_row = p_block_table + i_request.to(tl.int64) * table_stride
+    p_head, p_row = states_of_head(
+        p_keys, strides, p_block_table, table_stride, i_request, i_layer, i_head
+    )
     o_tile = tl.arange(0, TILE)
     o_token = first_row + o_tile - lead
     m_token = (o_token >= 0) & (o_token < n)

@@ -16,12 +16,14 @@ from rkv_vllm.kernels.tiles import (
     TILE,
     VARYING,
     elements,
+    judged_span,
     layout_of,
     load_tile,
     most_tiles,
     place_of_row,
     product,
     register_limit,
+    states_of_head,
     strides_of,
     tile_of_program,
 )
@@ -293,18 +295,18 @@ def stats_kernel(
     """Logits [WINDOW, tokens of some tiles] of one head, inverse norms, sums of unit keys."""
     i_row, i_part = tile_of_program(num_parts)
     i_request, i_layer, i_head = place_of_row(i_row, num_layers, NUM_HEADS)
-    prefix_len = tl.load(p_prefix_lens + i_request)
-    settled_len = tl.load(p_settled_lens + i_request)
-    lead = prefix_len % GRAIN
-    start = prefix_len - lead
+    prefix_len, settled_len, lead, start = judged_span(
+        p_prefix_lens, p_settled_lens, i_request, GRAIN
+    )
     n = settled_len - prefix_len
     first_tile = i_part * STEPS
     stop_tile = tl.minimum(first_tile + STEPS, tl.cdiv(n + lead, TILE))
     if first_tile >= stop_tile:
         return
     stop = tl.minimum(start + stop_tile * TILE, settled_len)
-    p_head = p_keys + i_layer.to(tl.int64) * strides.layer + i_head.to(tl.int64) * strides.head
-    p_row = p_block_table + i_request.to(tl.int64) * table_stride
+    p_head, p_row = states_of_head(
+        p_keys, strides, p_block_table, table_stride, i_request, i_layer, i_head
+    )
     b_keys = load_tile(
         p_head,
         p_row,
