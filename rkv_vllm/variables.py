@@ -61,6 +61,11 @@ def read_variables(environ: Mapping[str, str]) -> dict[str, Any]:
     return read
 
 
+def switches_on(environ: Mapping[str, str]) -> bool:
+    """Whether the environment alone switches compression on."""
+    return environ.get(SWITCH, OFF) not in ("", OFF)
+
+
 def complete(options: Mapping[str, Any], environ: Mapping[str, str]) -> Mapping[str, Any]:
     """Returns options with what only the environment sets.
 

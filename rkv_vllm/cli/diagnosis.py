@@ -27,7 +27,7 @@ from rkv_vllm.fit.versions import (
     platform_worker_cls,
 )
 from rkv_vllm.options import CONFIG_KEY, ServerOptions
-from rkv_vllm.variables import OFF, SWITCH
+from rkv_vllm.variables import switches_on
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -232,8 +232,7 @@ def _engine_args(folder: str, engine_flags: Sequence[str]) -> "AsyncEngineArgs":
     register()
     parser = AsyncEngineArgs.add_cli_args(Parser(prog="vllm serve", add_help=False))
     # As with compression on; the environment may name the method.
-    is_switched_on = os.environ.get(SWITCH, OFF) not in ("", OFF)
-    switch = [] if is_switched_on else ["--kv-compression", ServerOptions.method]
+    switch = [] if switches_on(os.environ) else ["--kv-compression", ServerOptions.method]
     arguments = parser.parse_args([*switch, *engine_flags])
     arguments.model = folder
     # A folder with nothing but config.json is enough.

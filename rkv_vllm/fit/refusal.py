@@ -65,8 +65,6 @@ def refused_model(
     """A row about what a checkpoint is, whatever the flags."""
 
     def got(vllm_config: "VllmConfig") -> str | None:
-        model = vllm_config.model_config
-        shown = named(model)
-        return shown if is_used(vllm_config) else None
+        return named(vllm_config.model_config) if is_used(vllm_config) else None
 
     return Refusal(feature, got, wanted, "remove --kv-compression or serve another model")

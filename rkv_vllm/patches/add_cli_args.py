@@ -4,7 +4,7 @@ import functools
 import os
 
 from rkv_vllm.fit.overrides import overrides
-from rkv_vllm.variables import OFF, SWITCH
+from rkv_vllm.variables import switches_on
 
 
 @overrides("vllm.engine.arg_utils:EngineArgs.add_cli_args")
@@ -22,7 +22,7 @@ def apply() -> None:
         parser = original(parser)
         add_flags(parser)
         # No flag need be given then.
-        if os.environ.get(SWITCH, OFF) not in ("", OFF):
+        if switches_on(os.environ):
             check_requests_by_default(parser)
         return parser
 

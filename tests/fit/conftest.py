@@ -1,5 +1,7 @@
 """What the tests of this folder share: the plugin is loaded, and engines of a small model."""
 
+import logging
+
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
@@ -26,6 +28,24 @@ def arguments(tmp_path):
         return EngineArgs(**{"model": model, "skip_tokenizer_init": True, **compression, **changes})
 
     return make
+
+
+@pytest.fixture
+def warnings():
+    """What this package's checks warn of, as if nothing had been warned of before.
+
+    vLLM's loggers do not reach pytest's own handler.
+    """
+    from vllm import logger as vllm_logger
+
+    vllm_logger._print_warning_once.cache_clear()
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = logging.getLogger("vllm.rkv_vllm.fit")
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
 
 
 OFF = {"additional_config": {}, "scheduler_cls": None, "worker_cls": "auto"}

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import logging
 import tarfile
 import time
 import zipfile
@@ -112,18 +111,6 @@ def tables(tmp_path, monkeypatch):
     code_table.compare.cache_clear()
     yield tmp_path
     code_table.compare.cache_clear()
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    """What vLLM's loggers say, which do not reach pytest's own handler."""
-    said = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    logger = logging.getLogger("vllm.rkv_vllm.fit.code_table")
-    logger.addHandler(handler)
-    yield said
-    logger.removeHandler(handler)
 
 
 @pytest.mark.parametrize("patch", ["1", "3.dev7+g123", "1rc1"])

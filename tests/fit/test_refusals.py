@@ -1,6 +1,5 @@
 """What compression does not support is refused by name before the model loads, in one sentence."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -20,22 +19,6 @@ from rkv_vllm.methods import ModelShape
 from rkv_vllm.methods.rkv import RKV
 from tests import checkpoint_configs
 from tests.fit.conftest import OFF
-
-
-@pytest.fixture
-def warnings():
-    """What this package's check warns of, as if nothing had been warned of before."""
-    from vllm import logger as vllm_logger
-
-    vllm_logger._print_warning_once.cache_clear()
-    records = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())
-    logger = logging.getLogger("vllm.rkv_vllm.fit.refusals")
-    logger.addHandler(handler)
-    yield records
-    logger.removeHandler(handler)
-
 
 EXPERIMENT = rkv_vllm.engine_args(experimental_mla=True)
 READS = '{"model": "model", "num_layers": 2, "reads": {"1": 0}}'
