@@ -250,7 +250,9 @@ def audited_engine(
         poison: whether blocks that nobody holds are NaN.
         options: as for `running_engine`.
     """
-    options = {"block_size": 16, "disable_log_stats": False, **options}
+    # Eager: the replay of a graph would pass by what watches a layer.
+    eager = {"enforce_eager": True}
+    options = {"block_size": 16, "disable_log_stats": False, **eager, **options}
     with blocks_of_16(), running_engine(model, num_blocks, **options) as engine:
         audit = BlockAudit(engine, poison)
         yield engine, audit

@@ -272,7 +272,9 @@ class OracleV2(NgramGPUSpeculator):
         states = self.req_states
         for row in range(0 if dummy_run else input_batch.num_reqs):
             idx = int(input_batch.idx_mapping[row])
-            if args[4][row]:
+            # vLLM warms a GPU up with requests of its own.
+            is_ours = input_batch.req_ids[row].rsplit("-", 1)[0] in ORACLE[0].prompts
+            if is_ours and args[4][row]:
                 tokens = states.all_token_ids.gpu[idx, : states.total_len.gpu[idx]].tolist()
                 drafts = ORACLE[0].draft(input_batch.req_ids[row], tokens)
                 self.drafts[row] = torch.tensor(drafts)

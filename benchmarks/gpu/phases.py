@@ -36,6 +36,10 @@ STOCK_MODE, LIKE_STOCK = "stock", ("full", "unsynced")
 # What vLLM takes by default for FLASH_ATTN, and the least that CPU_ATTN takes.
 GPU_BLOCK_SIZE, REHEARSAL_BLOCK_SIZE = 16, 32
 WARM_UP_REQUESTS = 8
+# How much longer than another side stock vLLM may take.
+STOCK_WEIGHT = 1.6
+
+LOADS = ("small", "ample", "starved", "long", "again")
 
 AMPLE_AIM, FLOOR_AIM, BATCHED_AIM, SHARE_AIM = 0.98, 3.0, 5.0, 0.02
 
@@ -52,6 +56,8 @@ class Plan:
         requests: of the ample and starved loads.
         output_len: of the ample and starved loads; the long one has four times that.
         modes: of the equality checks, none for all.
+        loads: of the serving phase, see `LOADS`.
+        whens: `--kv-when` of the sides beside stock.
     """
 
     rehearse: bool
@@ -61,6 +67,8 @@ class Plan:
     requests: int
     output_len: int
     modes: tuple[str, ...] = ()
+    loads: tuple[str, ...] = LOADS
+    whens: tuple[str, ...] = (ServerOptions.when,)
 
 
 def kernels(launcher: Launcher, plan: Plan) -> Iterator[Document]:
@@ -225,27 +233,10 @@ def _missed_aims(case: Document) -> list[str]:
 
 
 def serving(launcher: Launcher, plan: Plan) -> Iterator[Document]:
-    """Ample, starved and long loads on one engine per side; the first of them twice."""
-    # Prompts of about 700 tokens of which 512 are shared, or of 70 in a rehearsal.
-    shared, own, budget, buffer = (48, 22, 32, 16) if plan.rehearse else (512, 188, 256, 128)
-    many = plan.requests, shared, own, plan.output_len, buffer
-    few = max(2, plan.requests * 100 // 256), 0, max(16, budget // 8), 4 * plan.output_len, buffer
-    longest = max(shared + own + plan.output_len, few[2] + few[3])
-    warm_up = min(plan.requests, WARM_UP_REQUESTS), shared, own, buffer + 8, buffer
-    loads = {"warm-up": _workload(plan, *warm_up)}
-    # A small batch, whose caches hardly count in a step, shows the price; a large one the gain.
-    loads["ample, small batch"] = _workload(
-        plan, min(plan.requests, 16), shared, own, plan.output_len // 2, buffer
-    )
-    loads["ample"] = _workload(plan, *many)
-    for pool in sorted(plan.pools, reverse=True):
-        loads[f"starved, pool of {pool} tokens"] = _workload(plan, *many, pool)
-    # Outputs of a quarter of 16K at a quarter of the budget of 1024, in a quarter of 430K tokens.
-    pool = 2048 if plan.rehearse else 107_500
-    loads[f"long outputs, {few[3]} tokens"] = _workload(plan, *few, pool)
-    # Last: it says how far two runs of the first one differ, and may be cut off.
-    loads["ample again"] = loads["ample"]
+    """Ample, starved and long loads on one engine per side; the second of them twice."""
+    budget, buffer, loads = _loads(plan)
     flags = [f"--model={plan.model}", "--load-format=dummy", "--skip-tokenizer-init", "--seed=0"]
+    longest = max(workload.total_lens[0] for workload in loads.values())
     flags += [f"--max-model-len={max(longest + 16, 0 if plan.rehearse else 2048)}"]
     flags += ["--dtype=bfloat16"]
     if plan.rehearse:
@@ -254,39 +245,65 @@ def serving(launcher: Launcher, plan: Plan) -> Iterator[Document]:
         flags += [f"--block-size={REHEARSAL_BLOCK_SIZE}"]
         flags += [f"--kv-cache-memory-bytes={4096 * 4 * 2 * 2 * 64 * 4}"]
     ours = ["--kv-compression=rkv", f"--kv-budget={budget}", f"--kv-buffer={buffer}"]
-    # Less than half of the time is ours: the stock side takes longer, but must leave us our turn.
-    sides = {STOCK: ([], None, 0.62), f"budget {budget}": (ours, budget, 1.0)}
+    sides = {STOCK: ([], None, ServerOptions.when)}
+    for when in plan.whens:
+        sides[f"budget {budget}, {when}"] = ([*ours, f"--kv-when={when}"], budget, when)
     children = []
-    for side, (more, _, share) in sides.items():
+    for side, (more, _, _) in sides.items():
         job = {"engine_flags": flags + more, "is_compressed": bool(more), "probes": []}
         job |= {"probe_len": 1, "loads": [_load(workload) for workload in loads.values()]}
-        name = f"serving-{side.replace(' ', '-')}"
+        name = f"serving-{side.replace(',', '').replace(' ', '-')}"
         file = launcher.folder / f"{name}.job"
         file.write_text(json.dumps(job))
         args = ["--job", str(file)] + (["--make-model", plan.model] if plan.rehearse else [])
-        limit = share * launcher.seconds_left
+        # The stock side takes longer, but must leave the others their turn.
+        weight, others = 1 if more else STOCK_WEIGHT, len(sides) - len(children) - 1
+        limit = launcher.seconds_left * weight / (weight + others)
         children.append(launcher.run(name, HERE / "one_server.py", args, limit))
     seconds = sum(child.seconds for child in children)
     problems = [child.problem for child in children if child.problem]
     runs = [child.result["runs"] if child.result else [] for child in children]
-    of_side = {"pool_tokens": None, "is_exact": True}
+    of_side = {"repeat": 1, "pool_tokens": None, "is_exact": True}
     served = list(zip(loads.items(), *runs, strict=False))[1:]
-    for (label, workload), *pair in served:
-        results = [
-            {
-                "side": side,
-                "budget": budget,
-                "when": ServerOptions.when,
-                "repeat": 1,
-                **of_side,
-                **run,
-            }
-            for (side, (_, budget, _)), run in zip(sides.items(), pair, strict=True)
+    for (label, workload), *of_load in served:
+        stock, *results = [
+            {"side": side, "budget": budget, "when": when, **of_side, **run}
+            for (side, (_, budget, when)), run in zip(sides.items(), of_load, strict=True)
         ]
-        yield _ratio(label, workload, results, plan.rehearse, seconds)
+        for result in results:
+            name = f"{label}, {result['when']}"
+            yield _ratio(name, workload, [stock, result], plan.rehearse, seconds)
     if problems or len(served) < len(loads) - 1:
         missing = ["not all loads were served"]
-        yield _document("serving, both sides to the end", problems or missing, {}, seconds)
+        yield _document("serving, all sides to the end", problems or missing, {}, seconds)
+
+
+def _loads(plan: Plan) -> tuple[int, int, dict[str, Workload]]:
+    """Budget and buffer, and what is asked for, by its label; the warm-up first."""
+    # Prompts of about 700 tokens of which 512 are shared, or of 70 in a rehearsal.
+    shared, own, budget, buffer = (48, 22, 32, 16) if plan.rehearse else (512, 188, 256, 128)
+    many = plan.requests, shared, own, plan.output_len, buffer
+    few = max(2, plan.requests * 100 // 256), 0, max(16, budget // 8), 4 * plan.output_len, buffer
+    warm_up = min(plan.requests, WARM_UP_REQUESTS), shared, own, buffer + 8, buffer
+    small = min(plan.requests, 16), shared, own, plan.output_len // 2, buffer
+    ample = _workload(plan, *many)
+    loads = {"warm-up": _workload(plan, *warm_up)}
+    if "small" in plan.loads:
+        # Its caches hardly count in a step: it shows the price, a large batch the gain.
+        loads["ample, small batch"] = _workload(plan, *small)
+    if "ample" in plan.loads:
+        loads["ample"] = ample
+    if "starved" in plan.loads:
+        for pool in sorted(plan.pools, reverse=True):
+            loads[f"starved, pool of {pool} tokens"] = _workload(plan, *many, pool)
+    if "long" in plan.loads:
+        # A quarter of 16K tokens at a quarter of the budget of 1024, in a quarter of 430K tokens.
+        pool = 2048 if plan.rehearse else 107_500
+        loads[f"long outputs, {few[3]} tokens"] = _workload(plan, *few, pool)
+    if "again" in plan.loads:
+        # Last: it says how far two runs of the first one differ, and may be cut off.
+        loads["ample again"] = ample
+    return budget, buffer, loads
 
 
 def _workload(

@@ -14,6 +14,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from children import Launcher
-from phases import PHASES, SKIPPED, Plan
+from phases import LOADS, PHASES, SKIPPED, Plan
 from site_folder import make_site_folder
 
 from rkv_vllm.bench.card import make_card, printed
 from rkv_vllm.fit.versions import installed_version
+from rkv_vllm.options import ServerOptions
 
 DISTRIBUTIONS = ("triton", "flashinfer-python")
 REHEARSAL_ENV = {
@@ -90,10 +92,14 @@ def parse() -> argparse.Namespace:
     add("--requests", type=int, default=256, help="ample and starved (default: 256)")
     add("--output-len", type=int, default=1024, help="ample and starved, tokens (default: 1024)")
     add("--pools", type=numbers, default=[134_000, 60_000], help="tokens, of the starved loads")
+    add("--loads", type=names, default=[], help=f"of serving: {','.join(LOADS)}; default all")
+    add("--when", type=names, default=[ServerOptions.when], help="--kv-when of serving's sides")
     add("--modes", type=names, default=[], help="of the equality checks, beside eager; default all")
     args = parser.parse_args()
     if unknown := set(args.phases) - set(PHASES):
         parser.error(f"--phases: got {', '.join(sorted(unknown))}, wanted some of {list(PHASES)}")
+    if unknown := set(args.loads) - set(LOADS):
+        parser.error(f"--loads: got {', '.join(sorted(unknown))}, wanted some of {list(LOADS)}")
     return args
 
 
@@ -101,9 +107,11 @@ def plan_of(args: argparse.Namespace, folder: Path) -> Plan:
     """What the phases have to know of the command line."""
     if args.rehearse:
         model = str(folder / "random-model")
-        return Plan(True, jobs=1, model=model, pools=[2048, 1024], requests=8, output_len=80)
-    sizes = args.pools, args.requests, args.output_len
-    return Plan(False, args.jobs, args.model, *sizes, modes=tuple(args.modes))
+        plan = Plan(True, jobs=1, model=model, pools=[2048, 1024], requests=8, output_len=80)
+    else:
+        sizes = args.pools, args.requests, args.output_len
+        plan = Plan(False, args.jobs, args.model, *sizes, modes=tuple(args.modes))
+    return replace(plan, loads=tuple(args.loads) or LOADS, whens=tuple(args.when))
 
 
 def _environment(folder: Path, args: argparse.Namespace) -> dict[str, str]:

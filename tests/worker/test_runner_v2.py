@@ -125,11 +125,11 @@ def test_graph_padding_behind_a_real_batch_belongs_to_nobody(random_model_dir, r
         states.begin_step(np.array([7]))
         rows.seq_lens.fill_(99)
         rows.token_rows.fill_(99)
-        idx_mapping = torch.tensor([7, -1])
+        device = rows.seq_lens.device
         step = (
-            idx_mapping,
-            torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32),
-            torch.tensor([20, 20, 0, 0]),
+            torch.tensor([7, -1], device=device),
+            torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32, device=device),
+            torch.tensor([20, 20, 0, 0], device=device),
         )
         with states.own_call():
             slots = tables.compute_slot_mappings(*step, num_tokens_padded=4)
@@ -142,7 +142,7 @@ def test_graph_padding_behind_a_real_batch_belongs_to_nobody(random_model_dir, r
         # A draft model asks with a mapping of its own, wider than a step.
         lengths, recorded = rows.seq_lens.clone(), rows.token_rows.clone()
         width = len(recorded) + engine.model_runner.max_num_reqs
-        own = torch.full((1, width), 99)
+        own = torch.full((1, width), 99, device=device)
         slots = tables.compute_slot_mappings(*step, num_tokens_padded=4, out=own)
         assert slots[0].tolist() == [15, -1, -1, -1]
         assert (own[0, 4:] == -1).all()
