@@ -22,6 +22,7 @@ from rkv_vllm.scheduling.directive import EvictionDirective
 from rkv_vllm.scheduling.kept_group import KeptGroup
 from rkv_vllm.scheduling.planner import GroupPlanner
 from rkv_vllm.scheduling.pressed_group import PressedGroup
+from rkv_vllm.scheduling.running_bound import Running, RunningBound
 
 # Weight of the latest finished request in the share of those that were compacted: about the last
 # ten count, so that admission follows a change of workload within seconds.
@@ -62,6 +63,8 @@ class Admission:
     Args:
         tracks: the compressed groups.
         kept: the other groups.
+        running: all running requests.
+        asked_beside: most blocks that vLLM asks for a newcomer beside those that are required here.
         policy: says how long a request can get.
         limits: of the engine.
         terms_of: what holds for a request in each group; None if its cache is kept whole.
@@ -72,6 +75,8 @@ class Admission:
         self,
         tracks: Sequence[Track],
         kept: Sequence[KeptGroup],
+        running: Running,
+        asked_beside: Callable[[Request], int],
         policy: Policy,
         limits: Limits,
         terms_of: Callable[[Request], Sequence[Terms] | None],
@@ -79,6 +84,13 @@ class Admission:
     ) -> None:
         self._tracks = tracks
         self._kept = kept
+        self._asked_beside = asked_beside
+        # As if every newcomer lived for ever.
+        self._most_growth = RunningBound(
+            running,
+            lambda request: self._expected_growth(request, limits.max_model_len),
+            self._newly_shared,
+        )
         self._policy = policy
         self._limits = limits
         self._terms_of = terms_of
@@ -88,6 +100,10 @@ class Admission:
         # Refusals hold until something shrinks.
         self._num_events = 0
         self._refused: _Refusal | None = None
+
+    def end_step(self) -> None:
+        """A step is scheduled: nobody is admitted any more before the running requests go on."""
+        self._most_growth.restart()
 
     def note_compaction(self, request: Request, directive: EvictionDirective) -> None:
         """A request was compacted, and may be smaller now than its growth said.
@@ -112,6 +128,7 @@ class Admission:
             request: finished, aborted or preempted.
         """
         self._num_events += 1
+        self._most_growth.restart()
         if request.status in ENDED_BY_ITSELF and self._is_bounded(request):
             was_compacted = any(request.request_id in t.books.num_evicted for t in self._tracks)
             self._share_compacted += SHARE_STEP * (was_compacted - self._share_compacted)
@@ -132,12 +149,21 @@ class Admission:
         asked = _Refusal(newcomer.request_id, self._num_events, num_blocks, num_free)
         if self._refused is not None and self._refused.holds_for(asked):
             return num_free + 1
+        own_growth = self._own_growth(newcomer)
+        most = num_blocks + math.ceil(self._most_growth.get() + own_growth)
+        if most + self._asked_beside(newcomer) <= num_free:
+            return most
         horizon = self._life(newcomer)
         growth = sum(self._expected_growth(request, horizon) for request in running)
-        required = num_blocks + math.ceil(growth + self._own_growth(newcomer))
+        required = num_blocks + math.ceil(growth + own_growth)
         if required > num_free:
             self._refused = asked
         return required
+
+    def _newly_shared(self, request: Request) -> int:
+        """Blocks that others have to copy, or do not get back, since this one was admitted."""
+        groups = (*(track.books for track in self._tracks), *self._kept)
+        return sum(group.num_shared_with_one(request.request_id) for group in groups)
 
     def _life(self, newcomer: Request) -> int:
         """Most steps that the newcomer will take."""

@@ -65,6 +65,15 @@ class GroupBooks(FullAttentionManager):
             return 0
         return bisect_left(blocks, True, lo=first, key=lambda block: block.ref_cnt < 2) - first
 
+    def num_shared_with_one(self, req_id: str) -> int:
+        """Blocks of the request that exactly one other request holds."""
+        return sum(block.ref_cnt == 2 for block in self.req_to_blocks.get(req_id, ()))
+
+    def share_of_shared(self, req_id: str) -> float:
+        """Of the blocks that others hold as well, the request's part."""
+        blocks = self.req_to_blocks.get(req_id, ())
+        return sum(1 / block.ref_cnt for block in blocks if block.ref_cnt > 1)
+
     def fair_share(self, req_id: str) -> float:
         """Blocks of the request, of shared ones its part."""
         blocks = self.req_to_blocks.get(req_id, ())

@@ -21,6 +21,7 @@ from rkv_vllm.scheduling.books import GroupBooks
 from rkv_vllm.scheduling.demand import Demand
 from rkv_vllm.scheduling.directive import EvictionDirective
 from rkv_vllm.scheduling.kept_group import KeptGroup
+from rkv_vllm.scheduling.running_bound import Running, RunningBound
 
 
 class _Asked(NamedTuple):
@@ -37,6 +38,7 @@ class FloorAdmission:
         groups: books of the compressed groups.
         kept: the groups that are not compressed.
         running: all running requests.
+        asked_beside: most blocks that vLLM asks for a newcomer beside those that are required here.
         demand: of the running requests.
         horizon: steps from arming a request to the blocks of its compaction, by running requests.
         limits: of the engine.
@@ -48,7 +50,8 @@ class FloorAdmission:
         self,
         groups: Sequence[GroupBooks],
         kept: Sequence[KeptGroup],
-        running: Callable[[], Sequence[Request]],
+        running: Running,
+        asked_beside: Callable[[Request], int],
         demand: Demand,
         horizon: Callable[[int], int],
         limits: Limits,
@@ -58,7 +61,24 @@ class FloorAdmission:
         self._groups = groups
         self._kept = kept
         self._running = running
+        self._asked_beside = asked_beside
         self._demand = demand
+        # Steps of a horizon; those of the bounds.
+        self._num_steps = 0
+        self._bounds = (
+            # Of blocks that others hold as well, a newcomer takes its part from their shares.
+            RunningBound(
+                running,
+                lambda request: -self._spare(request),
+                lambda new: sum(books.share_of_shared(new.request_id) for books in groups),
+            ),
+            RunningBound(
+                running,
+                lambda request: demand.of(request, self._num_steps),
+                lambda new: sum(group.num_shared_with_one(new.request_id) for group in kept),
+            ),
+            RunningBound(running, self._copies, self._shared, max),
+        )
         self._horizon = horizon
         self._limits = limits
         self._terms_of = terms_of
@@ -67,11 +87,17 @@ class FloorAdmission:
         self._share_long = 1.0
         self._asked: _Asked | None = None
 
+    def end_step(self) -> None:
+        """A step is scheduled: nobody is admitted any more before the running requests go on."""
+        for bound in self._bounds:
+            bound.restart()
+
     def note_compaction(self, request: Request, directive: EvictionDirective) -> None:
         """A request was compacted; nothing is remembered that this could change."""
 
     def note_end(self, request: Request) -> None:
         """A request leaves the batch; call it before its books are closed."""
+        self.end_step()
         terms = self._terms_of(request)
         if terms is None or request.status not in ENDED_BY_ITSELF:
             return
@@ -97,30 +123,47 @@ class FloorAdmission:
         if not running:
             return num_blocks
         num_steps = self._horizon(len(running) + 1)
-        spare = sum(self._spare(request, num_steps) for request in not_displaced)
-        spare -= self._growth(newcomer, num_steps)
-        if not_displaced and math.ceil(num_blocks * len(self._groups) - spare) > num_free:
-            return num_free + 1
+        if num_steps != self._num_steps:
+            self.end_step()
+            self._num_steps = num_steps
+        blocks_now = num_blocks * len(self._groups) + self._growth(newcomer, num_steps)
         soon = self._growth_within(newcomer, num_steps) + self._copies(newcomer, num_blocks)
+
+        def weigh() -> tuple[bool, int]:
+            short, needed = self._sums(running, not_displaced)
+            # vLLM counts what the other groups need now by itself.
+            return math.ceil(blocks_now + short) > num_free, num_blocks + soon + needed
+
+        is_full, required = weigh()
+        beside = self._asked_beside(newcomer)
+        if (is_full or required + beside > num_free) and not all(b.is_exact for b in self._bounds):
+            self.end_step()
+            is_full, required = weigh()
+        if not_displaced and is_full:
+            return num_free + 1
         self._asked = _Asked(newcomer.request_id, num_blocks * len(self._groups) + soon)
-        # vLLM counts what the other groups need now by itself.
-        return num_blocks + soon + self._needed_by(running, not_displaced, num_steps)
+        return required
 
-    def _needed_by(
-        self, running: Sequence[Request], not_displaced: Sequence[Request], num_steps: int
-    ) -> int:
-        """Blocks that the running requests take before compactions can give any back.
+    def _sums(
+        self, running: Sequence[Request], not_displaced: Sequence[Request]
+    ) -> tuple[float, int]:
+        """Blocks by which requests are short of their floors, and that they take meanwhile.
 
-        For those that the newcomer may displace no more than what compactions could give back.
+        Meanwhile: before compactions can give any back. For those that the newcomer may displace no
+        more than what compactions could give back.
         """
-        needed = sum(self._demand.of(request, num_steps) for request in not_displaced)
-        if len(not_displaced) < len(running):
-            kept = {request.request_id for request in not_displaced}
-            others = [request for request in running if request.request_id not in kept]
-            theirs = sum(self._demand.of(request, num_steps) for request in others)
-            above = sum(max(self._spare(request, num_steps), 0) for request in running)
-            needed += min(theirs, math.ceil(above))
-        return needed + max(map(self._copies, running))
+        if len(not_displaced) == len(running):
+            short, needed, copies = (bound.get() for bound in self._bounds)
+            return short, int(needed + copies)
+        of, num_steps = self._demand.of, self._num_steps
+        needed = sum(of(request, num_steps) for request in not_displaced)
+        kept = {request.request_id for request in not_displaced}
+        theirs = sum(
+            of(request, num_steps) for request in running if request.request_id not in kept
+        )
+        above = sum(max(self._spare(request), 0) for request in running)
+        needed += min(theirs, math.ceil(above)) + max(map(self._copies, running))
+        return -sum(map(self._spare, not_displaced)), needed
 
     def take_wanted(self) -> int:
         """Blocks that whoever asked last and was refused needs beside the running requests.
@@ -170,12 +213,16 @@ class FloorAdmission:
     def _each(self, terms: Sequence[Terms]) -> zip:
         return zip(terms, self._groups, strict=True)
 
-    def _spare(self, request: Request, num_steps: int) -> float:
+    def _shared(self, request: Request) -> int:
+        """Blocks that others may have to copy since this one was admitted."""
+        return sum(g.num_leading_shared_blocks(request.request_id) for g in self._groups)
+
+    def _spare(self, request: Request) -> float:
         """Blocks that a running request holds above its floor, or is expected to be short of."""
         terms = self._terms_of(request)
         if terms is None:
             return 0.0
-        longest, growth = self._limits.final_len(request), self._limits.growth(num_steps)
+        longest, growth = self._limits.final_len(request), self._limits.growth(self._num_steps)
         spare = 0.0
         for own, books in self._each(terms):
             floor = floor_len(own, growth, books.block_size)

@@ -55,6 +55,11 @@ class KeptGroup:
             max_in_flight_tokens=in_flight, max_model_len=self._max_model_len
         )
 
+    def num_shared_with_one(self, req_id: str) -> int:
+        """Blocks of a request that exactly one other request holds."""
+        row = self._manager.req_to_blocks[req_id]
+        return sum(block.ref_cnt == 2 and not block.is_null for block in row)
+
     def growth(self, req_id: str, num_tokens: int, in_flight: int) -> int:
         """Blocks that a running request takes from the pool at most, on its way to a length.
 

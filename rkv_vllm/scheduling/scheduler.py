@@ -203,12 +203,20 @@ class CompressionSchedulerMixin:
     def _make_admission(self, server_terms: Sequence[Terms]) -> Admission | FloorAdmission:
         if self._pressure is None:
             return Admission(
-                self._tracks, self._kept, self._policy, self._limits, self._terms_of, server_terms
+                self._tracks,
+                self._kept,
+                lambda: self.running,
+                self._asked_beside,
+                self._policy,
+                self._limits,
+                self._terms_of,
+                server_terms,
             )
         return FloorAdmission(
             [track.books for track in self._tracks],
             self._kept,
             lambda: self.running,
+            self._asked_beside,
             self._pressure.demand,
             self._pressure.horizon,
             self._limits,
@@ -321,6 +329,7 @@ class CompressionSchedulerMixin:
             self._step_stats.add_compactions(self._booked)
             self._step_stats.add_waits(plan)
         self._booked = plan.directives
+        self._admission.end_step()
         setattr(scheduler_output, STEP_PLAN_ATTRIBUTE, plan)
 
     def _begin_decoding(self, scheduler_output: SchedulerOutput) -> None:
@@ -546,6 +555,13 @@ class CompressionSchedulerMixin:
         return self._admission.required(
             newcomer, num_blocks, self._not_displaced(newcomer), self._num_free_blocks()
         )
+
+    def _asked_beside(self, newcomer: Request) -> int:
+        """Most blocks that vLLM asks for a newcomer beside those that our gate requires."""
+        # Twice where a prompt's compaction takes private copies.
+        own = sum(2 * cdiv(newcomer.num_tokens, t.books.block_size) for t in self._tracks[1:])
+        kept = sum(group.most_ever for group in self._kept)
+        return own + kept + self.kv_cache_manager.watermark_blocks
 
     def _resumed_len(self, req_id: str) -> int:
         """Tokens of a preempted request that must fit before it is resumed, else 0.

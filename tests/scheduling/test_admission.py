@@ -209,8 +209,9 @@ def test_a_refusal_is_not_weighed_again_until_somebody_leaves(model, monkeypatch
     engine.add("long", [99] * 8, 230)
     for _ in range(20):
         engine.step()
-    # Once when it came, by all eight; not again in twenty steps in which nobody leaves.
-    assert len(weighed) == 8
+    # Once when it came, by all eight, and for the bound that did not do; not again in twenty steps
+    # in which nobody leaves.
+    assert len(weighed) == 2 * 8
     engine.run()
     assert len(engine.outputs["long"]) == 230
 
