@@ -111,7 +111,8 @@ class GroupBooks(FullAttentionManager):
         resume for its first chunk is asked for whole.
         """
         num_evicted = self.num_evicted.get(request_id, 0)
-        is_running = num_evicted or request_id in self.num_cached_block
+        # Not by `num_cached_block`: vLLM counts nothing there without prefix caching.
+        is_running = num_evicted or bool(self.req_to_blocks.get(request_id))
         if is_running and self.kept_at is None and not (apply_admission_cap or new_computed_blocks):
             # A thousand of these are asked for per step.
             num_required = -((num_evicted - num_tokens) // self.block_size)
@@ -121,7 +122,7 @@ class GroupBooks(FullAttentionManager):
             num_copies = self._num_copies(request_id, num_tokens_main_model, new_computed_blocks)
             if apply_admission_cap:
                 num_tokens = num_evicted + self.held_len(request_id, num_tokens)
-        if num_evicted or (request_id in self.num_cached_block and not apply_admission_cap):
+        if num_evicted or (is_running and not apply_admission_cap):
             # A running request hits no further prefix.
             num_required = -((num_evicted - num_tokens) // self.block_size)
             held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)

@@ -293,8 +293,9 @@ def test_each_preemption_returns_blocks_in_its_own_step(model, steps_ahead, host
 @STEPS_AHEAD
 @pytest.mark.parametrize("when", ["always", "pressure"])
 @pytest.mark.parametrize(("buffer", "num_blocks"), [(4, 48), (16, 48), (4, 40)])
+@pytest.mark.parametrize("prefix_caching", [False, True])
 def test_nobody_is_preempted_again_and_again_in_his_prefill(
-    model, steps_ahead, when, buffer, num_blocks
+    model, steps_ahead, when, buffer, num_blocks, prefix_caching
 ):
     """Resumed, a chunk prefilled, preempted again, for ever.
 
@@ -309,6 +310,7 @@ def test_nobody_is_preempted_again_and_again_in_his_prefill(
         max_num_seqs=3,
         steps_ahead=steps_ahead,
         reserves_prompts=False,
+        prefix_caching=prefix_caching,
         when=when,
     )
     engine = SimulatedEngine(model, setting)
