@@ -69,9 +69,10 @@ def rows_of(runner, req_id: str, group_id: int) -> tuple[list[int], list[int]]:
         gathered = tables.block_tables[group_id].gpu[state, :width].tolist()
         # V2 keeps no row beside the table.
         return gathered, gathered
+    kept = list(runner.requests[req_id].block_ids[group_id])
     table = runner.input_batch.block_table[group_id]
-    row = runner.input_batch.req_id_to_index[req_id]
-    width = table.num_blocks_per_row[row]
-    return list(runner.requests[req_id].block_ids[group_id]), table.block_table.np[
-        row, :width
-    ].tolist()
+    row = runner.input_batch.req_id_to_index.get(req_id)
+    if row is None:
+        # A step without room for one of its tokens took the request out of the batch.
+        return kept, kept
+    return kept, table.block_table.np[row, : table.num_blocks_per_row[row]].tolist()
