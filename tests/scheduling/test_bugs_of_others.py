@@ -1,7 +1,8 @@
 """Public failures of eviction engines, and of vLLM under pressure, on the simulated worker.
 
 Lengths are those of the report where blocks of 4 tokens allow it, else a quarter of them. What each
-report said went wrong is in docs/tests.md; some of it on engines in tests/test_bugs_of_ports.py.
+report said went wrong is in docs/tests.md; engines re-enact it in tests/test_bugs_of_ports.py and
+tests/test_bugs_of_vllm.py.
 """
 
 import pytest
