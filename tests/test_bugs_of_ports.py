@@ -203,12 +203,17 @@ def test_preempted_requests_start_over(random_model_dir):
             engine.add(req_id, prompt, max_tokens)
         while engine.stats()["compactions"] < 2:
             engine.step()
+        (track,) = engine.scheduler._tracks
+        compacted = [req_id.rsplit("-", 1)[0] for req_id in track.books.num_evicted]
         for req_id, (prompt, max_tokens) in late.items():
             engine.add(req_id, prompt, max_tokens)
+        for req_id in compacted:
+            engine.preempt(req_id)
         engine.run()
         stats = engine.stats()
         reports = engine.llm.collective_rpc("kv_compression_requests")[0]
-    assert sum(map(len, audit.resumed_at.values())) >= 3
+    assert len(compacted) >= 2
+    assert audit.resumed_at.keys() > set(compacted), "the pool was meant to preempt as well"
     assert min(audit.freed) >= 1
     assert_all_equal_restarting_ones(model, engine, audit, {**requests, **late}, config)
     assert stats["compactions"] >= 8 * 5

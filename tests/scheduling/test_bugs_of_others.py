@@ -387,7 +387,8 @@ def test_a_session_leaves_no_stale_hash_and_neither_does_a_compaction(model, ste
 
     https://github.com/vllm-project/vllm/issues/49449. Whoever hits a block reads every cell of it.
     """
-    engine = SimulatedEngine(model, Setting(budget=8, buffer=4, steps_ahead=steps_ahead))
+    # Before its second compaction a row has one block more than the text had at its first.
+    engine = SimulatedEngine(model, Setting(budget=9, buffer=3, steps_ahead=steps_ahead))
     prompt, second, third = [10] * 3, 11, 13
     engine.outputs["session"] = []
     engine.take_for_granted("session")
