@@ -10,9 +10,9 @@ function of ours gets or loses an `@overrides` or `@calls`, or `watched.py` chan
 docs/versions.md tells the whole way to a new release.
 """
 
+import argparse
 import ast
 import json
-import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -73,7 +73,11 @@ def opened(path: Path) -> Iterator[Source]:
 
 def main() -> None:
     """Writes the tables of each version named on the command line."""
-    for path in map(Path, sys.argv[1:]):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("vllm", type=Path, nargs="+", help="wheel, sdist, zip, or site-packages")
+    for path in parser.parse_args().vllm:
+        if not path.exists():
+            parser.error(f"{path}: not found, wanted a wheel, an sdist, a zip file or a folder")
         with opened(path) as source:
             version = source.version()
             signatures, code = make_table(source), make_code_table(source)

@@ -5,6 +5,7 @@ lies here. Further arguments go to pytest. Served tests are left out (they start
 options of a CPU), and so is what vLLM itself does not serve in float32, or in FULL graphs.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -35,6 +36,9 @@ LEFT_OUT_PLACES += ("test_third_party_method.py",)
 
 def main() -> int:
     """Exit code of pytest."""
+    epilog = "further arguments go to pytest, say -n 14; its -k replaces ours"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=epilog)
+    _, further = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         site = make_site_folder(Path(folder) / "site")
         for path in ROOT.iterdir():
@@ -44,7 +48,7 @@ def main() -> int:
         path = ":".join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
         chosen = ["-k", " and ".join(f"not {name}" for name in LEFT_OUT)]
         chosen += [f"--ignore=tests/{name}" for name in LEFT_OUT_PLACES]
-        command = [sys.executable, "-m", "pytest", *OPTIONS, *chosen, *sys.argv[1:]]
+        command = [sys.executable, "-m", "pytest", *OPTIONS, *chosen, *further]
         return subprocess.call(
             command, cwd=site, env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
         )

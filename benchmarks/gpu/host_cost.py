@@ -5,6 +5,7 @@ device that torch calls "cuda". Also counts the launches of a flush, and the ker
 compiled after warm-up. Prints one line per number and, last, one JSON document.
 """
 
+import argparse
 import json
 import random
 import sys
@@ -38,6 +39,9 @@ AIMS = {1: 250, 28: 700, "observe": 5}
 
 def main() -> None:
     """Time flushes of several sizes and one layer's recording."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("host_cost.py: got no device that torch calls cuda; run it on a GPU")
     device = torch.device("cuda")
     compactor, layer_set, directives = make_compactor(max(FLUSHES), device)
     launched, compiled = count_launches(), count_compilations()
