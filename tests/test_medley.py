@@ -12,7 +12,9 @@ from tests.server import Server, serving
 pytestmark = [pytest.mark.engine, pytest.mark.nightly, pytest.mark.timeout(3000)]
 
 COMPRESSION = ("--kv-compression=rkv", "--kv-budget=24", "--kv-buffer=12", "--max-model-len=256")
-SWAPPING = ("--kv-swap-space=0.05", "--enable-prefix-caching")
+# First come, first served preempts whoever came last, hardly ever somebody who was compacted.
+SWAPPING = ("--kv-swap-space=0.05", *BY_PRIORITY)
+PREFIXES = ("--enable-prefix-caching",)
 # Of a process, from five hundred requests to a thousand.
 MOST_GROWTH = 12 << 20
 
@@ -23,7 +25,9 @@ def memory_of(server: Server) -> dict[str, int]:
     return {f"{p.pid} {p.cmdline()[0]}": p.memory_info().rss for p in processes if p.cmdline()}
 
 
-@pytest.mark.parametrize("more", [BY_PRIORITY, SWAPPING], ids=["by priority", "swapping"])
+@pytest.mark.parametrize(
+    "more", [BY_PRIORITY, SWAPPING, PREFIXES], ids=["by priority", "swapping", "prefixes"]
+)
 def test_a_thousand_requests_are_each_right_and_memory_stands_still(random_model_dir, more):
     model = random_model_dir("qwen3", 3)
     # A CPU keeps a compiled product for each number of tokens that a step has had.
