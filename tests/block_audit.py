@@ -251,8 +251,7 @@ def audited_engine(
         options: as for `running_engine`.
     """
     # Eager: the replay of a graph would pass by what watches a layer.
-    eager = {"enforce_eager": True}
-    options = {"block_size": 16, "disable_log_stats": False, **eager, **options}
+    options = {"block_size": 16, "disable_log_stats": False, "enforce_eager": True, **options}
     with blocks_of_16(), running_engine(model, num_blocks, **options) as engine:
         audit = BlockAudit(engine, poison)
         yield engine, audit

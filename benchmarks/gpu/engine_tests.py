@@ -27,11 +27,13 @@ ENVIRONMENT = {
     "TRITON_F32_DEFAULT": "tf32x3",
 }
 OPTIONS = ("-o", "pythonpath=.", "-p", "no:cacheprovider", "-m", "engine", "--timeout=150", "-v")
-LEFT_OUT_PLACES = ("cli", "eval", "fit", "gpu_lab", "trace")
-# They start servers, commands and ranks with options of a CPU, or want a downloaded model.
-LEFT_OUT_PLACES += ("test_benchmarks.py", "test_examples.py", "test_faults.py", "test_medley.py")
-LEFT_OUT_PLACES += ("test_metrics.py", "test_ranks.py", "test_real_models.py", "test_recorded.py")
-LEFT_OUT_PLACES += ("test_third_party_method.py",)
+LEFT_OUT_PLACES = (
+    *("cli", "eval", "fit", "gpu_lab", "trace"),
+    # They start servers, commands and ranks with options of a CPU, or want a downloaded model.
+    *("test_benchmarks.py", "test_examples.py", "test_faults.py", "test_medley.py"),
+    *("test_metrics.py", "test_ranks.py", "test_real_models.py", "test_recorded.py"),
+    "test_third_party_method.py",
+)
 
 
 def main() -> int:

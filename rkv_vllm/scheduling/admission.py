@@ -101,8 +101,8 @@ class Admission:
         self._num_events = 0
         self._refused: _Refusal | None = None
 
-    def end_step(self) -> None:
-        """A step is scheduled: nobody is admitted any more before the running requests go on."""
+    def restart_bounds(self) -> None:
+        """Call it when a step is scheduled: from here on the running requests change."""
         self._most_growth.restart()
 
     def note_compaction(self, request: Request, directive: EvictionDirective) -> None:

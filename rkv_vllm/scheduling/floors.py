@@ -87,8 +87,8 @@ class FloorAdmission:
         self._share_long = 1.0
         self._asked: _Asked | None = None
 
-    def end_step(self) -> None:
-        """A step is scheduled: nobody is admitted any more before the running requests go on."""
+    def restart_bounds(self) -> None:
+        """Call it when a step is scheduled: from here on the running requests change."""
         for bound in self._bounds:
             bound.restart()
 
@@ -97,7 +97,7 @@ class FloorAdmission:
 
     def note_end(self, request: Request) -> None:
         """A request leaves the batch; call it before its books are closed."""
-        self.end_step()
+        self.restart_bounds()
         terms = self._terms_of(request)
         if terms is None or request.status not in ENDED_BY_ITSELF:
             return
@@ -124,7 +124,7 @@ class FloorAdmission:
             return num_blocks
         num_steps = self._horizon(len(running) + 1)
         if num_steps != self._num_steps:
-            self.end_step()
+            self.restart_bounds()
             self._num_steps = num_steps
         blocks_now = num_blocks * len(self._groups) + self._growth(newcomer, num_steps)
         soon = self._growth_within(newcomer, num_steps) + self._copies(newcomer, num_blocks)
@@ -137,7 +137,7 @@ class FloorAdmission:
         is_full, required = weigh()
         beside = self._asked_beside(newcomer)
         if (is_full or required + beside > num_free) and not all(b.is_exact for b in self._bounds):
-            self.end_step()
+            self.restart_bounds()
             is_full, required = weigh()
         if not_displaced and is_full:
             return num_free + 1

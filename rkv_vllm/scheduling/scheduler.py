@@ -329,7 +329,7 @@ class CompressionSchedulerMixin:
             self._step_stats.add_compactions(self._booked)
             self._step_stats.add_waits(plan)
         self._booked = plan.directives
-        self._admission.end_step()
+        self._admission.restart_bounds()
         setattr(scheduler_output, STEP_PLAN_ATTRIBUTE, plan)
 
     def _begin_decoding(self, scheduler_output: SchedulerOutput) -> None:

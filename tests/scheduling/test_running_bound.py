@@ -54,7 +54,7 @@ def burst(random: Random, first: int) -> list[tuple]:
 
 @RULES
 def test_bounds_hold_and_everybody_is_admitted_as_by_looking_at_all(model, looks, when):
-    num_admitted = num_refused = 0
+    num_admitted = num_refused = compactions = 0
     for seed in range(8):
         setting = replace(random_setting(seed), when=when)
         by_bounds, by_all = (SimulatedEngine(model, setting, seed) for _ in range(2))
@@ -76,6 +76,8 @@ def test_bounds_hold_and_everybody_is_admitted_as_by_looking_at_all(model, looks
         by_all.run()
         assert by_bounds.outputs == by_all.outputs
         assert by_bounds.worker.compactions == by_all.worker.compactions
+        compactions += by_bounds.worker.compactions
+    assert compactions > 8 * 30
     assert num_admitted > 8 * 30
     assert num_refused > 8 * 10
     # Shares are estimated: of a row in which a shared block follows one that is not, badly.
@@ -84,7 +86,7 @@ def test_bounds_hold_and_everybody_is_admitted_as_by_looking_at_all(model, looks
 
 @RULES
 def test_a_burst_is_admitted_with_a_few_looks_at_each_request(model, monkeypatch, when):
-    """It was one look at every running request for every newcomer: 3 s for a thousand."""
+    """It was one look at every running request for every newcomer: 0.8 and 2.2 s for 1,024."""
     setting = Setting(
         budget=16, num_blocks=20_000, max_num_seqs=400, max_num_batched_tokens=20_000, when=when
     )
@@ -99,4 +101,6 @@ def test_a_burst_is_admitted_with_a_few_looks_at_each_request(model, monkeypatch
     assert len(engine.scheduler.running) == 400
     assert 400 - 1 <= len(looked) <= 6 * 400
     engine.run()
-    assert engine.worker.compactions >= 400 * (when == "always")
+    # Under pressure nothing is evicted while there is room.
+    assert bool(engine.worker.compactions) == (when == "always")
+    assert engine.worker.compactions >= 400 or when == "pressure"
