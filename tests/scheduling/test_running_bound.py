@@ -104,3 +104,18 @@ def test_a_burst_is_admitted_with_a_few_looks_at_each_request(model, monkeypatch
     # Under pressure nothing is evicted while there is room.
     assert bool(engine.worker.compactions) == (when == "always")
     assert engine.worker.compactions >= 400 or when == "pressure"
+
+
+def test_one_newcomer_is_added_and_for_several_all_are_looked_at_again():
+    """Without vLLM's gate requests are admitted that nobody asked a bound for."""
+    from rkv_vllm.scheduling.running_bound import RunningBound
+
+    terms, running = {"a": 5.0, "b": 3.0, "c": 2.0, "d": 1.0}, ["a"]
+    bound = RunningBound(lambda: running, terms.get, lambda new: 4.0)
+    assert (bound.get(), bound.is_exact) == (5, True)
+    running.append("b")
+    assert (bound.get(), bound.is_exact) == (5 + 3 + 4, False)
+    # Shared with both that come now.
+    terms["a"] = 25.0
+    running.extend("cd")
+    assert (bound.get(), bound.is_exact) == (25 + 3 + 2 + 1, True)
